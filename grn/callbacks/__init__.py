@@ -1,0 +1,16 @@
+"""Lightning callbacks: what a run keeps, draws and measures on its way."""
+
+from grn.callbacks.ema import EMA
+from grn.callbacks.pictures import ReconstructionGrid, RefinementFilm, SampleGrid
+from grn.callbacks.scores import EvaluateSamples
+from grn.callbacks.throughput import SkippedSamples, Throughput
+
+__all__ = [
+    "EMA",
+    "EvaluateSamples",
+    "ReconstructionGrid",
+    "RefinementFilm",
+    "SampleGrid",
+    "SkippedSamples",
+    "Throughput",
+]

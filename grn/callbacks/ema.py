@@ -1,0 +1,90 @@
+"""Exponential moving averages of the trained network, as many decays as wanted, in float32 (DESIGN 1.4)."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from grn.errors import UserError
+
+
+class EMA(Callback):
+    """Averages `module.network` after every optimiser step: ema = decay*ema + (1 - decay)*weights.
+
+    Validation, and with it every picture and score of a run, sees the average of decay `use`. All of them are in the
+    checkpoint, under `ema.<decay>.<parameter>`.
+
+    Args:
+        decays: one average each.
+        use: the decay that is validated and sampled from; one of `decays`.
+    """
+
+    def __init__(self, decays: list[float], use: float):
+        if not all(0 <= decay < 1 for decay in decays):
+            raise UserError(f"callbacks.ema.decays must lie in [0, 1), got {list(decays)}")
+        if use not in decays:
+            raise UserError(f"callbacks.ema.use={use} is not one of callbacks.ema.decays={list(decays)}")
+        self.decays = {str(decay): get_ema_multi_avg_fn(decay) for decay in decays}
+        self.use = str(use)
+        self.averages: dict[str, dict[str, Tensor]] = {}
+        self._restored: dict[str, dict[str, Tensor]] | None = None
+        self._own: list[Tensor] | None = None
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trained = _trained(pl_module)
+        for decay in self.decays:
+            restored = (self._restored or {}).get(decay)
+            if self._restored is not None and restored is None:
+                raise UserError(
+                    f"callbacks.ema.decays={list(self.decays)}: the checkpoint holds {list(self._restored)} only; "
+                    "go on with the decays it was trained with"
+                )
+            source = trained if restored is None else restored
+            self.averages[decay] = {
+                name: source[name].detach().to(parameter.device, torch.float32, copy=True)
+                for name, parameter in trained.items()
+            }
+        self._restored = None
+        self._last_step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._last_step:  # gradients are still being accumulated
+            return
+        self._last_step = trainer.global_step
+        weights = [p.detach().float() for p in _trained(pl_module).values()]
+        for decay, average in self.decays.items():
+            average(list(self.averages[decay].values()), weights, trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.averages and self._own is None:
+            self._own = [p.detach().clone() for p in _trained(pl_module).values()]
+            _copy(list(self.averages[self.use].values()), pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._own is not None:
+            _copy(self._own, pl_module)
+            self._own = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_validation_end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ema"] = self.averages
+        checkpoint["ema_use"] = self.use
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get("ema", {})
+
+
+def _trained(module: LightningModule) -> dict[str, Tensor]:
+    return {name: p for name, p in module.network.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _copy(source: list[Tensor], module: LightningModule) -> None:
+    for parameter, value in zip(_trained(module).values(), source):
+        parameter.copy_(value)

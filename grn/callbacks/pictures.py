@@ -1,0 +1,86 @@
+"""Pictures that a run leaves in `<run folder>/pictures` and in its loggers."""
+
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+from grn import pictures
+
+
+class SampleGrid(Callback):
+    """Samples a grid with every validation, always the same classes and noise, so that grids can be compared.
+
+    Args:
+        folder: where `samples-step<step>.png` goes.
+        num: how many samples; the classes take turns.
+        seed: of the sampling.
+    """
+
+    def __init__(self, folder: str, num: int = 40, seed: int = 0):
+        self.folder, self.num, self.seed = Path(folder), num, seed
+
+    @rank_zero_only
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        labels = pictures.equal_labels(self.num, range(pl_module.network.num_labels)).to(pl_module.device)
+        ids = torch.arange(self.num, device=pl_module.device)
+        images = pl_module.decode(pl_module.generate(labels, seed=self.seed, ids=ids).tokens)[:, :, 0]
+        columns = pl_module.network.num_labels if self.num % pl_module.network.num_labels == 0 else None
+        picture = pictures.grid(images, columns, pictures.scale_for(images.shape[-1]))
+        pictures.save(picture, self.folder / f"samples-step{trainer.global_step:07d}.png")
+        _log_image(trainer, "sample/grid", picture)
+
+
+class ReconstructionGrid(Callback):
+    """Held-out images above their reconstructions, with every validation.
+
+    Args:
+        folder: where `reconstructions-step<step>.png` goes.
+        num: how many images of the first held-out batch.
+    """
+
+    def __init__(self, folder: str, num: int = 16):
+        self.folder, self.num = Path(folder), num
+
+    @rank_zero_only
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pixels = next(iter(trainer.val_dataloaders))["pixels"][: self.num].to(pl_module.device)
+        rows = torch.cat([pixels, pl_module.reconstruct(pixels)])[:, :, 0]
+        picture = pictures.grid(rows, columns=len(pixels), scale=pictures.scale_for(rows.shape[-1]))
+        pictures.save(picture, self.folder / f"reconstructions-step{trainer.global_step:07d}.png")
+        _log_image(trainer, "reconstruction/grid", picture)
+
+
+class RefinementFilm(Callback):
+    """A GIF of one sample a class (16 at most) being refined, at the end of training.
+
+    Args:
+        folder: where `refinement.gif` goes.
+        seed: of the sampling.
+    """
+
+    def __init__(self, folder: str, seed: int = 0):
+        self.folder, self.seed = Path(folder), seed
+
+    @rank_zero_only
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step + trainer.val_check_interval <= trainer.max_steps:
+            return  # not the run's last validation
+        num = min(16, pl_module.network.num_labels)
+        labels = torch.arange(num, device=pl_module.device)
+        recorder = pictures.FilmRecorder()
+        pl_module.generate(labels, seed=self.seed, ids=torch.arange(num, device=pl_module.device), callback=recorder)
+        frames = recorder.frames(lambda tokens: pl_module.decode(tokens.to(pl_module.device)))
+        path = pictures.save_film(frames, self.folder / "refinement.gif")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_video("sample/film", [str(path)], format=["gif"])
+
+
+def _log_image(trainer: Trainer, key: str, picture: Image.Image) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [picture], step=trainer.global_step)

@@ -1,0 +1,89 @@
+"""Reads the authors' tokenizer checkpoints (`HBQ_*.ckpt`) into the names of `grn.networks.tokenizer.HBQTokenizer`."""
+
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grn.checkpoints.mapping import Rule, rename
+from grn.errors import UserError
+
+
+def _gain(gamma: Tensor) -> Tensor:
+    """[C, 1, 1(, 1)] -> [C]. Never copies: what a file claims to be large is not made large before its shape is checked."""
+    return gamma.squeeze(tuple(range(1, gamma.ndim)))
+
+
+_BLOCKS = {  # where residual blocks are
+    r"encoder\.downsamples\.(\d+)\.downsamples\.(\d+)": r"encoder.stages.\1.blocks.\2",
+    r"decoder\.upsamples\.(\d+)\.upsamples\.(\d+)": r"decoder.stages.\1.blocks.\2",
+    r"(encoder|decoder)\.middle\.0": r"\1.middle.block1",
+    r"(encoder|decoder)\.middle\.2": r"\1.middle.block2",
+}
+
+TOKENIZER_RULES: list[Rule] = [
+    Rule(r"conv1\.(?P<p>weight|bias)", r"encoder.to_latent.\g<p>"),
+    Rule(r"conv2\.(?P<p>weight|bias)", r"decoder.from_latent.\g<p>"),
+    Rule(r"(encoder|decoder)\.conv1\.(?P<p>weight|bias)", r"\1.stem.\g<p>"),
+    Rule(r"(encoder|decoder)\.head\.0\.gamma", r"\1.head.norm.gamma", _gain),
+    Rule(r"(encoder|decoder)\.head\.2\.(?P<p>weight|bias)", r"\1.head.conv.\g<p>"),
+    Rule(r"(encoder|decoder)\.middle\.1\.norm\.gamma", r"\1.middle.attention.norm.gamma", _gain),
+    Rule(r"(encoder|decoder)\.middle\.1\.to_qkv\.(?P<p>weight|bias)", r"\1.middle.attention.qkv.\g<p>"),
+    Rule(r"(encoder|decoder)\.middle\.1\.proj\.(?P<p>weight|bias)", r"\1.middle.attention.out.\g<p>"),
+    # The resampling is one more entry in the official list of a stage's blocks; its names tell it from them.
+    Rule(
+        r"encoder\.downsamples\.(\d+)\.downsamples\.\d+\.resample\.1\.(?P<p>weight|bias)",
+        r"encoder.stages.\1.downsample.space.\g<p>",
+    ),
+    Rule(
+        r"encoder\.downsamples\.(\d+)\.downsamples\.\d+\.time_conv\.(?P<p>weight|bias)",
+        r"encoder.stages.\1.downsample.time.\g<p>",
+    ),
+    Rule(
+        r"decoder\.upsamples\.(\d+)\.upsamples\.\d+\.resample\.1\.(?P<p>weight|bias)",
+        r"decoder.stages.\1.upsample.space.\g<p>",
+    ),
+    Rule(
+        r"decoder\.upsamples\.(\d+)\.upsamples\.\d+\.time_conv\.(?P<p>weight|bias)",
+        r"decoder.stages.\1.upsample.time.\g<p>",
+    ),
+    *(
+        rule
+        for official, ours in _BLOCKS.items()
+        for rule in (
+            Rule(rf"{official}\.residual\.0\.gamma", rf"{ours}.norm1.gamma", _gain),
+            Rule(rf"{official}\.residual\.2\.(?P<p>weight|bias)", rf"{ours}.conv1.\g<p>"),
+            Rule(rf"{official}\.residual\.3\.gamma", rf"{ours}.norm2.gamma", _gain),
+            Rule(rf"{official}\.residual\.6\.(?P<p>weight|bias)", rf"{ours}.conv2.\g<p>"),
+            Rule(rf"{official}\.shortcut\.(?P<p>weight|bias)", rf"{ours}.shortcut.\g<p>"),
+        )
+    ),
+]
+
+
+def load_official_tokenizer(path: str | Path) -> dict[str, Tensor]:
+    """The weights of an official tokenizer file, on the CPU, by our names; the averaged ones (`ema`) where it has them.
+
+    Nothing in the file is executed. Whether they fit a network is for `grn.checkpoints.mapping.load_strict` to say.
+
+    Raises:
+        UserError: no such file, not a checkpoint, not one of a tokenizer.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no such tokenizer checkpoint: {path}; give the path of an official HBQ_*.ckpt file")
+    try:
+        # Only the zip format can be mapped instead of read; PyTorch before 1.6 wrote another.
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises half a dozen kinds for damaged, foreign and hostile files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be read as a tokenizer checkpoint ({reason}); download it again") from None
+    state = None
+    if isinstance(contents, dict):
+        state = contents.get("ema") or contents.get("vae")
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is no official tokenizer checkpoint: it has neither `ema` nor `vae` weights")
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+        raise UserError(f"{path} is no official tokenizer checkpoint: its weights are not all named tensors")
+    return rename(state, TOKENIZER_RULES, source=str(path))

@@ -1,0 +1,98 @@
+"""What every entry point shares: where the configuration lives, resolvers, and errors that fit on one line."""
+
+import difflib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from grn.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+# A checkout keeps conf/ at its top; an installed wheel carries it inside the package (pyproject.toml).
+CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], Callable[[], None]]:
+    """Decorates a task into a Hydra command whose mistakes of usage end with one line on stderr and exit status 1.
+
+    Anything else that escapes is a bug and keeps its traceback.
+    """
+
+    def decorate(task: Callable[[DictConfig], object]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def main() -> None:
+            # Hydra then raises instead of printing its own page of advice and exiting.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            command = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(task)
+            try:
+                command()
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                sys.exit(f"error: {explain(error)}")
+
+        return main
+
+    return decorate
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of usage: the innermost cause that speaks to the user, and near misses of a wrong key."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return _one_line(str(cause))
+    for cause in chain:
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key or _one_line(str(cause))} must be given: add {cause.full_key}=... to the command"
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.key is not None:
+            return _unknown_key(cause)
+    if isinstance(error, InstantiationException) and len(chain) > 1:
+        where = re.search(r"full_key: (\S+)", str(error))
+        return f"{where.group(1) if where else 'config'}: {_one_line(str(chain[-1]))}"
+    return _one_line(str(error))
+
+
+def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
+    siblings = [str(key) for key in error.parent_node] if isinstance(error.parent_node, DictConfig) else []
+    near = difflib.get_close_matches(str(error.key), siblings, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(siblings)}"
+    return f"no config key {error.full_key or error.key!r}; {hint}"
+
+
+def _one_line(text: str) -> str:
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _steps(epochs: float, samples: int, batch_size: int) -> int:
+    return round(epochs * samples / batch_size)
+
+
+def _wandb_offline() -> bool:
+    """True unless somebody is logged in (an API key in the environment or in ~/.netrc) or WANDB_MODE says otherwise."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode != "online"
+    import wandb
+
+    return wandb.Api is None or wandb.api.api_key is None
+
+
+def _run_folder(ckpt: str) -> str:
+    """The run that a checkpoint belongs to: a run folder itself, or the folder above `checkpoints/`."""
+    path = Path(ckpt)
+    if path.is_dir():
+        return str(path)
+    return str(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+
+
+OmegaConf.register_new_resolver("steps", _steps, replace=True)
+OmegaConf.register_new_resolver("wandb_offline", _wandb_offline, replace=True)
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

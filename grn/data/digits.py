@@ -1,0 +1,81 @@
+"""scikit-learn's handwritten digits as a data set: real images for machines without ImageNet."""
+
+import io
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from grn.data.shards import write_shards
+from grn.errors import UserError
+
+LABEL_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsSource:
+    """The 1797 digits of 8x8 pixels, enlarged, with captions such as "a handwritten seven"; nothing is downloaded.
+
+    Args:
+        image_size: height and width of the images, in pixels.
+        heldout: how many are held out, each digit in proportion; the rest is for training.
+        seed: of the split.
+        train_shards: number of training shards; bounds ranks times workers in training.
+        heldout_shards: number of held-out shards.
+    """
+
+    image_size: int = 32
+    heldout: int = 297
+    seed: int = 0
+    train_shards: int = 10
+    heldout_shards: int = 4
+
+    def write(self, root: str | os.PathLike, *, overwrite: bool = False) -> bool:
+        """Writes the shards and the manifest to `root`, see `grn.data.shards.write_shards`.
+
+        Returns:
+            Whether anything was written.
+
+        Raises:
+            UserError: a key is out of range, or `root` holds something else.
+        """
+        digits, labels = load_digits(return_X_y=True)
+        if not len(LABEL_NAMES) <= self.heldout <= len(digits) - len(LABEL_NAMES):
+            raise UserError(f"source.heldout={self.heldout} must leave every digit in both splits: give 10 to 1787")
+        if not 8 <= self.image_size <= 1024:
+            raise UserError(f"source.image_size={self.image_size} must lie in 8 to 1024")
+        train, heldout = train_test_split(
+            np.arange(len(digits)), test_size=self.heldout, random_state=self.seed, stratify=labels
+        )
+
+        def sample(index: int) -> dict:
+            return {
+                "__key__": f"{index:04d}",
+                "png": render(digits[index].reshape(8, 8), self.image_size),
+                "cls": str(labels[index]),
+                "txt": f"a handwritten {LABEL_NAMES[labels[index]]}",
+            }
+
+        return write_shards(
+            root,
+            name="digits",
+            parameters=asdict(self),
+            splits={"train": [sample(i) for i in train], "heldout": [sample(i) for i in heldout]},
+            num_shards={"train": self.train_shards, "heldout": self.heldout_shards},
+            image_size=self.image_size,
+            num_labels=len(LABEL_NAMES),
+            label_names=LABEL_NAMES,
+            overwrite=overwrite,
+        )
+
+
+def render(digit: np.ndarray, size: int) -> bytes:
+    """A digit [8, 8] with values in [0, 16] -> PNG of `size` x `size` grey RGB pixels, enlarged bicubically."""
+    enlarged = Image.fromarray(digit.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.clip(np.round(np.asarray(enlarged) * (255 / 16)), 0, 255).astype(np.uint8)
+    png = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").save(png, format="PNG")
+    return png.getvalue()

@@ -1,0 +1,228 @@
+"""From the raw bytes of one sample to tensors: pure functions that trust nothing, and the collation of samples."""
+
+import io
+import json
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+LABEL_SUFFIXES = ("cls",)
+CAPTION_SUFFIXES = ("txt",)
+METADATA_SUFFIXES = ("json",)  # {"label": 3, "caption": "a cat"}, in place of key.cls and key.txt
+MAX_PIXELS = 64 * 2**20
+
+
+class Reason(Enum):
+    """Why a sample, or the rest of a shard, was skipped; the value is what people read."""
+
+    BROKEN_SHARD = "shard broken or truncated"
+    OVERSIZE_ENTRY = "entry too large"
+    DUPLICATE_ENTRY = "entry twice in a shard"
+    NO_IMAGE = "no image"
+    UNDECODABLE_IMAGE = "image cannot be decoded"
+    TOO_MANY_PIXELS = "image with too many pixels"
+    IMAGE_SIZE = "image of another size"
+    BAD_METADATA = "metadata is not a JSON object"
+    NO_LABEL = "no label"
+    BAD_LABEL = "label is not an integer"
+    LABEL_OUT_OF_RANGE = "label out of range"
+    BAD_CAPTION = "caption is not UTF-8 text"
+
+
+class Skip(Exception):
+    """The sample at hand is unusable."""
+
+    def __init__(self, reason: Reason):
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Raw webdataset sample -> one image with its label, caption and key (a callable for `ShardStream`).
+
+    Args:
+        image_size: height and width of what comes out, in pixels.
+        num_labels: labels lie in [0, num_labels); None for data without labels.
+        center_crop: bring images of other sizes to `image_size` by `center_crop`; else they are skipped.
+        flip: mirror every other image, by a draw that depends on (seed, pass, key) alone.
+        seed: the run's seed.
+        max_pixels: larger images are skipped before they are decompressed.
+    """
+
+    image_size: int
+    num_labels: int | None = None
+    center_crop: bool = False
+    flip: bool = False
+    seed: int = 0
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, raw: Mapping[str, object], pass_number: int) -> dict:
+        """-> {"pixels": uint8 [3, 1, size, size], "label": int (with num_labels), "caption": str or None, "key": str}.
+
+        Raises:
+            Skip: with the reason.
+        """
+        metadata = read_metadata(raw)
+        sample = {"key": raw["__key__"], "caption": read_caption(raw, metadata)}
+        if self.num_labels is not None:
+            sample["label"] = read_label(raw, metadata, self.num_labels)
+
+        image = decode_image(entry(raw, IMAGE_SUFFIXES, missing=Reason.NO_IMAGE), max_pixels=self.max_pixels)
+        if self.center_crop:
+            image = center_crop(image, self.image_size, max_pixels=self.max_pixels)
+        elif image.size != (self.image_size, self.image_size):
+            raise Skip(Reason.IMAGE_SIZE)
+        if self.flip and random.Random(f"flip/{self.seed}/{pass_number}/{raw['__key__']}").random() < 0.5:
+            image = ImageOps.mirror(image)
+        sample["pixels"] = to_tensor(image)
+        return sample
+
+
+def entry(raw: Mapping[str, object], suffixes: tuple[str, ...], *, missing: Reason | None) -> bytes | None:
+    """The bytes of the first of `suffixes` that the sample has.
+
+    Raises:
+        Skip: the entry could not be read (the reason stands in its place), or there is none and `missing` says so.
+    """
+    for suffix in suffixes:
+        if (value := raw.get(suffix)) is not None:
+            if isinstance(value, Reason):
+                raise Skip(value)
+            return value
+    if missing is not None:
+        raise Skip(missing)
+    return None
+
+
+def read_metadata(raw: Mapping[str, object]) -> dict:
+    """The object in `key.json`; {} where there is none."""
+    if (data := entry(raw, METADATA_SUFFIXES, missing=None)) is None:
+        return {}
+    try:
+        metadata = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Skip(Reason.BAD_METADATA) from None
+    if not isinstance(metadata, dict):
+        raise Skip(Reason.BAD_METADATA)
+    return metadata
+
+
+def read_label(raw: Mapping[str, object], metadata: Mapping[str, object], num_labels: int) -> int:
+    """The label of `key.cls` (decimal digits) or of "label" in `key.json`, in [0, num_labels)."""
+    data = entry(raw, LABEL_SUFFIXES, missing=None)
+    if data is not None:
+        if not re.fullmatch(rb"\s*[+-]?[0-9]{1,18}\s*", data):
+            raise Skip(Reason.BAD_LABEL)
+        label = int(data)
+    elif "label" in metadata:
+        label = metadata["label"]
+        if type(label) is not int:
+            raise Skip(Reason.BAD_LABEL)
+    else:
+        raise Skip(Reason.NO_LABEL)
+    if not 0 <= label < num_labels:
+        raise Skip(Reason.LABEL_OUT_OF_RANGE)
+    return label
+
+
+def read_caption(raw: Mapping[str, object], metadata: Mapping[str, object]) -> str | None:
+    """The text of `key.txt` or of "caption" in `key.json`, stripped; None where there is neither."""
+    data = entry(raw, CAPTION_SUFFIXES, missing=None)
+    if data is not None:
+        try:
+            return data.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise Skip(Reason.BAD_CAPTION) from None
+    caption = metadata.get("caption")
+    if caption is not None and not isinstance(caption, str):
+        raise Skip(Reason.BAD_CAPTION)
+    return None if caption is None else caption.strip()
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """PNG, JPEG or WebP -> RGB, upright.
+
+    Turned as EXIF says; 16-bit grey is scaled to 8 bits; transparent parts show white; of an animation the first frame.
+
+    Raises:
+        Skip: not such an image, or broken, or more than `max_pixels` by its header.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > max_pixels:
+            raise Skip(Reason.TOO_MANY_PIXELS)
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except (Skip, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise Skip(Reason.TOO_MANY_PIXELS) from None
+    except Exception:  # what Pillow's plugins raise on broken files has no common base
+        raise Skip(Reason.UNDECODABLE_IMAGE) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that PNG, JPEG or WebP can hold -> RGB of 8 bits a channel."""
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        grey = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.clip(np.round(grey / 257.0), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The centre square as in DESIGN 1.4 (the crop of ADM): halved by boxes while it can be, then bicubic, then cropped.
+
+    Args:
+        image: any size; one of `size` squared is returned as it is.
+        size: side of the square, in pixels.
+
+    Raises:
+        Skip: so narrow that its resized form would exceed `max_pixels`.
+    """
+    if image.size == (size, size):
+        return image
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > max_pixels:
+        raise Skip(Reason.TOO_MANY_PIXELS)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 [3, 1, H, W] (an image is a clip of one frame)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(1).contiguous()
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples -> batch.
+
+    Returns:
+        {"pixels": uint8 [B, 3, T, H, W], "key": list[str], "label": int64 [B] where samples have labels,
+        "caption": list[str] where any sample has one ("" for those without)}.
+    """
+    batch = {
+        "pixels": torch.stack([sample["pixels"] for sample in samples]),
+        "key": [sample["key"] for sample in samples],
+    }
+    if "label" in samples[0]:
+        batch["label"] = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)
+    if any(sample["caption"] is not None for sample in samples):
+        batch["caption"] = [sample["caption"] or "" for sample in samples]
+    return batch

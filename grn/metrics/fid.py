@@ -1,0 +1,197 @@
+"""Frechet inception distance and inception score (DESIGN 1.4, issue 2), with torch-fidelity's numbers.
+
+FID: Heusel et al., arXiv 1706.08500. Inception score: Salimans et al., arXiv 1606.03498.
+"""
+
+import hashlib
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+import grn.metrics.digits_classifier  # noqa: F401  registers `digits-classifier`
+from grn.errors import UserError
+from grn.metrics.features import FeatureStatistics, build_extractor, extract, widths
+from grn.metrics.files import write_atomically
+from grn.metrics.ranks import Rows
+from grn.metrics.splits import Split, image_batches, image_digest, labelled_images
+
+Statistics = dict[str, np.ndarray]  # mu float64 [width], sigma float64 [width, width]
+
+
+class GenerationScores:
+    """FID and inception score of generated images, from one pass of one feature extractor.
+
+    `compute` gives `fid` and, where asked for, `isc_mean`, `isc_std` and `fid_heldout`. They are what
+    `torch_fidelity.calculate_metrics` reports for the same images in the same order, and do not depend on how the
+    images are cut into batches or dealt to ranks (see `Rows` for the order over ranks).
+
+    Args:
+        train, heldout: the splits (`grn.metrics.splits`), read only where a key asks for them.
+        device: where the extractor runs and the sums are kept; it must have float64.
+        cache_dir: where the statistics of a split and trained weights are kept; None keeps them in memory.
+        reference: path of an npz with `mu` [width] and `sigma` [width, width], or the split `train` or `heldout`.
+        extractor: a feature extractor registered with torch-fidelity.
+        features: its features for the FID; None takes the extractor's default.
+        weights: local path of its weights; None downloads them; or a callable that makes them out of the training
+            split: (images uint8 [N, 3, H, W], labels int64 [N], cache_dir) -> path.
+        isc: whether to report the inception score.
+        isc_splits: into how many parts the images, shuffled with torch-fidelity's seed, are cut for its mean and std.
+        heldout_fid: whether to report, for scale, `fid_heldout`: the FID of the real held-out images.
+
+    Raises:
+        UserError: naming the key, for an extractor, weights or a reference that cannot be had or do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Split,
+        heldout: Split,
+        device: torch.device | str = "cpu",
+        cache_dir: str | Path | None = None,
+        reference: str | Path,
+        extractor: str = "inception-v3-compat",
+        features: str | None = None,
+        weights: str | Path | Callable[[Tensor, Tensor, str | Path], Path] | None = None,
+        isc: bool = True,
+        isc_splits: int = 10,
+        heldout_fid: bool = False,
+    ):
+        if isc_splits < 1:
+            raise UserError(f"scores.fid.isc_splits must be at least 1, got {isc_splits}")
+        self.fid_features = features if features is not None else _default_features(extractor, "fid")
+        self.isc_features = _default_features(extractor, "isc") if isc else None
+        self.isc_splits = isc_splits
+        wanted = [self.fid_features] + ([self.isc_features] if isc and self.isc_features != self.fid_features else [])
+        # Weights that are made here are read into the extractor at once, so a scratch folder does for them.
+        with tempfile.TemporaryDirectory() as scratch:
+            if callable(weights):
+                weights = weights(*labelled_images(train, name="training"), cache_dir or scratch)
+            self.extractor = build_extractor(extractor, wanted, weights=weights, device=device)
+
+        width = widths(self.extractor)
+        self.statistics = FeatureStatistics(width[self.fid_features]).to(device)
+        self.logits = Rows(width[self.isc_features]).to(device) if isc else None
+        splits = {"train": (train, "training"), "heldout": (heldout, "held-out")}
+        if reference in splits:
+            self.reference = self._split_statistics(*splits[reference], cache_dir)
+        else:
+            self.reference = load_statistics(reference, width[self.fid_features])
+        self.heldout_fid = None
+        if heldout_fid:
+            self.heldout_fid = _fid(self._split_statistics(heldout, "held-out", cache_dir), self.reference)
+
+    def update(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Adds generated images uint8 [B, 3, H, W]; their labels are not read."""
+        features = extract(self.extractor, images)
+        self.statistics.update(features[self.fid_features])
+        if self.logits is not None:
+            self.logits.update(features[self.isc_features])
+
+    def compute(self) -> dict[str, float]:
+        """The scores of all images given since the last `reset`, over all ranks; every rank must call it.
+
+        Raises:
+            UserError: too few images for a covariance or for `isc_splits`.
+        """
+        sums = self.statistics.compute()
+        n, statistics = int(sums["n"]), _as_numpy(sums)
+        least = 2 if self.logits is None else max(2, self.isc_splits)
+        if n < least:
+            raise UserError(f"scores.fid needs at least {least} images (2, and scores.fid.isc_splits), got {n}")
+        scores = {"fid": _fid(statistics, self.reference)}
+        if self.logits is not None:
+            isc = isc_features_to_metric(self.logits.gathered().cpu(), splits=self.isc_splits)
+            scores |= {"isc_mean": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
+        if self.heldout_fid is not None:
+            scores["fid_heldout"] = self.heldout_fid
+        return scores
+
+    def reset(self) -> None:
+        """Forgets the generated images; the reference stays."""
+        self.statistics.reset()
+        if self.logits is not None:
+            self.logits.reset()
+
+    def _split_statistics(self, split: Split, name: str, cache_dir: str | Path | None) -> Statistics:
+        """Statistics of a whole split, out of the cache where it has them."""
+        path = None
+        width = len(self.statistics.sum)
+        if cache_dir is not None:
+            key = hashlib.sha256(f"{self.extractor.get_name()} {self.fid_features}".encode())
+            for parameter, value in sorted(self.extractor.state_dict().items()):
+                key.update(parameter.encode())
+                key.update(value.cpu().numpy().tobytes())
+            key.update(image_digest(image_batches(split, name=name)).encode())
+            path = Path(cache_dir) / f"fid-statistics-{key.hexdigest()[:16]}.npz"
+            if path.is_file():
+                return load_statistics(path, width)
+        sums = FeatureStatistics(width, over_ranks=False).to(self.statistics.device)
+        for batch in image_batches(split, name=name):
+            sums.update(extract(self.extractor, batch)[self.fid_features])
+        if sums.n < 2:
+            raise UserError(f"scores.fid.reference: the {name} split needs at least 2 images")
+        statistics = _as_numpy(sums.compute())
+        if path is not None:
+            write_atomically(path, lambda temporary: np.savez(temporary, **statistics))
+        return statistics
+
+
+def load_statistics(path: str | Path, width: int) -> Statistics:
+    """Reads `mu` and `sigma` of an npz (other members are left unread) as float64.
+
+    Raises:
+        UserError: no such file, not an npz, or statistics that are missing, not finite or not of `width` features.
+    """
+    key = "scores.fid.reference"
+    if not path or not Path(path).is_file():
+        raise UserError(f"{key}: no such file: {path} (an npz with mu and sigma, or the split `train` or `heldout`)")
+    statistics = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {member.filename: member.file_size for member in archive.infolist()}
+        with np.load(path, allow_pickle=False) as arrays:
+            for name, shape in (("mu", (width,)), ("sigma", (width, width))):
+                if f"{name}.npy" not in sizes:
+                    raise UserError(f"{key}: {path} has no {name}: an npz with mu and sigma is needed")
+                # Looked at before anything is unpacked: a small file may claim a huge array.
+                if sizes[f"{name}.npy"] > 16 * np.prod(shape) + 4096:
+                    raise UserError(f"{key}: {name} of {path} is larger than the extractor's {width} features")
+                array = arrays[name]
+                if array.shape != shape:
+                    raise UserError(
+                        f"{key}: {name} of {path} is of shape {list(array.shape)}, the extractor's is {list(shape)}"
+                    )
+                if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
+                    raise UserError(f"{key}: {name} of {path} has values that are not finite numbers")
+                statistics[name] = array.astype(np.float64)
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{key}: {path} is not a readable npz ({type(error).__name__}): write it again") from error
+    return statistics
+
+
+def _default_features(extractor: str, metric: str) -> str:
+    if extractor not in FEATURE_EXTRACTORS_REGISTRY:
+        build_extractor(extractor, [])  # says which there are
+    try:
+        return FEATURE_EXTRACTORS_REGISTRY[extractor].get_default_feature_layer_for_metric(metric)
+    except KeyError:
+        raise UserError(f"scores.fid.extractor: {extractor} has no features for {metric}; choose another") from None
+
+
+def _as_numpy(sums: dict[str, Tensor]) -> Statistics:
+    mu = sums["mu"].reshape(-1)
+    return {"mu": mu.cpu().numpy(), "sigma": sums["sigma"].reshape(len(mu), len(mu)).cpu().numpy()}
+
+
+def _fid(generated: Statistics, reference: Statistics) -> float:
+    return fid_statistics_to_metric(generated, reference, verbose=False)[KEY_METRIC_FID]

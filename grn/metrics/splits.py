@@ -1,0 +1,78 @@
+"""Reads a split of the data as scores see it: images and labels.
+
+A split is a callable that returns an iterable of batches, each a dict with `pixels` uint8 [B, 3, H, W] or
+[B, 3, 1, H, W] and, where labels exist, `label` int64 [B]. Every call starts over and yields the whole split in one
+fixed order, on every rank alike: what is computed from a split is the same everywhere and never reduced over ranks.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grn.errors import UserError
+
+Split = Callable[[], Iterable[dict[str, Any]]]
+
+
+def images(pixels: Tensor) -> Tensor:
+    """Pixels of a batch, uint8 [B, 3, H, W] or [B, 3, 1, H, W] -> images, uint8 [B, 3, H, W].
+
+    Raises:
+        UserError: clips of several frames, or pixels that are not uint8 in three channels.
+    """
+    if pixels.ndim == 5:
+        if pixels.shape[2] != 1:
+            raise UserError(f"scores read images, but data gives clips of {pixels.shape[2]} frames: set scores=null")
+        pixels = pixels.squeeze(2)
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != torch.uint8:
+        raise UserError(f"scores read uint8 [B, 3, H, W] pixels, data gives {pixels.dtype} {list(pixels.shape)}")
+    return pixels
+
+
+def image_batches(split: Split, *, name: str) -> Iterator[Tensor]:
+    """The images of a split, batch by batch: uint8 [B, 3, H, W].
+
+    Raises:
+        UserError: the split is empty.
+    """
+    empty = True
+    for batch in split():
+        empty = False
+        yield images(batch["pixels"])
+    if empty:
+        raise UserError(f"scores: the {name} split has no images: prepare the data first (python -m grn.prepare)")
+
+
+def labelled_images(split: Split, *, name: str) -> tuple[Tensor, Tensor]:
+    """A whole split in memory, on the CPU: images uint8 [N, 3, H, W] and labels int64 [N].
+
+    Raises:
+        UserError: the split is empty or has no labels.
+    """
+    pixels, labels = [], []
+    for batch in split():
+        if "label" not in batch:
+            raise UserError(f"scores: the {name} split has no labels, which this score needs: leave it out of scores")
+        pixels.append(images(batch["pixels"]).cpu())
+        labels.append(batch["label"].cpu())
+    if not pixels:
+        raise UserError(f"scores: the {name} split has no images: prepare the data first (python -m grn.prepare)")
+    return torch.cat(pixels), torch.cat(labels)
+
+
+def image_digest(batches: Iterable[Tensor]) -> str:
+    """SHA-256 (hex) of images uint8 [B, 3, H, W], the same however they are cut into batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for image in batch.cpu().numpy():
+            digest.update(f"{image.shape}".encode())
+            digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def grey(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32 [B, H, W] in [0, 1], the mean of the colours."""
+    return pixels.float().mean(dim=1) / 255

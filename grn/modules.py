@@ -1,0 +1,87 @@
+"""From a config, or from a checkpoint, to a LightningModule that is ready to train or to sample."""
+
+from typing import Any
+
+from hydra.utils import get_method, instantiate
+from lightning import LightningModule
+from omegaconf import DictConfig, OmegaConf
+
+from grn.checkpoints.mapping import load_strict
+from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, restore_tokenizer
+from grn.checkpoints.official_class_refiner import load_official_class_refiner
+from grn.checkpoints.official_tokenizer import load_official_tokenizer
+from grn.errors import UserError
+from grn.networks.class_refiner import ClassRefiner
+from grn.networks.tokenizer import HBQTokenizer
+from grn.sampler import Sampler
+
+
+def module_from_config(config: DictConfig) -> LightningModule:
+    """The module that a training config describes; its tokenizer is loaded, `model.weights` too where given."""
+    network = build_network(config.model)
+    if config.model.get("weights"):
+        load_strict(network, _official_weights(network, config.model.weights), source=str(config.model.weights))
+    plain = OmegaConf.to_container(config, resolve=True)
+    if config.tokenizer.ckpt is None:
+        return _module(plain, network)
+    tokenizer, record = load_tokenizer(
+        config.tokenizer.ckpt, embed=config.tokenizer.embed, official=config.tokenizer.model
+    )
+    return _module(plain, network, tokenizer, record)
+
+
+def module_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = None) -> LightningModule:
+    """The module of a checkpoint in evaluation mode; `ema` as in `Checkpoint.weights`."""
+    network = build_network(checkpoint.config.model)
+    load_strict(network, checkpoint.weights(ema), source=str(checkpoint.path))
+    plain = OmegaConf.to_container(checkpoint.config)
+    if checkpoint.kind == "tokenizer":
+        plain["training"] |= {"perceptual_weight": 0.0, "gan_weight": 0.0, "perceptual": None, "discriminator": None}
+        return _module(plain, network).eval()
+    record = checkpoint.contents["tokenizer"]
+    return _module(plain, network, restore_tokenizer(record), record).eval()
+
+
+def build_sampler(config: DictConfig | dict, fallback: DictConfig | dict | None = None) -> Sampler:
+    """A `Sampler` from its config, nulls taken from `fallback` (a checkpoint's config) and then from the defaults.
+
+    A schedule's keys fall back only on a schedule of the same kind.
+    """
+    chosen, trained = (OmegaConf.to_container(OmegaConf.create(c or {}), resolve=True) for c in (config, fallback))
+    schedule, trained_schedule = chosen.pop("schedule", None), trained.pop("schedule", None) or {}
+    if schedule is None:
+        schedule = trained_schedule
+    elif schedule.get("_target_") == trained_schedule.get("_target_"):
+        schedule = _filled(schedule, trained_schedule)
+    chosen = _filled(chosen, trained)
+    if schedule:
+        chosen["schedule"] = instantiate(_filled(schedule))
+    return instantiate(_filled(chosen) | {"_target_": "grn.sampler.Sampler"})
+
+
+def _filled(values: dict[str, Any], fallback: dict[str, Any] | None = None) -> dict[str, Any]:
+    merged = (fallback or {}) | {key: value for key, value in values.items() if value is not None}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record: Any = None) -> LightningModule:
+    """Instantiates `training`, and has every checkpoint of it carry the config and the tokenizer's record."""
+    settings = dict(config["training"])
+    if tokenizer is None:
+        weights = {"discriminator": settings["gan_weight"], "perceptual": settings["perceptual_weight"]}
+        settings |= {part: None for part, weight in weights.items() if weight == 0}  # nothing to build or download
+        module = instantiate(settings, network=network)
+    else:
+        module = get_method(settings.pop("_target_"))(
+            network=network, tokenizer=tokenizer, sampler=build_sampler(config["sampler"]), **settings
+        )
+    module.checkpoint_extras = {"config": config} | ({} if record is None else {"tokenizer": record})
+    return module
+
+
+def _official_weights(network: Any, path: str) -> dict[str, Any]:
+    if isinstance(network, HBQTokenizer):
+        return load_official_tokenizer(path)
+    if isinstance(network, ClassRefiner):
+        return load_official_class_refiner(path)["ema"]["0.9999"]
+    raise UserError(f"model.weights: no official checkpoints are known for {type(network).__name__}")

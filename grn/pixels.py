@@ -1,0 +1,14 @@
+"""Between pixels as files hold them (uint8) and as networks see them (float in [-1, 1])."""
+
+import torch
+from torch import Tensor
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 of any shape -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Float pixels, clipped to [-1, 1] -> uint8 by rounding to the nearest level."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

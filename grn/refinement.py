@@ -1,0 +1,58 @@
+"""The refiner's task (DESIGN 1.3): tell the true tokens from a map in which only a share t of them is true."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from grn import philox
+from grn.philox import Stream
+
+ACCURACY_BINS = 10
+
+
+def signal_ratio(seed: int, ids: Tensor, step: int, *, mean: float, std: float) -> Tensor:
+    """Training's signal ratios t = sigmoid(std*n + mean), n ~ N(0, 1): float32 [B] in (0, 1).
+
+    Class-conditional refiners use mean -0.8 and std 0.8, text refiners -1.3 and 1.3. `ids` int64 [B] are positions in
+    the global batch, `step` is the optimiser step: the draw does not depend on how the batch is spread over ranks.
+    """
+    return torch.sigmoid(philox.normal(seed, Stream.SIGNAL_RATIO, ids, step) * std + mean)
+
+
+def corrupt(tokens: Tensor, t: Tensor, classes: int, *, seed: int, ids: Tensor, step: int) -> Tensor:
+    """Keeps each token with probability t, else draws it anew, uniformly over the classes.
+
+    Args:
+        tokens: int64 [B, D, T, H, W].
+        t: float [B], the signal ratio of each sample.
+        seed, ids, step: as in `signal_ratio`.
+
+    Returns:
+        int64 [B, D, T, H, W].
+    """
+    shape = tuple(tokens.shape[1:])
+    keep = philox.uniform(seed, Stream.KEEP, ids, step, shape) < t.view(-1, *[1] * len(shape))
+    return torch.where(keep, tokens, philox.integers(seed, Stream.NOISE, ids, step, shape, classes))
+
+
+def shift(t: Tensor | float, alpha: float) -> Tensor | float:
+    """Moves signal ratios towards noise for alpha > 1: with u = 1 - t, t' = 1 - alpha*u / (1 + (alpha - 1)*u)."""
+    u = 1 - t
+    return 1 - alpha * u / (1 + (alpha - 1) * u)
+
+
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in float32, in nats a token; logits [B, classes, D, ...] against true tokens [B, D, ...]."""
+    return F.cross_entropy(logits.float(), tokens)
+
+
+def token_accuracy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Share of tokens whose most likely class is the true one, for each sample: float32 [B]."""
+    return (logits.argmax(dim=1) == tokens).flatten(1).float().mean(dim=1)
+
+
+def bin_by_signal_ratio(values: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums per-sample values [B] into ten equal bins of t: (sums [10], counts [10]), both float32, no host sync."""
+    index = (t * ACCURACY_BINS).long().clamp_(0, ACCURACY_BINS - 1)
+    zeros = values.new_zeros(ACCURACY_BINS)
+    return zeros.index_add(0, index, values), zeros.index_add(0, index, torch.ones_like(values))

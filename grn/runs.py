@@ -1,0 +1,78 @@
+"""The run folder: what is written beside curves, checkpoints and pictures, and where a run goes on."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from grn.checkpoints.native import read_checkpoint
+from grn.errors import UserError
+from grn.files import write_json, write_text
+
+PACKAGES = ("grn", "torch", "lightning", "hydra-core", "webdataset", "torchdata", "torch-fidelity", "wandb", "numpy")
+
+
+def record(folder: Path, config: DictConfig) -> None:
+    """Writes `config.yaml` (resolved) and `versions.json`, and adds this start to `command.txt`."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    versions |= {name: version(name) for name in PACKAGES}
+    write_json(folder / "versions.json", versions)
+    earlier = folder / "command.txt"
+    command = shlex.join(["python", "-m", "grn.train", *sys.argv[1:]])
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    write_text(earlier, f"{earlier.read_text() if earlier.exists() else ''}{started}  {command}\n")
+
+
+def checkpoint_to_resume(config: DictConfig) -> Path | None:
+    """What `ckpt_path` means: None to start afresh.
+
+    Raises:
+        UserError: there is nothing to go on from; the folder holds a run that this one would overwrite; or the
+            checkpoint is of another model, or of a data stream that cannot go on here.
+    """
+    folder = Path(config.paths.run) / "checkpoints"
+    wanted = config.ckpt_path
+    if wanted is None:
+        if any(folder.glob("*.ckpt")) and not config.overwrite:
+            raise UserError(
+                f"{config.paths.run} already holds a run: go on with it by ckpt_path=last, choose another name=..., "
+                "or start afresh with overwrite=true"
+            )
+        return None
+    path = Path(wanted) if wanted not in ("last", "best", "auto") else folder / f"{wanted}.ckpt"
+    if wanted == "auto":
+        path = folder / "last.ckpt"
+        if not path.is_file():
+            return None
+    if not path.is_file():
+        raise UserError(f"ckpt_path={wanted}: there is no {path}; leave ckpt_path out to start afresh")
+    trained = read_checkpoint(path, key="ckpt_path").config
+    for key in _same_keys(config, trained):
+        old, new = OmegaConf.select(trained, key), OmegaConf.select(config, key)
+        if old != new:
+            raise UserError(
+                f"ckpt_path={wanted}: {path} was trained with {key}={old}, this run has {key}={new}; give the same "
+                "value, or another name=... for a new run"
+            )
+    return path
+
+
+def _same_keys(config: DictConfig, trained: DictConfig) -> Iterable[str]:
+    models = {*config.model, *trained.model} - {"weights"}
+    yield from (f"model.{key}" for key in sorted(models))
+    yield from ("training._target_", "training.labeling", "data.batch_size", "data.num_workers", "seed")
+
+
+def check_top_level(config: DictConfig, known: Iterable[str]) -> None:
+    """Raises:
+    UserError: a key was added (`+key=...`) that nothing reads.
+    """
+    for key in config:
+        if key not in set(known):
+            raise UserError(f"no config key {key!r} is read by this command; known here: {', '.join(sorted(known))}")

@@ -1,0 +1,90 @@
+"""python -m grn.sample ckpt=runs/digits_c2i labels=[3,7] num=16: pictures from a trained refiner (conf/sample.yaml)."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.progress import Progress
+
+from grn import pictures
+from grn.checkpoints.native import read_checkpoint
+from grn.cli import entry_point
+from grn.errors import UserError
+from grn.files import write_json
+from grn.generation import best_device
+from grn.modules import build_sampler, module_from_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+@entry_point("sample")
+def main(config: DictConfig) -> None:
+    sample(config)
+
+
+def sample(config: DictConfig) -> Path:
+    """Writes `samples.png`, `refinement.gif` and `samples.json` to `out`; returns that folder."""
+    checkpoint = read_checkpoint(config.ckpt)
+    if checkpoint.kind != "refiner":
+        raise UserError(f"ckpt: {checkpoint.path} is a {checkpoint.kind}; only refiners are sampled")
+    sampler = build_sampler(config.sampler, checkpoint.config.sampler)
+    device = best_device(config.device)
+    module = module_from_checkpoint(checkpoint, ema=config.ema).to(device)
+    labels = _labels(config, module.network.num_labels)
+
+    start, films, batches = time.perf_counter(), [], []
+    with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        task = progress.add_task("sampling", total=len(labels))
+        for ids in torch.arange(len(labels)).split(config.batch_size):
+            film = pictures.FilmRecorder()
+            refined = module.generate(
+                labels[ids].to(device), seed=config.seed, ids=ids.to(device), sampler=sampler, callback=film
+            )
+            films.append(film)
+            batches.append((refined, module.decode(refined.tokens)[:, :, 0].cpu()))
+            progress.advance(task, len(ids))
+    seconds = time.perf_counter() - start
+
+    out = Path(config.out)
+    images = torch.cat([pixels for _, pixels in batches])
+    pictures.save(pictures.grid(images, config.columns, pictures.scale_for(images.shape[-1])), out / "samples.png")
+    if config.film:
+        frames = films[0].frames(lambda tokens: module.decode(tokens.to(device)), columns=config.columns)
+        pictures.save_film(frames, out / "refinement.gif")
+    if config.images:
+        for i, image in enumerate(images):
+            pictures.save(pictures.grid(image[None], 1).crop((2, 2, 2 + image.shape[2], 2 + image.shape[1])),
+                          out / "images" / f"{i:05d}-{int(labels[i])}.png")
+    refined = [refined for refined, _ in batches]
+    write_json(
+        out / "samples.json",
+        {
+            "ckpt": str(checkpoint.path),
+            "step": checkpoint.step,
+            "sampler": repr(sampler),
+            "seed": config.seed,
+            "seconds": round(seconds, 2),
+            "labels": labels.tolist(),
+            "steps": [n for r in refined for n in r.steps.tolist()],
+            "entropy": [round(e, 5) for r in refined for e in r.entropy.tolist()],
+            "entropy_at_decision": [round(e, 5) for r in refined for e in r.decision_entropy.tolist()],
+        },
+    )
+    log.info("%d samples in %.1f s: %s", len(labels), seconds, out)
+    return out
+
+
+def _labels(config: DictConfig, num_labels: int) -> torch.Tensor:
+    labels = list(range(num_labels)) if config.labels is None else list(config.labels)
+    bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < num_labels]
+    if bad or not labels:
+        raise UserError(f"labels={labels}: labels of this checkpoint are 0..{num_labels - 1}")
+    if config.num < 1:
+        raise UserError(f"num={config.num}: at least one sample")
+    return pictures.equal_labels(config.num, labels)
+
+
+if __name__ == "__main__":
+    main()

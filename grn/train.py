@@ -1,0 +1,65 @@
+"""python -m grn.train +experiment=digits_c2i: trains a tokenizer or a refiner (config: conf/train.yaml)."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from grn import runs
+from grn.cli import entry_point
+from grn.modules import module_from_config
+
+log = logging.getLogger(__name__)
+
+KEYS = (
+    "model tokenizer training data sampler scores cluster trainer callbacks logger name seed ckpt_path overwrite paths"
+).split()
+
+
+@entry_point("train")
+def main(config: DictConfig) -> None:
+    train(config)
+
+
+def train(config: DictConfig) -> Trainer:
+    """Trains as `config` says, in the run folder `paths.run`; returns the trainer when its steps are done."""
+    runs.check_top_level(config, KEYS)
+    resume = runs.checkpoint_to_resume(config)
+    _quieten()
+    seed_everything(config.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision(config.cluster.matmul_precision)
+
+    datamodule = instantiate(config.data)
+    module = module_from_config(config)
+    callbacks = [instantiate(callback) for callback in config.callbacks.values()]
+    loggers = [instantiate(logger) for logger in config.logger.values()]
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+
+    rank_zero_only(runs.record)(Path(config.paths.run), config)
+    for logger in loggers:
+        logger.log_hyperparams(module.checkpoint_extras["config"])
+    log.info("run folder: %s (%.2f M parameters)", config.paths.run, _millions(module.network))
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    trainer.save_checkpoint(Path(config.paths.run) / "checkpoints" / "last.ckpt")
+    return trainer
+
+
+def _millions(network: torch.nn.Module) -> float:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
+
+
+def _quieten() -> None:
+    """Silences advice that does not apply: the loaders are sized by `data.*`, and their length is that of the run."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*set_vital.*")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""LightningModules: losses, optimisers and what is logged. The networks know nothing of them."""
+
+from grn.training.refiner import RefinerModule
+from grn.training.tokenizer import TokenizerModule
+
+__all__ = ["RefinerModule", "TokenizerModule"]

@@ -1,0 +1,198 @@
+"""Training a refiner (DESIGN 1.3, 1.4): pixels -> tokens -> corrupted tokens -> the network tells the true ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from grn import hbq, philox, refinement
+from grn.errors import UserError
+from grn.networks.tokenizer import HBQTokenizer
+from grn.philox import Stream
+from grn.pixels import from_uint8, to_uint8
+from grn.sampler import Labels, Refined, Sampler, Step, refine
+from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
+
+VALIDATION_SEED = 0x5EED  # the corruption of held-out samples is the same at every validation and in every run
+
+
+class RefinerModule(LightningModule):
+    """A class-conditional refiner over the tokens of a frozen tokenizer.
+
+    Args:
+        network: (tokens int64 [B, D, T, H, W], t float [B], labels int64 [B]) -> logits [B, classes, D, T, H, W], with
+            attributes `channels` (D), `classes`, `num_labels` (also the null label) and `size` (tokens a side).
+        tokenizer: frozen; gives the tokens and turns samples into pixels.
+        sampler: how `generate` samples unless told otherwise.
+        labeling: `ind` or `bit` (DESIGN 1.1).
+        learning_rate, betas, weight_decay: AdamW.
+        lr_schedule, warmup_steps: `learning_rate_schedule`.
+        gradient_clip: largest global gradient norm; None does not clip.
+        label_dropout: share of labels that are replaced by the null class.
+        signal_ratio_mean, signal_ratio_std: of n in t = sigmoid(std*n + mean).
+        seed: of every draw of training.
+
+    Raises:
+        UserError: a network that does not fit the tokenizer's tokens.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer: HBQTokenizer,
+        sampler: Sampler,
+        *,
+        labeling: hbq.Labeling = "ind",
+        learning_rate: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+        gradient_clip: float | None = 0.1,
+        label_dropout: float = 0.1,
+        signal_ratio_mean: float = -0.8,
+        signal_ratio_std: float = 0.8,
+        seed: int = 0,
+    ):
+        super().__init__()
+        channels, classes = hbq.num_tokens(tokenizer.latent_channels, tokenizer.rounds, labeling)
+        if (network.channels, network.classes) != (channels, classes):
+            raise UserError(
+                f"model.channels={network.channels} model.classes={network.classes} do not fit the tokenizer: "
+                f"training.labeling={labeling} of {tokenizer.latent_channels} channels and {tokenizer.rounds} rounds "
+                f"needs model.channels={channels} model.classes={classes}"
+            )
+        self.network = network
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.sampler = sampler
+        self.labeling = labeling
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
+        self.label_dropout = label_dropout
+        self.signal_ratio_mean, self.signal_ratio_std = signal_ratio_mean, signal_ratio_std
+        self.seed = seed
+        self.finite_loss = FiniteLoss()
+        self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
+        self._accuracy: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def token_shape(self) -> tuple[int, int, int, int]:
+        """(D, T, H, W) of one sample."""
+        return self.network.channels, 1, self.network.size, self.network.size
+
+    def train(self, mode: bool = True) -> "RefinerModule":
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    # --- the task ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def tokenize(self, batch: dict[str, Any]) -> Tensor:
+        """uint8 pixels [B, 3, T, H, W] of a batch -> int64 tokens [B, D, T', h, w]."""
+        return self.tokenizer.tokenize(from_uint8(batch["pixels"]), self.labeling)
+
+    def predict_corrupted(
+        self, tokens: Tensor, labels: Tensor, *, seed: int, ids: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Corrupts true tokens and predicts them: (t [B], logits); all draws are functions of (seed, ids, step)."""
+        t = refinement.signal_ratio(seed, ids, step, mean=self.signal_ratio_mean, std=self.signal_ratio_std)
+        noisy = refinement.corrupt(tokens, t, self.network.classes, seed=seed, ids=ids, step=step)
+        return t, self.network(noisy, t, labels)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        tokens, labels = self.tokenize(batch), batch["label"]
+        accumulated = batch_idx % self.trainer.accumulate_grad_batches
+        first = (accumulated * self.trainer.world_size + self.global_rank) * len(labels)
+        ids = torch.arange(first, first + len(labels), device=labels.device)
+        dropped = philox.uniform(self.seed, Stream.CONDITION_DROPOUT, ids, self.global_step) < self.label_dropout
+        labels = torch.where(dropped, self.network.num_labels, labels)
+        t, logits = self.predict_corrupted(tokens, labels, seed=self.seed, ids=ids, step=self.global_step)
+        loss = refinement.token_loss(logits, tokens)
+        self.finite_loss.watch(loss)
+        self.log("train/loss", loss, prog_bar=True)
+        self._log_accuracy(refinement.token_accuracy(logits.detach(), tokens), t)
+        return loss
+
+    def _log_accuracy(self, accuracy: Tensor, t: Tensor) -> None:
+        """Sums over the steps between two logged ones, so that every bin of t has something to show."""
+        sums, counts = refinement.bin_by_signal_ratio(accuracy, t)
+        if self._accuracy is not None:
+            sums, counts = sums + self._accuracy[0], counts + self._accuracy[1]
+        self._accuracy = sums, counts
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.finite_loss.check(self)
+            self.log("train/accuracy/mean", sums.sum() / counts.sum(), prog_bar=True)
+            for i, (total, count) in enumerate(zip(sums.tolist(), counts.tolist())):
+                if count:
+                    self.log(f"train/accuracy/t_{i / refinement.ACCURACY_BINS:.1f}", total / count)
+            self._accuracy = None
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        tokens, labels = self.tokenize(batch), batch["label"]
+        first = (batch_idx * self.trainer.world_size + self.global_rank) * len(labels)
+        ids = torch.arange(first, first + len(labels), device=labels.device)
+        _, logits = self.predict_corrupted(tokens, labels, seed=VALIDATION_SEED, ids=ids, step=0)
+        on_epoch = {"batch_size": len(labels), "sync_dist": True}
+        self.log("val/loss", refinement.token_loss(logits, tokens), prog_bar=True, **on_epoch)
+        self.log("val/accuracy", refinement.token_accuracy(logits, tokens).mean(), **on_epoch)
+
+    # --- optimisation -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = adamw(
+            self.network, learning_rate=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
+        scheduler = learning_rate_schedule(
+            optimizer,
+            name=self.lr_schedule,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.trainer.max_steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("train/grad_norm", clip_gradients(self.network.parameters(), self.gradient_clip))
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        seed: int,
+        ids: Tensor,
+        sampler: Sampler | None = None,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Refined:
+        """Samples tokens of the classes `labels` (int64 [B], on this module's device); see `grn.sampler.refine`."""
+        return refine(
+            lambda tokens, t, condition: self.network(tokens, t, condition.index),
+            Labels(labels, self.network.num_labels),
+            sampler or self.sampler,
+            shape=self.token_shape,
+            classes=self.network.classes,
+            seed=seed,
+            ids=ids,
+            callback=callback,
+        )
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """int64 tokens [B, D, T', h, w] -> uint8 pixels [B, 3, T, H, W]."""
+        return to_uint8(self.tokenizer.detokenize(tokens, self.labeling))
+
+    # --- checkpoints: the frozen tokenizer is recorded beside the weights, not among them -----------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.finite_loss.check(self)
+        checkpoint.update(self.checkpoint_extras)
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if not name.startswith("tokenizer.")
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] |= self.tokenizer.state_dict(prefix="tokenizer.")

@@ -1,0 +1,165 @@
+"""Training the HBQ tokenizer (DESIGN 1.2): L1 + LPIPS + hinge GAN on reconstructions through the quantizer."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grn.metrics.reconstruction import ReconstructionScores
+from grn.networks.discriminator import generator_loss, hinge_discriminator_loss
+from grn.networks.tokenizer import HBQTokenizer
+from grn.pixels import from_uint8, to_uint8
+from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
+
+
+class TokenizerModule(LightningModule):
+    """Autoencoder and, where `gan_weight` > 0, its discriminator.
+
+    Optimised by hand, since there may be two optimisers; `global_step` counts the autoencoder's steps alone.
+
+    Args:
+        network: the tokenizer, trained.
+        discriminator: float pixels [B, 3, T, H, W] in [-1, 1] -> logits; None where `gan_weight` is 0.
+        perceptual: (reconstruction, pixels), both float [N, 3, H, W] in [-1, 1] -> scalar distance (LPIPS); None where
+            `perceptual_weight` is 0.
+        l1_weight, perceptual_weight, gan_weight: of the losses.
+        gan_start: step from which on the discriminator is trained and counts.
+        learning_rate, betas, weight_decay, lr_schedule, warmup_steps: AdamW, for both networks.
+        gradient_clip: largest global gradient norm of each network; None does not clip.
+    """
+
+    def __init__(
+        self,
+        network: HBQTokenizer,
+        discriminator: nn.Module | None = None,
+        perceptual: nn.Module | None = None,
+        *,
+        l1_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        gan_weight: float = 0.3,
+        gan_start: int = 0,
+        learning_rate: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.01,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+        gradient_clip: float | None = 1.0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = network
+        self.discriminator = discriminator if gan_weight > 0 else None
+        self.perceptual = perceptual.requires_grad_(False).eval() if perceptual_weight > 0 else None
+        self.l1_weight, self.perceptual_weight, self.gan_weight = l1_weight, perceptual_weight, gan_weight
+        self.gan_start = gan_start
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
+        self.finite_loss = FiniteLoss()
+        self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
+
+    def train(self, mode: bool = True) -> "TokenizerModule":
+        super().train(mode)
+        if self.perceptual is not None:
+            self.perceptual.eval()
+        return self
+
+    # --- the task ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        pixels = from_uint8(batch["pixels"])
+        adversarial = self.discriminator is not None and self.global_step >= self.gan_start
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
+        if first:
+            for optimizer in self._optimizers():
+                optimizer.zero_grad()
+        reconstruction, _ = self.network(pixels)
+        losses = {"l1": self.l1_weight * F.l1_loss(reconstruction.float(), pixels)}
+        if self.perceptual is not None:
+            losses["lpips"] = self.perceptual_weight * self.perceptual(_frames(reconstruction), _frames(pixels))
+        if adversarial:
+            self.discriminator.requires_grad_(False)  # the generator's loss trains the generator alone
+            losses["gan"] = self.gan_weight * generator_loss(self.discriminator(reconstruction))
+        loss = sum(losses.values())
+        self.finite_loss.watch(loss)
+        self.manual_backward(loss / self.trainer.accumulate_grad_batches)
+        if adversarial:
+            self.discriminator.requires_grad_(True)
+            judged = self.discriminator(pixels), self.discriminator(reconstruction.detach())
+            discriminator_loss = hinge_discriminator_loss(*judged)
+            self.finite_loss.watch(discriminator_loss)
+            self.manual_backward(discriminator_loss / self.trainer.accumulate_grad_batches)
+            self.log("train/discriminator", discriminator_loss)
+
+        self.log("train/loss", loss, prog_bar=True)
+        for name, value in losses.items():
+            self.log(f"train/{name}", value)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.finite_loss.check(self)
+        if last:
+            self._step(adversarial)
+
+    def _step(self, adversarial: bool) -> None:
+        optimizer, *others = self._optimizers()
+        self.log("train/grad_norm", clip_gradients(self.network.parameters(), self.gradient_clip))
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if adversarial:
+            clip_gradients(self.discriminator.parameters(), self.gradient_clip)
+            others[0].optimizer.step()  # the bare optimiser: Lightning would count a second global step
+        schedulers = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()
+
+    def _optimizers(self) -> list:
+        optimizers = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels [B, 3, T, H, W] -> uint8 reconstruction through the quantizer, same shape."""
+        return to_uint8(self.network(from_uint8(pixels))[0])
+
+    def on_validation_epoch_start(self) -> None:
+        self._scores = ReconstructionScores(device=self.device)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._scores.update(_frames(batch["pixels"]), _frames(self.reconstruct(batch["pixels"])))
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self._scores.compute().items():
+            self.log(f"val/{name}", value, prog_bar=name == "psnr")
+
+    # --- optimisation -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        networks = [self.network] + ([] if self.discriminator is None else [self.discriminator])
+        optimizers = [
+            adamw(network, learning_rate=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
+            for network in networks
+        ]
+        schedule = {
+            "name": self.lr_schedule,
+            "warmup_steps": self.warmup_steps,
+            "total_steps": self.trainer.max_steps,
+        }
+        return optimizers, [learning_rate_schedule(optimizer, **schedule) for optimizer in optimizers]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.finite_loss.check(self)
+        checkpoint.update(self.checkpoint_extras)
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if not name.startswith("perceptual.")
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.perceptual is not None:
+            checkpoint["state_dict"] |= self.perceptual.state_dict(prefix="perceptual.")
+
+
+def _frames(video: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B*T, C, H, W]."""
+    return video.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,93 @@
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch import nn
+
+from grn.callbacks import EMA
+from grn.errors import UserError
+
+
+class Module(LightningModule):
+    """A linear network on a constant gradient: its weights after every step are recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Linear(3, 1)
+        self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+        self.history, self.validated = [], []
+
+    def training_step(self, batch, batch_idx):
+        return self.network(batch).sum()
+
+    def on_train_batch_end(self, *_):
+        self.history.append(self.network.weight.detach().clone())
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(self.network.weight.detach().clone())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.network.parameters(), lr=0.1)
+
+
+def fit(folder, ema, *, steps, accumulate=1, ckpt_path=None, module=None):
+    module = module or Module()
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, callbacks=[ema], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, num_sanity_val_steps=0,
+        accumulate_grad_batches=accumulate, val_check_interval=4, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    batches = torch.utils.data.DataLoader(torch.arange(24.0).view(8, 3))
+    trainer.fit(module, batches, batches, ckpt_path=ckpt_path, weights_only=True)
+    return trainer, module
+
+
+def test_averages_follow_the_formula_and_validation_sees_the_chosen_one(tmp_path):
+    ema = EMA([0.5, 0.9], use=0.9)
+    module = Module()
+    start = module.network.weight.detach().clone()
+    trainer, module = fit(tmp_path, ema, steps=4, module=module)
+    for decay in (0.5, 0.9):
+        expected = start
+        for weights in module.history:
+            expected = decay * expected + (1 - decay) * weights
+        torch.testing.assert_close(ema.averages[str(decay)]["weight"], expected)
+    assert torch.equal(module.validated[0], ema.averages["0.9"]["weight"])
+    assert torch.equal(module.network.weight, module.history[-1])  # put back after validation
+    assert set(ema.averages["0.5"]) == {"weight", "bias"}
+
+
+def test_one_average_an_optimiser_step_under_accumulation(tmp_path):
+    ema = EMA([0.5], use=0.5)
+    module = Module()
+    start = module.network.weight.detach().clone()
+    _, module = fit(tmp_path, ema, steps=2, accumulate=2, module=module)
+    expected = start
+    for weights in module.history[1::2]:
+        expected = 0.5 * expected + 0.5 * weights
+    torch.testing.assert_close(ema.averages["0.5"]["weight"], expected)
+
+
+def test_checkpoint_carries_all_averages_and_restores_them(tmp_path):
+    ema = EMA([0.5, 0.9], use=0.5)
+    trainer, _ = fit(tmp_path, ema, steps=4)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    contents = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert set(contents["ema"]) == {"0.5", "0.9"}
+    assert contents["ema_use"] == "0.5"
+    again = EMA([0.5, 0.9], use=0.5)
+    fit(tmp_path, again, steps=4, ckpt_path=tmp_path / "x.ckpt")
+    for decay in ("0.5", "0.9"):
+        assert torch.equal(again.averages[decay]["weight"], contents["ema"][decay]["weight"])
+
+
+def test_other_decays_than_the_checkpoint_are_refused(tmp_path):
+    trainer, _ = fit(tmp_path, EMA([0.5], use=0.5), steps=4)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"callbacks.ema.decays"):
+        fit(tmp_path, EMA([0.7], use=0.7), steps=8, ckpt_path=tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(("decays", "use"), [([0.9], 0.8), ([1.0], 1.0)])
+def test_wrong_decays_name_the_key(decays, use):
+    with pytest.raises(UserError, match=r"callbacks\.ema"):
+        EMA(decays, use)

@@ -1,0 +1,212 @@
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from torch.utils.data import Dataset
+
+from grn.errors import UserError
+from grn.metrics.digits_classifier import digits_classifier_weights
+from grn.metrics.features import build_extractor, extract
+from grn.metrics.fid import GenerationScores, load_statistics
+
+
+class Images(Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+@pytest.fixture(scope="module")
+def generated(digits):
+    """Noisy held-out digits, uint8 [297, 3, 32, 32]."""
+    images = digits["heldout"][0].float()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 40
+    return (images + noise).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture
+def make_scores(splits, classifier_weights):
+    def make(**keys):
+        keys = {"reference": "train", "extractor": "digits-classifier", "weights": classifier_weights} | keys
+        return GenerationScores(**({"train": splits["train"], "heldout": splits["heldout"]} | keys))
+
+    return make
+
+
+def test_equals_torch_fidelity(make_scores, generated, digits, classifier_weights):
+    """Issue 2, point 8: the same images and extractor, the same FID and inception score."""
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(generated),
+        input2=Images(digits["train"][0]),
+        cuda=False,
+        fid=True,
+        isc=True,
+        feature_extractor="digits-classifier",
+        feature_extractor_weights_path=str(classifier_weights),
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    scores = make_scores()
+    for batch in generated.split(50):
+        scores.update(batch, None)
+    ours = scores.compute()
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert ours["isc_mean"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert ours["isc_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-6)
+    assert ours["fid"] > 10  # else the agreement would say little
+
+
+@pytest.mark.parametrize("batch", [1, 37, 297])
+def test_batch_size_does_not_matter(make_scores, generated, batch):
+    whole, parts = make_scores(), make_scores()
+    for some in generated.split(batch):
+        parts.update(some)
+    for some in generated.split(100):
+        whole.update(some)
+    assert parts.compute() == pytest.approx(whole.compute(), rel=1e-6)
+
+
+def test_reset_forgets_the_images_and_keeps_the_reference(make_scores, generated):
+    scores = make_scores()
+    scores.update(generated)
+    first = scores.compute()
+    scores.reset()
+    scores.update(generated[:100])
+    assert scores.compute()["fid"] != pytest.approx(first["fid"], rel=1e-3)
+    scores.reset()
+    scores.update(generated)
+    assert scores.compute() == first
+
+
+def test_heldout_fid_is_that_of_the_heldout_images(make_scores, digits):
+    scores = make_scores(heldout_fid=True)
+    scores.update(digits["heldout"][0])
+    values = scores.compute()
+    assert values["fid_heldout"] == pytest.approx(values["fid"], rel=1e-6)
+    assert make_scores(reference="heldout", heldout_fid=True).heldout_fid == pytest.approx(0, abs=1e-3)
+
+
+def test_no_inception_score_unless_asked(make_scores, generated):
+    scores = make_scores(isc=False)
+    scores.update(generated)
+    assert set(scores.compute()) == {"fid"}
+
+
+def test_fid_and_inception_score_may_share_their_features(make_scores, generated):
+    scores = make_scores(features="logits")
+    scores.update(generated)
+    assert set(scores.compute()) == {"fid", "isc_mean", "isc_std"}
+
+
+def test_npz_reference_gives_the_number_of_the_split(make_scores, generated, digits, classifier_weights, tmp_path):
+    extractor = build_extractor("digits-classifier", ["64"], weights=classifier_weights)
+    features = extract(extractor, digits["train"][0])["64"].double().numpy()
+    path = tmp_path / "stats.npz"
+    # A reference of float32 and with images beside it, as ImageNet's comes.
+    arrays = {"mu": features.mean(0).astype(np.float32), "sigma": np.cov(features, rowvar=False)}
+    np.savez(path, arr_0=np.zeros((4, 8, 8, 3), np.uint8), **arrays)
+    split, npz = make_scores(), make_scores(reference=str(path))
+    for scores in (split, npz):
+        scores.update(generated)
+    assert npz.compute()["fid"] == pytest.approx(split.compute()["fid"], rel=1e-5)
+
+
+def test_statistics_of_a_split_are_cached(make_scores, splits, make_split, digits, generated, tmp_path, monkeypatch):
+    first = make_scores(cache_dir=tmp_path)
+    (cached,) = tmp_path.glob("*.npz")
+    # Other batches of the same images hit the cache; only the generated images need the extractor.
+    monkeypatch.setattr("grn.metrics.fid.extract", None)
+    again = make_scores(cache_dir=tmp_path, train=make_split(digits["train"][0], batch=333))
+    np.testing.assert_array_equal(again.reference["sigma"], first.reference["sigma"])
+    monkeypatch.undo()
+    # Other images or other features do not.
+    make_scores(cache_dir=tmp_path, train=make_split(digits["train"][0][:-1]))
+    make_scores(cache_dir=tmp_path, features="logits")
+    assert len(list(tmp_path.iterdir())) == 3
+    cached.write_bytes(cached.read_bytes()[:1000])
+    with pytest.raises(UserError, match=cached.name):
+        make_scores(cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_weights_may_be_made_of_the_training_split(make_scores, classifier_weights, generated, tmp_path, cached):
+    folders = []
+
+    def weights(images, labels, cache_dir):
+        assert images.shape == (1500, 3, 32, 32)
+        assert labels.shape == (1500,)
+        folders.append(cache_dir)
+        return classifier_weights
+
+    scores = make_scores(weights=weights, cache_dir=tmp_path if cached else None)
+    scores.update(generated)
+    plain = make_scores()
+    plain.update(generated)
+    assert scores.compute() == plain.compute()
+    assert (folders[0] == tmp_path) == cached
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(4)}, "no sigma"),
+        ({"mu": np.zeros(5), "sigma": np.zeros((4, 4))}, "mu .* shape"),
+        ({"mu": np.zeros(4), "sigma": np.zeros((4, 5))}, "sigma .* shape"),
+        ({"mu": np.zeros(4), "sigma": np.zeros((64, 64))}, "sigma .* larger"),
+        ({"mu": np.full(4, np.nan), "sigma": np.zeros((4, 4))}, "mu .* finite"),
+        ({"mu": np.array(["a"] * 4), "sigma": np.zeros((4, 4))}, "mu .* finite"),
+        ({"mu": np.array([None] * 4), "sigma": np.zeros((4, 4))}, "not a readable npz"),
+    ],
+)
+def test_bad_reference_is_one_line(tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(UserError, match=rf"scores\.fid\.reference.*{message}") as error:
+        load_statistics(tmp_path / "bad.npz", 4)
+    assert "\n" not in str(error.value)
+    assert "bad.npz" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x04N."])
+def test_file_that_is_no_npz(tmp_path, content):
+    (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"scores\.fid\.reference.*not a readable npz"):
+        load_statistics(tmp_path / "bad.npz", 4)
+
+
+@pytest.mark.parametrize("reference", [None, "nowhere.npz", "validation"])
+def test_missing_reference(make_scores, reference):
+    with pytest.raises(UserError, match=r"scores\.fid\.reference: no such file"):
+        make_scores(reference=reference)
+
+
+def test_too_few_images(make_scores, digits):
+    scores = make_scores(isc=False)
+    scores.update(digits["heldout"][0][:1])
+    with pytest.raises(UserError, match="at least 2 images"):
+        scores.compute()
+    scores = make_scores(isc_splits=10)
+    scores.update(digits["heldout"][0][:9])
+    with pytest.raises(UserError, match="at least 10 images"):
+        scores.compute()
+    with pytest.raises(UserError, match=r"scores\.fid\.isc_splits"):
+        make_scores(isc_splits=0)
+
+
+def test_bad_data_is_one_line(make_scores, make_split, digits, splits):
+    with pytest.raises(UserError, match="training split has no images"):
+        make_scores(train=make_split(digits["train"][0][:0]))
+    with pytest.raises(UserError, match="clips of 5 frames"):
+        make_scores(train=lambda: [{"pixels": torch.zeros(1, 3, 5, 32, 32, dtype=torch.uint8)}])
+    with pytest.raises(UserError, match="float32"):
+        make_scores(train=lambda: [{"pixels": torch.zeros(1, 3, 32, 32)}])
+    with pytest.raises(UserError, match="training split has no labels"):
+        make_scores(train=make_split(digits["train"][0]), weights=digits_classifier_weights)
+    with pytest.raises(UserError, match=r"scores\.fid\.extractor: digits-classifier reads"):
+        make_scores().update(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"scores\.fid\.extractor: 'inceptoin'"):
+        make_scores(extractor="inceptoin")

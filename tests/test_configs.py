@@ -1,0 +1,125 @@
+"""Every experiment on every cluster: composes, resolves, instantiates on the meta device."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_method, instantiate
+from lightning import Callback
+from omegaconf import OmegaConf
+
+from grn.callbacks import EMA
+from grn.checkpoints.native import build_network
+from grn.cli import CONF
+from grn.modules import build_sampler
+from grn.sampler import Sampler
+from grn.train import KEYS
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def experiment(name, *overrides):
+    given = [] if "tokenizer" in name else ["tokenizer.ckpt=somewhere"]
+    return composed("train", f"+experiment={name}", *given, *overrides)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_on_every_cluster(name, cluster, tmp_path):
+    config = experiment(name, f"cluster={cluster}", f"paths.runs={tmp_path}")
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert set(resolved) <= set(KEYS)
+    assert resolved["name"] == name
+    with torch.device("meta"):
+        network = build_network(config.model)
+    assert all(p.is_meta for p in network.parameters())
+    assert isinstance(build_sampler(config.sampler), Sampler)
+    callbacks = [instantiate(callback) for callback in config.callbacks.values()]
+    assert all(isinstance(callback, Callback) for callback in callbacks)
+    assert any(isinstance(callback, EMA) for callback in callbacks)
+    assert resolved["trainer"]["devices"] == resolved["cluster"]["devices"]
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "heads", "bottleneck", "context_start"),
+    [  # the table of DESIGN 1.4
+        ("c2i_ind_B", 12, 768, 12, 128, 4),
+        ("c2i_ind_L", 24, 1024, 16, 128, 8),
+        ("c2i_ind_H", 32, 1280, 16, 256, 10),
+        ("c2i_ind_G", 40, 1664, 16, 256, 10),
+        ("c2i_bit_B", 12, 768, 12, 128, 4),
+    ],
+)
+def test_reference_sizes_and_hyperparameters(name, depth, width, heads, bottleneck, context_start):
+    config = experiment(name)
+    model = config.model
+    assert (model.depth, model.width, model.heads) == (depth, width, heads)
+    assert (model.bottleneck, model.context_start, model.context_tokens) == (bottleneck, context_start, 32)
+    assert (model.channels, model.classes) == ((64, 2) if "bit" in name else (16, 16))
+    assert (model.size, model.num_labels) == (16, 1000)
+    assert config.data.batch_size == 1024
+    assert config.trainer.max_steps == round(600 * 1281167 / 1024)
+    training = config.training
+    assert training.learning_rate == pytest.approx(5e-5 * 1024 / 256)
+    assert training.warmup_steps == round(5 * 1281167 / 1024)
+    assert (training.lr_schedule, training.gradient_clip, training.label_dropout) == ("constant", 0.1, 0.1)
+    assert (list(training.betas), training.weight_decay) == ([0.9, 0.95], 0.0)
+    assert (training.signal_ratio_mean, training.signal_ratio_std) == (-0.8, 0.8)
+    assert (list(config.callbacks.ema.decays), config.callbacks.ema.use) == ([0.9999, 0.9996], 0.9999)
+    assert config.callbacks.scores.num == 50_000
+    sampler = build_sampler(config.sampler)
+    if name == "c2i_ind_B":
+        assert (sampler.temperature, sampler.guidance, tuple(sampler.guidance_interval)) == (1.31, 2.35, (0.44, 1.0))
+    if name == "c2i_ind_L":
+        assert (sampler.temperature, sampler.guidance, tuple(sampler.guidance_interval)) == (1.3, 2.0, (0.42, 1.0))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_opens_with_its_facts(name):
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    facts = [line.split(":")[0] for line in lines[1:6]]
+    assert facts == ["# Trains", "# After", "# Should reach", "# Takes", "# Command"]
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_commands_resolve_their_config(command):
+    config = composed(command, "ckpt=runs/digits_c2i/checkpoints/best.ckpt", "sampler=entropy")
+    assert OmegaConf.to_container(config, resolve=True)["out"].startswith("runs/digits_c2i/")
+
+
+def test_prepare_finds_the_source_of_its_data():
+    config = composed("prepare", "data=digits")
+    assert get_method(config.source._target_)
+    assert config.data.root.endswith("digits")
+
+
+@pytest.mark.parametrize("option", ["linear", "cosine", "entropy"])
+def test_every_sampler_fills_its_nulls(option):
+    chosen = composed("sample", "ckpt=x", f"sampler={option}").sampler
+    alone = build_sampler(chosen)
+    assert (alone.temperature, alone.guidance) == (1.0, 1.0)
+    trained = {
+        "schedule": {"_target_": "grn.sampler.EntropyGuided", "warmup": 2, "scale": 9.0, "min_steps": 7},
+        "temperature": 1.3,
+        "guidance": 2.0,
+    }
+    beside = build_sampler(chosen, trained)
+    assert (beside.temperature, beside.guidance) == (1.3, 2.0)
+    if option == "entropy":
+        assert (beside.schedule.warmup, beside.schedule.scale, beside.schedule.offset) == (2, 9.0, -620.0)
+        assert (alone.schedule.warmup, alone.schedule.scale) == (5, 700.0)
+    else:
+        assert beside.schedule == alone.schedule
+
+
+def test_command_line_beats_the_checkpoint():
+    chosen = composed("sample", "ckpt=x", "sampler=linear", "sampler.schedule.steps=7", "sampler.temperature=1.1")
+    sampler = build_sampler(chosen.sampler, {"temperature": 2.0, "schedule": {"_target_": "grn.sampler.Linear", "steps": 9}})
+    assert (sampler.schedule.steps, sampler.temperature) == (7, 1.1)
+    unchanged = build_sampler(composed("sample", "ckpt=x").sampler, {"schedule": {"_target_": "grn.sampler.Linear", "steps": 9}})
+    assert unchanged.schedule.steps == 9
