@@ -11,7 +11,7 @@ from grn.errors import UserError
 
 
 def _gain(gamma: Tensor) -> Tensor:
-    """[C, 1, 1(, 1)] -> [C]. Never copies: what a file claims to be large is not made large before its shape is checked."""
+    """[C, 1, 1(, 1)] -> [C]; a view, so that nothing huge is made of a hostile file before its shapes are checked."""
     return gamma.squeeze(tuple(range(1, gamma.ndim)))
 
 
@@ -79,10 +79,11 @@ def load_official_tokenizer(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises half a dozen kinds for damaged, foreign and hostile files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read as a tokenizer checkpoint ({reason}); download it again") from None
-    state = None
-    if isinstance(contents, dict):
-        state = contents.get("ema") or contents.get("vae")
-    if not isinstance(state, dict):
+    contents = contents if isinstance(contents, dict) else {}
+    state = next(
+        (contents[key] for key in ("ema", "vae") if isinstance(contents.get(key), dict) and contents[key]), None
+    )
+    if state is None:
         raise UserError(f"{path} is no official tokenizer checkpoint: it has neither `ema` nor `vae` weights")
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise UserError(f"{path} is no official tokenizer checkpoint: its weights are not all named tensors")

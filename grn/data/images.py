@@ -155,7 +155,7 @@ class ImageShardsDataModule(LightningDataModule):
         return DataLoader(stream, **self._loader_arguments(batch_size), persistent_workers=self.num_workers > 0)
 
     def split_dataloader(self, split: str) -> DataLoader:
-        """One pass over all of "train" or "heldout", in its own order and unflipped, the same on every rank: for scores."""
+        """One pass over all of "train" or "heldout" for scores: in its own order, unflipped, the same on every rank."""
         stream = self._stream(split, endless=False, shuffle=False, split_by_rank=False)
         self._streams[f"all of {split}"] = stream
         return DataLoader(stream, **self._loader_arguments(self.eval_batch_size or self.rank_batch_size))
@@ -188,6 +188,8 @@ class ImageShardsDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
+            # A loader draws a seed for its workers, which must not shift the global generator.
+            "generator": torch.Generator().manual_seed(self.seed),
         }
 
     def _train_length(self) -> int | None:

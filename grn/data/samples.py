@@ -183,7 +183,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The centre square as in DESIGN 1.4 (the crop of ADM): halved by boxes while it can be, then bicubic, then cropped.
+    """The centre square as in DESIGN 1.4 (ADM's): halved by boxes while that is possible, resized bicubically, cropped.
 
     Args:
         image: any size; one of `size` squared is returned as it is.

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,8 +33,8 @@ def write_shards(
 ) -> bool:
     """Writes `<root>/<split>-000000.tar` ... and `<root>/manifest.json`.
 
-    Everything is written beside `root` and moved there at once, so `root` is never half written. The bytes depend on the
-    arguments alone. Sample i of a split goes to shard i mod its number of shards.
+    Everything is written beside `root` and moved there at once, so `root` is never half written. The bytes depend on
+    the arguments alone. Sample i of a split goes to shard i mod its number of shards.
 
     Args:
         root: folder to write; may be missing or empty, or hold what an earlier call wrote.
@@ -109,7 +108,8 @@ def read_manifest(root: str | os.PathLike) -> dict | None:
             for shard in split["shards"]:
                 if Path(shard["name"]).name != shard["name"] or type(shard["bytes"]) is not int:
                     raise ValueError(shard["name"])
-        manifest["name"], manifest["parameters"], manifest["num_labels"], manifest["label_names"]  # noqa: B018
+        if not manifest.keys() >= {"name", "parameters", "num_labels", "label_names"}:
+            raise ValueError("a key is missing")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no manifest of shards ({type(error).__name__}): make the data anew") from None
     return manifest

@@ -32,9 +32,9 @@ from grn.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MAX_ENTRY_BYTES = {suffix: 64 * 2**20 for suffix in IMAGE_SUFFIXES} | {
-    suffix: 2**20 for suffix in (*LABEL_SUFFIXES, *CAPTION_SUFFIXES, *METADATA_SUFFIXES)
-}
+MAX_ENTRY_BYTES = dict.fromkeys(IMAGE_SUFFIXES, 64 * 2**20) | dict.fromkeys(
+    (*LABEL_SUFFIXES, *CAPTION_SUFFIXES, *METADATA_SUFFIXES), 2**20
+)
 
 
 class ShardStream(IterableDataset):
@@ -282,8 +282,10 @@ def read_shard(url: str, max_entry_bytes: dict[str, int]) -> Iterator[dict]:
         OSError: the stream cannot be opened or read.
     """
     path = local_path(url)
-    stream = open(path, "rb") if path is not None else wds.gopen(url)
-    with closing(stream), tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, errors="replace") as archive:
+    with (
+        closing(path.open("rb") if path is not None else wds.gopen(url)) as stream,
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, errors="replace") as archive,
+    ):
         for key, entries in groupby(_entries(archive, max_entry_bytes), key=itemgetter(0)):
             raw = {"__key__": key, "__url__": url}
             for _, suffix, data in entries:

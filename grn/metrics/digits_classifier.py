@@ -17,7 +17,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 
 from grn.checkpoints.mapping import load_strict
 from grn.errors import UserError
-from grn.metrics.files import write_atomically
+from grn.files import write_atomically
 from grn.metrics.splits import grey, image_digest
 
 NAME = "digits-classifier"

@@ -19,8 +19,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 import grn.metrics.digits_classifier  # noqa: F401  registers `digits-classifier`
 from grn.errors import UserError
+from grn.files import write_atomically
 from grn.metrics.features import FeatureStatistics, build_extractor, extract, widths
-from grn.metrics.files import write_atomically
 from grn.metrics.ranks import Rows
 from grn.metrics.splits import Split, image_batches, image_digest, labelled_images
 

@@ -1,5 +1,7 @@
 """The patch discriminator and the hinge losses of tokenizer training (DESIGN 1.2)."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ class PatchDiscriminator(nn.Module):
         self.min_size = 3 * 2**layers
         widths = [width * min(2**i, 8) for i in range(layers + 1)]
         blocks = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i, (before, after) in enumerate(zip(widths, widths[1:]), start=1):
+        for i, (before, after) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < layers else 1
             blocks += [
                 nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),  # the norm brings a bias

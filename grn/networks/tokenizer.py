@@ -1,9 +1,9 @@
 """The HBQ tokenizer network (DESIGN 1.2): a causal 3-D convolutional autoencoder, for images and video alike.
 
-Video [B, 3, T, H, W] <-> features [B, z, 1 + k, H/s, W/s], where s is the `stride` and T = 1 + `temporal_stride` * k; an
-image is T = 1. Nothing looks ahead in time, so a clip goes through at once (`encode`, `decode`) or frame by frame
-(`encode_stream`, `decode_stream`) with the same result. In the latter, a `Stream` holds what is carried from one chunk to
-the next; the modules themselves are stateless.
+Video [B, 3, T, H, W] <-> features [B, z, 1 + k, H/s, W/s], where s is the `stride` and T = 1 + `temporal_stride` * k;
+an image is T = 1. Nothing looks ahead in time, so a clip goes through at once (`encode`, `decode`) or frame by frame
+(`encode_stream`, `decode_stream`) with the same result. In the latter, a `Stream` holds what is carried from one chunk
+to the next; the modules themselves are stateless.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -192,7 +192,7 @@ class HBQTokenizer(nn.Module):
 
 
 class Stream:
-    """What one clip, run chunk by chunk, carries from a chunk to the next: the last inputs of each temporal convolution.
+    """What a clip that runs in chunks carries from one to the next: the last inputs of each temporal convolution.
 
     Attributes:
         is_first: whether the chunk that is running opens the clip.
@@ -282,8 +282,8 @@ class EncoderStage(nn.Module):
     """Residual blocks, then a downsampling, around both a shortcut of averages.
 
     Args:
-        factors: of the downsampling; None for the last stage, which has neither a downsampling nor, unless its input and
-            output are equally wide, a shortcut.
+        factors: of the downsampling; None for the last stage, which has neither a downsampling nor, unless its input
+            and output are equally wide, a shortcut.
     """
 
     def __init__(self, width: int, width_out: int, blocks: int, factors: Factors | None, dropout: float):
@@ -403,7 +403,7 @@ class Head(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width and, where `temporal`, all of time but the clip's first frame: 1 + 2k frames -> 1 + k."""
+    """Halves height, width and, where `temporal`, all of time but the clip's first frame: 1 + 2k frames -> 1 + k."""
 
     def __init__(self, width: int, *, temporal: bool):
         super().__init__()
@@ -424,7 +424,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and, where `temporal`, all of time but the clip's first frame: 1 + k frames -> 1 + 2k."""
+    """Doubles height, width and, where `temporal`, all of time but the clip's first frame: 1 + k frames -> 1 + 2k."""
 
     def __init__(self, width: int, *, temporal: bool):
         super().__init__()

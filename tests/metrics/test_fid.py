@@ -55,7 +55,8 @@ def test_equals_torch_fidelity(make_scores, generated, digits, classifier_weight
     for batch in generated.split(50):
         scores.update(batch, None)
     ours = scores.compute()
-    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    # 7e-7 apart here: torch-fidelity takes the mean of the features in float32, whose rounding is the machine's.
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=5e-6)
     assert ours["isc_mean"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert ours["isc_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-6)
     assert ours["fid"] > 10  # else the agreement would say little

@@ -54,12 +54,12 @@ def build(weights, data):
 
 
 def score(scores, images, labels, real):
-    for one in scores.values():
-        for some, asked in zip(images.split(16), labels.split(16)):
-            one.update(some, asked)
     reconstruction = ReconstructionScores()
-    if len(images):
-        reconstruction.update(real, images)
+    for start in range(0, len(images), 16):
+        batch = slice(start, start + 16)
+        for one in scores.values():
+            one.update(images[batch], labels[batch])
+        reconstruction.update(real[batch], images[batch])
     values = {name: one.compute() for name, one in scores.items()}
     nearest = scores["nearest"]
     rows = {"distances": nearest.distances().tolist(), "neighbours": nearest.neighbours().tolist()}
@@ -83,12 +83,8 @@ def run_rank(rank, ranks, folder, weights, data, images, labels, real):
 
 
 def flat(results):
-    return {
-        f"{score}.{name}": value
-        for score, values in results.items()
-        for name, value in values.items()
-        if score != "rows"
-    }
+    numbers = {group: values for group, values in results.items() if group != "rows"}
+    return {f"{group}.{name}": value for group, values in numbers.items() for name, value in values.items()}
 
 
 @pytest.mark.slow

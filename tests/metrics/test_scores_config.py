@@ -36,6 +36,12 @@ def test_digits(load, splits, digits, tmp_path):
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".npz", ".safetensors"}
 
 
+def test_digits_reconstruction_is_against_the_heldout_images(load, splits, digits, classifier_weights):
+    score = load("digits_reconstruction")["fid"](**splits, device="cpu", cache_dir=classifier_weights.parent)
+    score.update(digits["heldout"][0])
+    assert score.compute() == {"fid": pytest.approx(0, abs=1e-3)}
+
+
 def test_imagenet_reads_its_statistics(load, splits, tmp_path, monkeypatch):
     """Without Inception's weights at hand: the network as torch-fidelity builds it, with random ones."""
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})

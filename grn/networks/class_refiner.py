@@ -1,0 +1,240 @@
+"""The class-conditional refiner (DESIGN 1.4): a transformer that sees a corrupted token map, t and a class label."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grn.errors import UserError
+from grn.networks.rotary import rotary_2d, rotate
+
+EPS = 1e-6
+TIME_FREQUENCIES = 128
+
+
+class ClassRefiner(nn.Module):
+    """Predicts every true token of a corrupted map.
+
+    Args:
+        channels: D, tokens a position.
+        classes: values a token can take.
+        num_labels: class labels; label `num_labels` is the null class.
+        size: positions a side.
+        depth, width, heads: of the transformer.
+        bottleneck: width of the first linear map on the one-hot tokens.
+        context_start: the block before which the in-context tokens are prepended.
+        context_tokens: how many; 0 for none.
+        mlp_ratio: the SwiGLU's hidden width is int(mlp_ratio * width * 2/3).
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        classes: int,
+        num_labels: int,
+        size: int,
+        depth: int,
+        width: int,
+        heads: int,
+        bottleneck: int,
+        context_start: int,
+        context_tokens: int = 32,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        if width % (4 * heads):
+            raise UserError(f"model.width={width} must be a multiple of 4 * model.heads={heads} (2-D rotary positions)")
+        if context_tokens and not 0 <= context_start < depth:
+            raise UserError(
+                f"model.context_start={context_start} must be a block, 0..{depth - 1} (model.depth={depth}); "
+                "model.context_tokens=0 leaves the context tokens out"
+            )
+        self.channels, self.classes, self.num_labels, self.size = channels, classes, num_labels, size
+        self.width, self.head_dim = width, width // heads
+        self.context_start, self.context_tokens = context_start, context_tokens
+
+        self.token_embedding = TokenEmbedding(channels, classes, bottleneck, width)
+        self.time_embedding = TimeEmbedding(width)
+        self.label_embedding = nn.Embedding(num_labels + 1, width)
+        self.context_position = nn.Parameter(torch.empty(context_tokens, width))
+        self.blocks = nn.ModuleList(Block(width, heads, int(mlp_ratio * width * 2 / 3)) for _ in range(depth))
+        self.head = Head(width, classes * channels)
+        for name, table in self._tables().items():
+            self.register_buffer(name, table, persistent=False)
+        self.init_weights()
+
+    def forward(self, tokens: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Logits of the true tokens.
+
+        Args:
+            tokens: int64 [B, D, 1, size, size] in 0..classes-1.
+            t: float [B], the signal ratio.
+            labels: int64 [B] in 0..num_labels.
+
+        Returns:
+            float32 [B, classes, D, 1, size, size].
+        """
+        batch, _, frames, height, width = tokens.shape
+        if tokens.shape[1:] != (self.channels, 1, self.size, self.size):
+            raise ValueError(
+                f"tokens must be [B, {self.channels}, 1, {self.size}, {self.size}], got {list(tokens.shape)}"
+            )
+        label = self.label_embedding(labels)
+        condition = F.silu(self.time_embedding(t) + label)
+        x = self.token_embedding(tokens) + self.position
+        rotation = self.cos, self.sin
+        for i, block in enumerate(self.blocks):
+            if i == self.context_start and self.context_tokens:
+                context = label[:, None] + self.context_position
+                x = torch.cat([context.to(x.dtype), x], dim=1)
+                rotation = self.context_cos, self.context_sin
+            x = block(x, condition, *rotation)
+        logits = self.head(x[:, -height * width :], condition)
+        return logits.view(batch, frames, height, width, self.classes, self.channels).permute(0, 4, 5, 1, 2, 3).float()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """(Re)initialises parameters and tables, also after `to_empty` on a module that was made on the meta device."""
+        for name, table in self._tables().items():
+            getattr(self, name).copy_(table)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        nn.init.normal_(self.context_position, std=0.02)
+        for layer in (self.time_embedding.first, self.time_embedding.second):
+            nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-zero: every block starts as the identity, the head at zero logits.
+        for module in (*self.blocks, self.head):
+            nn.init.zeros_(module.modulation.weight)
+            nn.init.zeros_(module.modulation.bias)
+        nn.init.zeros_(self.head.out.weight)
+        nn.init.zeros_(self.head.out.bias)
+
+    def _tables(self) -> dict[str, Tensor]:
+        """Fixed position tables; the context tokens are not rotated (cos 1, sin 0)."""
+        with torch.device("cpu"):  # real numbers also where the module is being made on the meta device
+            cos, sin = rotary_2d(self.size, self.size, self.head_dim)
+            still = torch.ones(self.context_tokens, cos.shape[1])
+            tables = {
+                "position": sincos_position(self.size, self.width),
+                "cos": cos,
+                "sin": sin,
+                "context_cos": torch.cat([still, cos]),
+                "context_sin": torch.cat([torch.zeros_like(still), sin]),
+            }
+        device = self.context_position.device
+        return tables if device.type == "meta" and hasattr(self, "cos") else {k: v.to(device) for k, v in tables.items()}
+
+
+class TokenEmbedding(nn.Module):
+    """One-hot tokens (class-major channels) -> bottleneck (no bias) -> width; int64 [B, D, T, H, W] -> [B, THW, width]."""
+
+    def __init__(self, channels: int, classes: int, bottleneck: int, width: int):
+        super().__init__()
+        self.channels = channels
+        self.squeeze = nn.Linear(classes * channels, bottleneck, bias=False)
+        self.expand = nn.Linear(bottleneck, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # A sum of rows of the first matrix would need no one-hots, yet forward and backward of embedding_bag took 2 to 9
+        # times the time of this product (CPU, D*classes = 64..256): its gradient scatters row by row.
+        channel = torch.arange(self.channels, device=tokens.device)
+        index = tokens.flatten(2).transpose(1, 2) * self.channels + channel
+        weight = self.squeeze.weight
+        hot = torch.zeros(*index.shape[:2], weight.shape[1], dtype=weight.dtype, device=tokens.device)
+        return self.expand(self.squeeze(hot.scatter_(2, index, 1.0)))
+
+
+class TimeEmbedding(nn.Module):
+    """t float [B] -> [B, width]: 256 sinusoids of the raw t, cosines first, base 1e4, then a two-layer SiLU MLP."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first = nn.Linear(2 * TIME_FREQUENCIES, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        steps = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device) / TIME_FREQUENCIES
+        angles = t[:, None].float() * torch.exp(-math.log(1e4) * steps)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(sinusoids)))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each behind RMSNorm and adaLN-zero (shift, scale, gate)."""
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=EPS)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.RMSNorm(width, eps=EPS)
+        self.mlp = SwiGLU(width, hidden)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class Attention(nn.Module):
+    """Self-attention with per-head RMSNorm on queries and keys, and rotary positions."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=EPS)
+        self.k_norm = nn.RMSNorm(width // heads, eps=EPS)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_and_value = nn.Linear(width, 2 * hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class Head(nn.Module):
+    """adaLN (shift, scale) RMSNorm and the linear map to class-major logits."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=EPS)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, out)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.out(self.norm(x) * (1 + scale) + shift)
+
+
+def sincos_position(size: int, width: int) -> Tensor:
+    """Fixed 2-D positions float32 [size*size, width]: the first half tells the column, the second the row; in each half
+    sines before cosines, base 1e4."""
+    frequencies = 1e4 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(size, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns, rows = line.repeat(size, 1), line.repeat_interleave(size, dim=0)
+    return torch.cat([columns, rows], dim=1).float()

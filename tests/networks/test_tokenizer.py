@@ -1,0 +1,300 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from grn import hbq
+from grn.checkpoints.mapping import load_strict, rename
+from grn.checkpoints.official_tokenizer import TOKENIZER_RULES
+from grn.errors import UserError
+from grn.networks.tokenizer import CausalConv3d, EncoderStage, FrameAttention, HBQTokenizer, RMSNorm
+
+CLIPS = [1, 5, 9, 17]
+
+
+def tiny(**sizes):
+    torch.manual_seed(0)
+    defaults = {"latent_channels": 3, "dim": 8, "decoder_dim": 8, "multipliers": (1, 2, 2), "temporal": (False, True)}
+    return HBQTokenizer(**defaults | {"blocks_per_stage": 1} | sizes)
+
+
+@pytest.fixture(scope="module")
+def reference(golden, golden_meta):
+    """The golden file, and a tokenizer with its weights."""
+    tensors, sizes = golden("tokenizer"), golden_meta["tokenizer"]
+    network = HBQTokenizer(
+        latent_channels=sizes["latent_channels"],
+        dim=sizes["dim"],
+        decoder_dim=sizes["dec_dim"],
+        multipliers=sizes["dim_mult"],
+        blocks_per_stage=sizes["num_res_blocks"],
+        temporal=sizes["temperal_downsample"],
+    )
+    state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
+    load_strict(network, rename(state, TOKENIZER_RULES), source="tests/golden/tokenizer.safetensors")
+    return tensors, network.eval()
+
+
+@pytest.mark.parametrize("frames", CLIPS)
+@torch.no_grad()
+def test_encode_equals_reference(reference, frames):
+    tensors, network = reference
+    features = network.encode(tensors[f"T{frames}.video"])
+    torch.testing.assert_close(features, tensors[f"T{frames}.features"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("frames", CLIPS)
+@torch.no_grad()
+def test_decode_equals_reference(reference, frames):
+    tensors, network = reference
+    video = network.decode(tensors[f"T{frames}.features"])
+    torch.testing.assert_close(video, tensors[f"T{frames}.decoded"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("frames", CLIPS)
+def test_streaming_equals_reference(reference, frames):
+    tensors, network = reference
+    video, features = tensors[f"T{frames}.video"], tensors[f"T{frames}.features"]
+    encoded = list(network.encode_stream(video.unbind(2)))
+    torch.testing.assert_close(torch.stack(encoded, dim=2), features, atol=1e-4, rtol=0)
+    decoded = list(network.decode_stream(features.unbind(2)))
+    torch.testing.assert_close(torch.stack(decoded, dim=2), tensors[f"T{frames}.decoded"], atol=1e-4, rtol=0)
+
+
+def test_streaming_yields_as_soon_as_it_can():
+    network, pulled = tiny().eval(), []
+
+    def frames():
+        for i in range(5):
+            pulled.append(i)
+            yield torch.zeros(1, 3, 8, 8)
+
+    assert [len(pulled) for _ in network.decode_stream(network.encode_stream(frames()))] == [1, 3, 3, 5, 5]
+
+
+@pytest.mark.parametrize("temporal", [(False, False), (True, False), (False, True), (True, True)])
+@torch.no_grad()
+def test_whole_clip_and_stream_agree_for_any_temporal_stride(temporal):
+    network = tiny(temporal=temporal).eval()
+    video = torch.rand(1, 3, 1 + 3 * network.temporal_stride, 8, 16) * 2 - 1
+    features = network.encode(video)
+    assert features.shape == (1, 3, 4, 1, 2)
+    streamed = torch.stack(list(network.encode_stream(video.unbind(2))), dim=2)
+    torch.testing.assert_close(streamed, features, atol=1e-5, rtol=0)
+    decoded = network.decode(features)
+    assert decoded.shape == video.shape
+    streamed = torch.stack(list(network.decode_stream(features.unbind(2))), dim=2)
+    torch.testing.assert_close(streamed, decoded, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "temporal", "stride", "temporal_stride"),
+    [((1, 2), (False,), 4, 1), ((1, 2), [True], 4, 2), ((1, 2, 4, 4), (False, True, True), 16, 4)],
+)
+@torch.no_grad()
+def test_strides(multipliers, temporal, stride, temporal_stride):
+    network = tiny(multipliers=multipliers, temporal=temporal)
+    assert (network.stride, network.temporal_stride) == (stride, temporal_stride)
+    video = torch.rand(2, 3, 1 + temporal_stride, stride, 2 * stride) * 2 - 1
+    reconstruction, features = network(video)
+    assert reconstruction.shape == video.shape
+    assert features.shape == (2, 3, 2, 1, 2)
+    assert features.abs().max() <= 1
+
+
+@torch.no_grad()
+def test_the_past_does_not_see_the_future(reference):
+    tensors, network = reference
+    video = tensors["T9.video"]
+    changed = video.clone()
+    changed[:, :, 5:] = changed[:, :, 5:].flip(0) + 0.1
+    before, after = network.encode(video), network.encode(changed)
+    torch.testing.assert_close(after[:, :, :2], before[:, :, :2], atol=1e-6, rtol=0)
+    assert (after[:, :, 2] - before[:, :, 2]).abs().max() > 1e-3
+    features = before.clone()
+    features[:, :, 2] = -features[:, :, 2]
+    past, changed = network.decode(before), network.decode(features)
+    torch.testing.assert_close(changed[:, :, :5], past[:, :, :5], atol=1e-6, rtol=0)
+    assert (changed[:, :, 5:] - past[:, :, 5:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kernel", [1, 3, (3, 1, 1)])
+def test_one_frame_is_the_3d_convolution_of_a_padded_clip(kernel):
+    torch.manual_seed(0)
+    conv = CausalConv3d(4, 6, kernel)
+    x = torch.randn(2, 4, 1, 5, 7, requires_grad=True)
+    context = conv.kernel_size[0] - 1
+    padded = F.pad(x, (0, 0, 0, 0, context, 0))
+    in_3d = F.conv3d(padded, conv.weight, conv.bias, padding=conv.padding)
+    torch.testing.assert_close(conv(x), in_3d)
+    gradients = [torch.autograd.grad(out.square().sum(), (x, conv.weight)) for out in (conv(x), in_3d)]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_pass_through_the_quantizer():
+    network = tiny()
+    torch.nn.init.normal_(
+        network.encoder.middle.attention.out.weight, std=0.1
+    )  # zero at first: nothing behind it learns
+    torch.nn.init.normal_(network.decoder.middle.attention.out.weight, std=0.1)
+    video = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    reconstruction, features = network(video)
+    torch.testing.assert_close(reconstruction, network.decode(hbq.quantize(features.detach(), network.rounds)))
+    reconstruction.square().mean().backward()
+    unused = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert unused == []
+
+
+@pytest.mark.parametrize("labeling", ["ind", "bit"])
+@torch.no_grad()
+def test_tokens_stand_for_the_quantized_features(labeling):
+    network = tiny(rounds=3).eval()
+    video = torch.rand(2, 3, 3, 8, 16) * 2 - 1
+    tokens = network.tokenize(video, labeling)
+    channels, classes = hbq.num_tokens(network.latent_channels, network.rounds, labeling)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (2, channels, 2, 1, 2)
+    assert 0 <= tokens.min() <= tokens.max() < classes
+    torch.testing.assert_close(network.detokenize(tokens, labeling), network(video)[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "complaint"),
+    [
+        ((1, 3, 1, 30, 32), "height 30 .* stride 8; the nearest is 32"),
+        ((1, 3, 1, 32, 33), "width 33 .* the nearest is 32"),
+        ((1, 3, 1, 3, 32), "height 3 .* the nearest is 8"),
+        ((1, 3, 4, 8, 8), r"4 frames are not 1 \+ 2\*k.* the nearest is 5"),
+        ((1, 3, 0, 8, 8), "0 frames .* the nearest is 1"),
+        ((1, 1, 1, 8, 8), r"video must be \[B, 3, T, H, W\]"),
+        ((1, 3, 8, 8), r"an image is T = 1"),
+    ],
+)
+def test_bad_sizes_name_the_nearest_good_one(shape, complaint):
+    with pytest.raises(UserError, match=complaint) as error:
+        tiny().encode(torch.zeros(shape))
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 100), frames=st.integers(1, 100))
+def test_the_size_proposed_is_valid_and_no_other_is_nearer(size, frames):
+    network = tiny(multipliers=(1, 1, 1, 1), temporal=(False, True, True), dim=1, decoder_dim=1)
+    for value, check, step, offset in (
+        (size, lambda n: network._check_video((1, 3, 1, n, 16)), 16, 0),
+        (frames, network._check_frames, 4, 1),
+    ):
+        try:
+            check(value)
+            assert (value - offset) % step == 0
+        except UserError as error:
+            proposed = int(str(error).split()[-1])
+            check(proposed)
+            assert abs(proposed - value) <= step // 2 or proposed == step + offset * (1 - step)
+
+
+def test_streams_complain_too():
+    network = tiny(temporal=(True, True)).eval()
+    with pytest.raises(UserError, match=r"4 frames are not 1 \+ 4\*k"):
+        list(network.encode_stream(torch.zeros(4, 1, 3, 8, 8)))
+    with pytest.raises(UserError, match="height 9"):
+        list(network.encode_stream(torch.zeros(1, 1, 3, 9, 8)))
+
+
+def test_decoding_another_number_of_channels():
+    with pytest.raises(UserError, match=r"features must be \[B, 3, T, H, W\], got \[1, 12, 1, 2, 2\]"):
+        tiny().decode(torch.zeros(1, 12, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "complaint"),
+    [
+        ({"multipliers": (1,), "temporal": ()}, "two stages or more"),
+        ({"temporal": (False, True, True)}, "one entry less"),
+        ({"multipliers": (1, 0, 1)}, "multipliers .* positive, got 0"),
+        ({"multipliers": ()}, "multipliers .* positive"),
+        ({"multipliers": (1, 3, 3)}, "from 8 to 8|from 8 to 24 channels"),
+        ({"multipliers": (5, 1, 1), "temporal": (False, False)}, "decoder stage cannot go from 8 to 40|from 8 to 40"),
+        ({"rounds": 9}, r"rounds .* 1\.\.8, got 9"),
+        ({"dim": 0}, "dim .* positive"),
+        ({"latent_channels": 0}, "latent_channels .* positive"),
+        ({"blocks_per_stage": 0}, "blocks_per_stage .* positive"),
+        ({"dropout": 1.0}, r"dropout .* \[0, 1\)"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        tiny(**sizes)
+
+
+def test_full_size_on_the_meta_device():
+    with torch.device("meta"):
+        network = HBQTokenizer()
+        reconstruction, features = network(torch.empty(1, 3, 5, 256, 256))
+    assert sum(p.numel() for p in network.parameters()) == 702_687_612
+    assert sum(p.numel() for p in network.encoder.parameters()) == 148_522_848
+    assert features.shape == (1, 16, 2, 16, 16)
+    assert reconstruction.shape == (1, 3, 5, 256, 256)
+    with torch.device("meta"):
+        joint = HBQTokenizer(latent_channels=64)
+    assert sum(p.numel() for p in joint.parameters()) == 705_693_036
+
+
+def test_bfloat16_autocast_keeps_features_in_float32(reference):
+    tensors, network = reference
+    video = tensors["T5.video"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        reconstruction, features = network(video)
+    assert (features.dtype, reconstruction.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(features, tensors["T5.features"], atol=0.05, rtol=0)
+
+
+@torch.no_grad()
+def test_bfloat16_weights():
+    network = tiny().to(torch.bfloat16)
+    reconstruction, features = network(torch.rand(1, 3, 3, 8, 8) * 2 - 1)
+    assert (features.dtype, reconstruction.dtype) == (torch.float32, torch.bfloat16)
+    assert reconstruction.isfinite().all()
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_traces_into_one_graph(frames):
+    network = tiny().eval()
+    video = torch.rand(1, 3, frames, 8, 8) * 2 - 1
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(video), network(video))
+
+
+def test_rms_norm_computes_in_float32():
+    norm = RMSNorm(64)
+    torch.nn.init.uniform_(norm.gamma, 0.5, 1.5)
+    x = torch.randn(2, 64, 3, 4, 4) * 1e3
+    expected = x / x.square().mean(dim=1, keepdim=True).sqrt() * norm.gamma.view(-1, 1, 1, 1)
+    torch.testing.assert_close(norm(x), expected)
+    x = x.bfloat16()
+    assert norm(x).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x), norm(x.float()).bfloat16(), atol=0, rtol=0)
+    assert not norm(torch.zeros(1, 64, 2, 2)).any()
+
+
+def test_attention_starts_as_identity_and_stays_within_a_frame():
+    torch.manual_seed(0)
+    attention = FrameAttention(8)
+    x = torch.randn(2, 8, 3, 4, 4)
+    assert torch.equal(attention(x), x)
+    torch.nn.init.normal_(attention.out.weight)
+    changed = x.clone()
+    changed[:, :, 1, 0, 0] += 1
+    moved = (attention(changed) - attention(x)).abs().amax(dim=(0, 1, 3, 4))
+    assert moved[1] > 0
+    assert moved[0] == moved[2] == 0
+
+
+@pytest.mark.parametrize(("width", "has_shortcut"), [(8, True), (4, False)])
+def test_last_encoder_stage_adds_its_input_where_widths_agree(width, has_shortcut):
+    stage = EncoderStage(width, 8, 1, None, 0.0)
+    block = stage.blocks[0]
+    x = torch.randn(1, width, 1, 4, 4)
+    torch.testing.assert_close(stage(x), block(x) + x if has_shortcut else block(x))
