@@ -6,7 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.parse import urlparse
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
@@ -28,13 +30,20 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], 
 
     def decorate(task: Callable[[DictConfig], object]) -> Callable[[], None]:
         @functools.wraps(task)
+        def explained(*arguments: object) -> object:
+            try:
+                return task(*arguments)
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                sys.exit(f"error: {explain(error)}")  # here already: Hydra would print a line of its own first
+
+        @functools.wraps(task)
         def main() -> None:
             # Hydra then raises instead of printing its own page of advice and exiting.
             os.environ["HYDRA_FULL_ERROR"] = "1"
-            command = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(task)
+            command = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(explained)
             try:
                 command()
-            except (UserError, HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException) as error:
                 sys.exit(f"error: {explain(error)}")
 
         return main
@@ -77,12 +86,16 @@ def _steps(epochs: float, samples: int, batch_size: int) -> int:
 
 
 def _wandb_offline() -> bool:
-    """True unless somebody is logged in (an API key in the environment or in ~/.netrc) or WANDB_MODE says otherwise."""
+    """True unless somebody is logged in (an API key in the environment or in netrc) or WANDB_MODE says otherwise."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode != "online"
-    import wandb
-
-    return wandb.Api is None or wandb.api.api_key is None
+    if os.environ.get("WANDB_API_KEY"):
+        return False
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is None
+    except (OSError, NetrcParseError):
+        return True
 
 
 def _run_folder(ckpt: str) -> str:

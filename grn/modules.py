@@ -56,7 +56,8 @@ def build_sampler(config: DictConfig | dict, fallback: DictConfig | dict | None 
     chosen = _filled(chosen, trained)
     if schedule:
         chosen["schedule"] = instantiate(_filled(schedule))
-    return instantiate(_filled(chosen) | {"_target_": "grn.sampler.Sampler"})
+    chosen.pop("_target_", None)
+    return Sampler(**_filled(chosen))
 
 
 def _filled(values: dict[str, Any], fallback: dict[str, Any] | None = None) -> dict[str, Any]:

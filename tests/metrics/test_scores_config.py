@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from torch_fidelity import feature_extractor_inceptionv3 as module
 
 from grn.errors import UserError
+from grn.metrics import digits_classifier
 
 CONF = Path(__file__).parents[2] / "conf" / "scores"
 
@@ -20,8 +21,9 @@ def load(tmp_path):
     return load
 
 
-def test_digits(load, splits, digits, tmp_path):
+def test_digits(load, splits, digits, tmp_path, monkeypatch):
     """Every score of the config takes the same keywords, trains what it needs, and gives numbers of its own name."""
+    monkeypatch.setattr(digits_classifier, "EPOCHS", 1)  # how well it reads is another test's matter
     keywords = {**splits, "device": "cpu", "cache_dir": tmp_path / "cache"}
     scores = {name: make(**keywords) for name, make in load("digits").items()}
     assert set(scores) == {"fid", "judge", "nearest"}

@@ -215,8 +215,8 @@ def test_decoding_another_number_of_channels():
         ({"temporal": (False, True, True)}, "one entry less"),
         ({"multipliers": (1, 0, 1)}, "multipliers .* positive, got 0"),
         ({"multipliers": ()}, "multipliers .* positive"),
-        ({"multipliers": (1, 3, 3)}, "from 8 to 8|from 8 to 24 channels"),
-        ({"multipliers": (5, 1, 1), "temporal": (False, False)}, "decoder stage cannot go from 8 to 40|from 8 to 40"),
+        ({"multipliers": (1, 3, 3)}, "encoder stage cannot go from 8 to 24 channels"),
+        ({"multipliers": (1, 1, 8), "temporal": (False, False)}, "decoder stage cannot go from 64 to 8 channels"),
         ({"rounds": 9}, r"rounds .* 1\.\.8, got 9"),
         ({"dim": 0}, "dim .* positive"),
         ({"latent_channels": 0}, "latent_channels .* positive"),
@@ -261,8 +261,8 @@ def test_bfloat16_weights():
 
 @pytest.mark.parametrize("frames", [1, 3])
 def test_traces_into_one_graph(frames):
-    network = tiny().eval()
-    video = torch.rand(1, 3, frames, 8, 8) * 2 - 1
+    network = tiny(multipliers=(1, 2), temporal=(True,)).eval()
+    video = torch.rand(1, 3, frames, 4, 4) * 2 - 1
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(video), network(video))
 

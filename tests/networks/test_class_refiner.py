@@ -1,0 +1,167 @@
+import pytest
+import torch
+from torch import nn
+
+from grn.checkpoints.mapping import load_strict, rename
+from grn.checkpoints.official_class_refiner import CLASS_REFINER_RULES
+from grn.errors import UserError
+from grn.networks.class_refiner import ClassRefiner
+
+SMALL = {
+    "channels": 3,
+    "classes": 4,
+    "num_labels": 5,
+    "size": 4,
+    "depth": 3,
+    "width": 32,
+    "heads": 2,
+    "bottleneck": 8,
+    "context_start": 1,
+    "context_tokens": 2,
+}
+IMAGENET = {"channels": 16, "classes": 16, "num_labels": 1000, "size": 16, "context_tokens": 32}
+SIZES = {
+    "B": {"depth": 12, "width": 768, "heads": 12, "bottleneck": 128, "context_start": 4},
+    "L": {"depth": 24, "width": 1024, "heads": 16, "bottleneck": 128, "context_start": 8},
+    "H": {"depth": 32, "width": 1280, "heads": 16, "bottleneck": 256, "context_start": 10},
+    "G": {"depth": 40, "width": 1664, "heads": 16, "bottleneck": 256, "context_start": 10},
+}
+
+
+def shaken(**changes):
+    """A small network whose parameters are all away from their zeros."""
+    torch.manual_seed(0)
+    network = ClassRefiner(**SMALL | changes)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def inputs(batch=3):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(4, (batch, 3, 1, 4, 4), generator=generator)
+    return tokens, torch.linspace(0.1, 0.9, batch), torch.arange(batch) % 6
+
+
+@pytest.mark.parametrize("name", ["c2i_ind", "c2i_bit"])
+def test_golden(name, golden, golden_meta):
+    tensors, meta = golden(name), golden_meta[name]
+    network = ClassRefiner(
+        channels=meta["in_channels"] // meta["classes"],
+        classes=meta["classes"],
+        num_labels=meta["num_classes"],
+        size=meta["input_size"],
+        depth=meta["depth"],
+        width=meta["hidden_size"],
+        heads=meta["num_heads"],
+        bottleneck=meta["bottleneck_dim"],
+        context_start=meta["in_context_start"],
+        context_tokens=meta["in_context_len"],
+        mlp_ratio=meta["mlp_ratio"],
+    )
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    torch.testing.assert_close(network.position, state["pos_embed"][0], atol=1e-6, rtol=0)
+    load_strict(network, rename(state, CLASS_REFINER_RULES), source=name)
+    logits = network(tensors["tokens"].unsqueeze(2), tensors["t"], tensors["labels"])
+    assert logits.shape == (3, meta["classes"], tensors["tokens"].shape[1], 1, 8, 8)
+    torch.testing.assert_close(logits.squeeze(3), tensors["logits"], atol=1e-5, rtol=0)
+
+
+def count(depth, width, bottleneck, heads, channels=16, classes=16, **_):
+    """Parameters by DESIGN 1.4, matrix by matrix."""
+    hidden, head = int(4 * width * 2 / 3), width // heads
+    block = 2 * width + 2 * head  # RMSNorms
+    block += width * 3 * width + 3 * width + width * width + width  # attention
+    block += width * 2 * hidden + 2 * hidden + hidden * width + width  # SwiGLU
+    block += width * 6 * width + 6 * width  # adaLN
+    embeddings = channels * classes * bottleneck + bottleneck * width + width + 1001 * width + 32 * width
+    time = 256 * width + width + width * width + width
+    out = width + width * 2 * width + 2 * width + width * channels * classes + channels * classes
+    return depth * block + embeddings + time + out
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "parameters"),
+    [
+        ("B", {}, 130_664_448),
+        ("L", {}, 458_287_328),
+        ("H", {}, 951_727_424),
+        ("G", {}, 2_006_146_448),
+        ("B", {"channels": 64, "classes": 2}, 130_549_632),
+    ],
+)
+def test_parameter_counts_of_the_reference_sizes(size, changes, parameters):
+    with torch.device("meta"):
+        network = ClassRefiner(**IMAGENET | SIZES[size] | changes)
+    assert sum(p.numel() for p in network.parameters()) == parameters == count(**SIZES[size], **changes)
+
+
+def test_a_new_network_knows_nothing():
+    logits = ClassRefiner(**SMALL)(*inputs())
+    assert logits.dtype == torch.float32
+    assert (logits == 0).all()
+
+
+def test_every_input_matters():
+    network = shaken()
+    tokens, t, labels = inputs()
+    base = network(tokens, t, labels)
+    other = tokens.clone()
+    other[:, 0, 0, 0, 0] = (other[:, 0, 0, 0, 0] + 1) % 4
+    assert not torch.allclose(base, network(other, t, labels))
+    assert not torch.allclose(base, network(tokens, t + 0.05, labels))
+    assert not torch.allclose(base, network(tokens, t, torch.full_like(labels, 5)))
+    for row in range(3):  # and rows do not see each other
+        alone = network(tokens[row : row + 1], t[row : row + 1], labels[row : row + 1])
+        torch.testing.assert_close(alone, base[row : row + 1], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_every_parameter():
+    network = shaken()
+    network(*inputs(6)).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_without_context_tokens():
+    logits = shaken(context_tokens=0)(*inputs())
+    assert logits.shape == (3, 4, 3, 1, 4, 4)
+
+
+def test_bfloat16_autocast_is_close():
+    network = shaken()
+    exact = network(*inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(*inputs())
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() / exact.norm() < 1e-2
+
+
+def test_meta_construction_then_init_is_a_normal_construction():
+    with torch.device("meta"):
+        network = ClassRefiner(**SMALL)
+    network = network.to_empty(device="cpu")
+    torch.manual_seed(0)
+    network.init_weights()
+    torch.manual_seed(0)
+    expected = ClassRefiner(**SMALL)
+    expected.init_weights()
+    for (name, a), (_, b) in zip(network.named_buffers(), expected.named_buffers()):
+        assert torch.equal(a, b), name
+    for name, parameter in network.named_parameters():
+        assert parameter.isfinite().all(), name
+    assert (network(*inputs()) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"width": 36}, "model.width"), ({"context_start": 3}, "model.context_start")]
+)
+def test_sizes_that_do_not_fit_name_their_key(changes, key):
+    with pytest.raises(UserError, match=key):
+        ClassRefiner(**SMALL | changes)
+
+
+def test_tokens_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"tokens must be \[B, 3, 1, 4, 4\]"):
+        ClassRefiner(**SMALL)(torch.zeros(1, 3, 1, 5, 4, dtype=torch.long), torch.zeros(1), torch.zeros(1).long())

@@ -1,0 +1,250 @@
+"""The public commands, as a user runs them: subprocesses, real shards, a temporary folder; and what they leave."""
+
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+TOKENIZER = "+experiment=digits_tokenizer model.dim=8 model.decoder_dim=8 trainer.max_steps=12 trainer.val_check_interval=6"
+TOKENIZER += " trainer.log_every_n_steps=3 training.warmup_steps=2 data.batch_size=20"
+REFINER = "+experiment=digits_c2i model.depth=2 model.width=32 model.heads=2 model.bottleneck=16 model.context_start=1"
+REFINER += " trainer.max_steps=12 trainer.val_check_interval=6 trainer.log_every_n_steps=3 training.warmup_steps=2"
+REFINER += " callbacks.last.every_n_train_steps=3 callbacks.scores.num=20 callbacks.grid.num=10 data.batch_size=20"
+
+NAN = " training.learning_rate=1e30 training.gradient_clip=null training.warmup_steps=0"
+
+
+def grn(workspace, verb, arguments, *, background=False):
+    environment = os.environ | {
+        "GRN_DATA": str(workspace / "data"),
+        "GRN_RUNS": str(workspace / "runs"),
+        "WANDB_MODE": "offline",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [sys.executable, "-m", f"grn.{verb}", *arguments.split()]
+    if background:
+        return subprocess.Popen(command, env=environment, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.run(command, env=environment, cwd=workspace, capture_output=True, text=True, timeout=300)
+
+
+def succeed(workspace, verb, arguments):
+    done = grn(workspace, verb, arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def mistaken(workspace, monkeypatch, verb, arguments):
+    """Runs a command, in this process, that must end with one clear line on stderr; returns that line."""
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("GRN_DATA", str(workspace / "data"))
+    monkeypatch.setenv("GRN_RUNS", str(workspace / "runs"))
+    monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *arguments.split()])
+    with pytest.raises(SystemExit) as exit:  # noqa: PT012
+        importlib.import_module(f"grn.{verb}").main()
+    line = exit.value.code
+    assert isinstance(line, str)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Prepared digits, a briefly trained tokenizer and refiner."""
+    folder = tmp_path_factory.mktemp("grn")
+    succeed(folder, "prepare", "data=digits")
+    succeed(folder, "train", TOKENIZER)
+    succeed(folder, "train", REFINER)
+    return folder
+
+
+def test_run_folder_holds_everything(workspace):
+    run = workspace / "runs" / "digits_c2i"
+    assert "name: digits_c2i" in (run / "config.yaml").read_text()
+    assert "${" not in (run / "config.yaml").read_text()
+    assert "+experiment=digits_c2i" in (run / "command.txt").read_text()
+    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    pictures = {path.name for path in (run / "pictures").iterdir()}
+    assert pictures == {"samples-step0000006.png", "samples-step0000012.png", "refinement.gif"}
+    assert not list(run.rglob("*.partial*"))
+
+
+def test_curves_are_in_the_csv(workspace):
+    (path,) = (workspace / "runs" / "digits_c2i" / "csv").rglob("metrics.csv")
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    seen = {key for row in rows for key, value in row.items() if value}
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "train/accuracy/mean"} <= seen
+    assert {"val/loss", "val/accuracy", "eval/fid", "eval/judge_accuracy", "eval/steps_mean", "data/skipped"} <= seen
+    assert any(key.startswith("train/accuracy/t_0.") for key in seen)
+
+
+def test_curves_and_pictures_are_in_the_offline_wandb_run(workspace):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = (workspace / "runs" / "digits_c2i" / "wandb").glob("offline-run-*/run-*.wandb")
+    store, keys, config = DataStore(), set(), set()
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        keys |= {"/".join(item.nested_key) or item.key for item in record.history.item}
+        config |= {item.key for item in record.run.config.update} | {item.key for item in record.config.update}
+    assert {"train/loss", "val/loss", "eval/fid", "sample/grid", "sample/film"} <= keys
+    assert {"model", "training", "data"} <= config
+
+
+def test_checkpoint_is_self_contained(workspace, tmp_path):
+    """It samples from a folder of its own, without the tokenizer's run."""
+    ckpt = tmp_path / "alone.ckpt"
+    ckpt.write_bytes((workspace / "runs/digits_c2i/checkpoints/best.ckpt").read_bytes())
+    succeed(tmp_path, "sample", f"ckpt={ckpt} labels=[3,7] num=6 sampler=entropy out={tmp_path}/out images=true")
+    report = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert report["labels"] == [3, 7, 3, 7, 3, 7]
+    assert len(report["steps"]) == len(report["entropy"]) == 6
+    assert all(12 <= steps <= 30 for steps in report["steps"])  # the checkpoint's own calibration
+    assert Image.open(tmp_path / "out" / "samples.png").format == "PNG"
+    assert Image.open(tmp_path / "out" / "refinement.gif").n_frames == max(report["steps"])
+    assert Image.open(tmp_path / "out" / "images" / "00001-7.png").size == (32, 32)
+
+
+def test_samples_do_not_depend_on_the_batch(workspace, tmp_path):
+    for name, batch in (("a", 8), ("b", 3)):
+        succeed(
+            workspace,
+            "sample",
+            f"ckpt=runs/digits_c2i num=8 batch_size={batch} sampler=linear sampler.schedule.steps=5 out={tmp_path}/{name}",
+        )
+    first, second = (Image.open(tmp_path / name / "samples.png").tobytes() for name in "ab")
+    assert first == second
+
+
+def test_evaluate_writes_metrics(workspace):
+    succeed(workspace, "evaluate", "ckpt=runs/digits_c2i num=20 sampler.schedule.max_steps=12 data.num_workers=0")
+    report = json.loads((workspace / "runs/digits_c2i/evaluation/metrics.json").read_text())
+    expected = {"fid", "fid_heldout", "isc_mean", "judge_accuracy", "judge_heldout_accuracy", "nn_median_ratio"}
+    assert expected <= report["metrics"].keys()
+    assert report["metrics"]["judge_heldout_accuracy"] >= 0.97
+    assert Image.open(workspace / "runs/digits_c2i/evaluation/nearest.png").format == "PNG"
+    succeed(workspace, "evaluate", "ckpt=runs/digits_tokenizer")
+    report = json.loads((workspace / "runs/digits_tokenizer/evaluation/metrics.json").read_text())
+    assert {"psnr", "ssim", "l1", "rfid"} <= report["metrics"].keys()
+
+
+def differences(a, b, path=""):
+    """Paths at which two checkpoints differ, tensors compared bit by bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a.keys() | b.keys():
+            yield from differences(a.get(key, "missing"), b.get(key, "missing"), f"{path}/{key}")
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b)):
+            yield from differences(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        if not (isinstance(b, torch.Tensor) and torch.equal(a, b)):
+            yield path
+    elif a != b:
+        yield path
+
+
+@pytest.mark.parametrize("kind", ["refiner", "tokenizer"])
+def test_killed_and_resumed_ends_with_the_same_bits(workspace, kind):
+    """SIGKILL at some step after the first checkpoint, then the same command with ckpt_path=last."""
+    command = (REFINER if kind == "refiner" else TOKENIZER + " callbacks.last.every_n_train_steps=3") + " logger=csv"
+    command += " trainer.max_steps=40 scores=none name="
+    succeed(workspace, "train", command + f"whole_{kind}")
+    process = grn(workspace, "train", command + f"killed_{kind}", background=True)
+    last = workspace / "runs" / f"killed_{kind}" / "checkpoints" / "last.ckpt"
+    while not last.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < torch.load(last, weights_only=True)["global_step"] < 40
+    succeed(workspace, "train", command + f"killed_{kind} ckpt_path=last")
+    whole, resumed = (
+        torch.load(workspace / "runs" / f"{name}_{kind}" / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("whole", "killed")
+    )
+    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step"):
+        assert list(differences(whole[part], resumed[part])) == []
+    data = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (whole, resumed)]
+    assert list(differences(*data)) == []
+
+
+def test_two_processes_train_as_ddp(workspace):
+    succeed(
+        workspace,
+        "train",
+        REFINER + " name=ddp cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.precision=32-true logger=csv",
+    )
+    ddp = torch.load(workspace / "runs/ddp/checkpoints/last.ckpt", weights_only=True)
+    assert ddp["global_step"] == 12
+    (path,) = (workspace / "runs" / "ddp" / "csv").rglob("metrics.csv")
+    assert "eval/fid" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "expected"),
+    [
+        ("train", "+experiment=digits_c2i modle.depth=3", "did you mean model"),
+        ("train", "+experiment=digits_c2i model.dpeth=3", "did you mean depth"),
+        ("train", "+experiment=digits_c2i +modle.depth=3", "no config key 'modle'"),
+        ("train", "+experiment=digits_c2i +model.dpeth=3 name=x", "dpeth"),
+        ("train", "+experiment=digitz", "digits_c2i"),
+        ("train", REFINER, "ckpt_path=last"),
+        ("train", REFINER + " ckpt_path=last name=nothing", "there is no"),
+        ("train", REFINER + " ckpt_path=last model.depth=3", "model.depth=2"),
+        ("train", REFINER + " name=x data.root=/nowhere", "data"),
+        ("train", REFINER + " name=x tokenizer.ckpt=/nowhere", "tokenizer.ckpt"),
+        ("train", REFINER + " name=x tokenizer.ckpt=runs/digits_c2i", "not a tokenizer"),
+        ("train", REFINER + " name=x model.channels=5", "needs model.channels=4 model.classes=16"),
+        ("train", REFINER + " name=x data.batch_size=0", "data.batch_size"),
+        ("train", REFINER + NAN + " name=nan logger=csv", "NaN"),
+        ("sample", "", "ckpt must be given"),
+        ("sample", "ckpt=/nowhere", "no such checkpoint"),
+        ("sample", "ckpt=data/digits/manifest.json out=o", "cannot be read as a checkpoint"),
+        ("sample", "ckpt=runs/digits_tokenizer out=o", "only refiners are sampled"),
+        ("sample", "ckpt=runs/digits_c2i labels=[11] out=o", "labels of this checkpoint are 0..9"),
+        ("sample", "ckpt=runs/digits_c2i ema=0.5 out=o", "it holds"),
+        ("sample", "ckpt=runs/digits_c2i sampler.temperature=-1 out=o", "sampler.temperature"),
+        ("evaluate", "ckpt=runs/digits_c2i num=15 out=o", "num=15"),
+        ("prepare", "data=nothing", "digits"),
+    ],
+)
+def test_mistakes_take_one_line(workspace, monkeypatch, verb, arguments, expected):
+    assert expected in mistaken(workspace, monkeypatch, verb, arguments)
+
+
+def test_a_mistake_on_the_command_line_exits_with_one(workspace):
+    done = grn(workspace, "train", "+experiment=digits_c2i modle.depth=3")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_nan_leaves_no_checkpoint_with_it(workspace, monkeypatch):
+    mistaken(workspace, monkeypatch, "train", REFINER + NAN + " name=nan2 logger=csv")
+    for path in (workspace / "runs" / "nan2").rglob("*.ckpt"):
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "sample", "evaluate"])
+def test_help_says_what_to_type(workspace, verb):
+    done = succeed(workspace, verb, "--help")
+    assert f"python -m grn.{verb}" in done.stdout
+    assert "data" in done.stdout
+    assert succeed(workspace, verb, "--cfg job").stdout.strip()
