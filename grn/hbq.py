@@ -60,7 +60,7 @@ def bits_to_index(bits: Tensor, rounds: int) -> Tensor:
 
 
 def num_tokens(latent_channels: int, rounds: int, labeling: Labeling) -> tuple[int, int]:
-    """(D, classes) of a feature map with `latent_channels` channels: what a refiner of this labeling must be built for."""
+    """(D, classes) of a feature map with `latent_channels` channels, for a refiner of this labeling."""
     return (latent_channels, 2**rounds) if _is_ind(labeling) else (latent_channels * rounds, 2)
 
 

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+"""Counter-based random numbers: Philox4x32-10 (Salmon et al., Parallel random numbers, SC 2011).
 
-A draw is a pure function of (seed, stream, sample id, step, element), so that what a sample draws does not depend on the
-batch it stands in, on the rank that computes it, or on what was drawn before: a resumed run draws what the unbroken run
+A draw is a pure function of (seed, stream, sample id, step, element): what a sample draws does not depend on the batch
+it stands in, on the rank that computes it, or on what was drawn before: a resumed run draws what the unbroken run
 would have drawn, without any generator state in the checkpoint. Runs as tensor operations on any device.
 """
 

@@ -181,8 +181,8 @@ class Step:
 class Refined:
     """tokens int64 [B, D, T, H, W] on the device; the rest on the CPU.
 
-    steps int64 [B]: taken. entropy float32 [B]: normalised, of the last prediction. decision_entropy float32 [B]: of the
-    step whose entropy decides in an entropy-guided schedule; of step 0 in a fixed one.
+    steps int64 [B]: taken. entropy float32 [B]: normalised, of the last prediction. decision_entropy float32 [B]: of
+    the step whose entropy decides in an entropy-guided schedule; of step 0 in a fixed one.
     """
 
     tokens: Tensor
@@ -218,7 +218,9 @@ def refine(
     tokens = noise.clone()
     steps = torch.full((len(ids),), schedule.max_steps)
     final_entropy, decision_entropy = torch.zeros(len(ids)), torch.zeros(len(ids))
-    rows = torch.arange(len(ids))  # samples still in the batch; t and the plan stay on the CPU, so no step waits for them
+    rows = torch.arange(
+        len(ids)
+    )  # samples still in the batch; t and the plan stay on the CPU, so no step waits for them
 
     for index in range(schedule.max_steps):
         active = rows.to(device)

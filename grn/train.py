@@ -16,9 +16,23 @@ from grn.modules import module_from_config
 
 log = logging.getLogger(__name__)
 
-KEYS = (
-    "model tokenizer training data sampler scores cluster trainer callbacks logger name seed ckpt_path overwrite paths"
-).split()
+KEYS = [
+    "model",
+    "tokenizer",
+    "training",
+    "data",
+    "sampler",
+    "scores",
+    "cluster",
+    "trainer",
+    "callbacks",
+    "logger",
+    "name",
+    "seed",
+    "ckpt_path",
+    "overwrite",
+    "paths",
+]
 
 
 @entry_point("train")
@@ -45,7 +59,7 @@ def train(config: DictConfig) -> Trainer:
         logger.log_hyperparams(module.checkpoint_extras["config"])
     log.info("run folder: %s (%.2f M parameters)", config.paths.run, _millions(module.network))
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
-    trainer.save_checkpoint(Path(config.paths.run) / "checkpoints" / "last.ckpt")
+    trainer.save_checkpoint(Path(config.paths.run) / "checkpoints" / "last.ckpt", weights_only=False)
     return trainer
 
 
@@ -54,11 +68,17 @@ def _millions(network: torch.nn.Module) -> float:
 
 
 def _quieten() -> None:
-    """Silences advice that does not apply: the loaders are sized by `data.*`, and their length is that of the run."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*set_vital.*")
+    """Silences advice that does not apply: loaders are sized by `data.*`, the tokenizer is frozen on purpose."""
+    for message in (
+        "does not have many workers",
+        "`IterableDataset` has `__len__` defined",
+        "Checkpoint directory .* exists and is not empty",
+        "module\\(s\\) in eval mode",
+        "set_vital",
+        "isinstance\\(treespec, LeafSpec\\)",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,11 @@ def test_every_sampler_fills_its_nulls(option):
 
 def test_command_line_beats_the_checkpoint():
     chosen = composed("sample", "ckpt=x", "sampler=linear", "sampler.schedule.steps=7", "sampler.temperature=1.1")
-    sampler = build_sampler(chosen.sampler, {"temperature": 2.0, "schedule": {"_target_": "grn.sampler.Linear", "steps": 9}})
+    sampler = build_sampler(
+        chosen.sampler, {"temperature": 2.0, "schedule": {"_target_": "grn.sampler.Linear", "steps": 9}}
+    )
     assert (sampler.schedule.steps, sampler.temperature) == (7, 1.1)
-    unchanged = build_sampler(composed("sample", "ckpt=x").sampler, {"schedule": {"_target_": "grn.sampler.Linear", "steps": 9}})
+    unchanged = build_sampler(
+        composed("sample", "ckpt=x").sampler, {"schedule": {"_target_": "grn.sampler.Linear", "steps": 9}}
+    )
     assert unchanged.schedule.steps == 9

@@ -16,7 +16,9 @@ from PIL import Image
 
 pytestmark = pytest.mark.slow
 
-TOKENIZER = "+experiment=digits_tokenizer model.dim=8 model.decoder_dim=8 trainer.max_steps=12 trainer.val_check_interval=6"
+TOKENIZER = (
+    "+experiment=digits_tokenizer model.dim=8 model.decoder_dim=8 trainer.max_steps=12 trainer.val_check_interval=6"
+)
 TOKENIZER += " trainer.log_every_n_steps=3 training.warmup_steps=2 data.batch_size=20"
 REFINER = "+experiment=digits_c2i model.depth=2 model.width=32 model.heads=2 model.bottleneck=16 model.context_start=1"
 REFINER += " trainer.max_steps=12 trainer.val_check_interval=6 trainer.log_every_n_steps=3 training.warmup_steps=2"
@@ -34,7 +36,9 @@ def grn(workspace, verb, arguments, *, background=False):
     }
     command = [sys.executable, "-m", f"grn.{verb}", *arguments.split()]
     if background:
-        return subprocess.Popen(command, env=environment, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, env=environment, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     return subprocess.run(command, env=environment, cwd=workspace, capture_output=True, text=True, timeout=300)
 
 
@@ -50,7 +54,7 @@ def mistaken(workspace, monkeypatch, verb, arguments):
     monkeypatch.setenv("GRN_DATA", str(workspace / "data"))
     monkeypatch.setenv("GRN_RUNS", str(workspace / "runs"))
     monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *arguments.split()])
-    with pytest.raises(SystemExit) as exit:  # noqa: PT012
+    with pytest.raises(SystemExit) as exit:
         importlib.import_module(f"grn.{verb}").main()
     line = exit.value.code
     assert isinstance(line, str)
@@ -126,7 +130,8 @@ def test_samples_do_not_depend_on_the_batch(workspace, tmp_path):
         succeed(
             workspace,
             "sample",
-            f"ckpt=runs/digits_c2i num=8 batch_size={batch} sampler=linear sampler.schedule.steps=5 out={tmp_path}/{name}",
+            f"ckpt=runs/digits_c2i num=8 batch_size={batch} sampler=linear sampler.schedule.steps=5 "
+            f"out={tmp_path}/{name}",
         )
     first, second = (Image.open(tmp_path / name / "samples.png").tobytes() for name in "ab")
     assert first == second
@@ -188,7 +193,8 @@ def test_two_processes_train_as_ddp(workspace):
     succeed(
         workspace,
         "train",
-        REFINER + " name=ddp cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.precision=32-true logger=csv",
+        REFINER
+        + " name=ddp cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.precision=32-true logger=csv",
     )
     ddp = torch.load(workspace / "runs/ddp/checkpoints/last.ckpt", weights_only=True)
     assert ddp["global_step"] == 12

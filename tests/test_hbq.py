@@ -83,7 +83,7 @@ def test_video_features_keep_their_shape():
 
 @pytest.mark.parametrize("rounds", [0, 9])
 def test_rounds_out_of_range(rounds):
-    with pytest.raises(ValueError, match="rounds must be in 1..8"):
+    with pytest.raises(ValueError, match=r"rounds must be in 1\.\.8"):
         hbq.quantize(torch.zeros(1), rounds)
     with pytest.raises(ValueError, match="labeling must be"):
         hbq.labels(torch.zeros(1, 1), 4, "byte")

@@ -28,7 +28,9 @@ def test_corruption_keeps_a_share_t_and_randomises_the_rest(classes):
     assert noisy.min() == 0
     assert noisy.max() == classes - 1
     same = (noisy == tokens).flatten(1).float().mean(1)
-    torch.testing.assert_close(same.view(16, 32).mean(1), (t + (1 - t) / classes).view(16, 32).mean(1), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        same.view(16, 32).mean(1), (t + (1 - t) / classes).view(16, 32).mean(1), atol=0.02, rtol=0
+    )
     changed = noisy[noisy != tokens].bincount(minlength=classes)[:-1].float()
     assert (changed / changed.sum() - 1 / (classes - 1)).abs().max() < 0.01
 

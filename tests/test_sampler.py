@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -76,14 +77,14 @@ def test_fixed_schedules_take_their_steps_and_end_on_the_samples(schedule):
     assert refined.steps.tolist() == [8, 8]
     assert steps[-1].t_next.tolist() == [1, 1]
     assert torch.equal(refined.tokens, steps[-1].predicted)
-    assert all((a.t_next == b.t).all() for a, b in zip(steps, steps[1:]))
+    assert all((a.t_next == b.t).all() for a, b in pairwise(steps))
 
 
 def test_map_is_sample_where_kept_else_the_first_noise():
     steps = []
     run(Sampler(Linear(10)), [0] * 64, callback=steps.append)
     noise = steps[0].tokens
-    for step, following in zip(steps, steps[1:]):
+    for step, following in pairwise(steps):
         assert torch.equal(following.tokens, torch.where(step.kept, step.predicted, noise))
         assert step.kept.float().mean().item() == pytest.approx(step.t_next[0].item(), abs=0.03)
 

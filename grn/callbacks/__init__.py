@@ -2,12 +2,14 @@
 
 from grn.callbacks.ema import EMA
 from grn.callbacks.pictures import ReconstructionGrid, RefinementFilm, SampleGrid
+from grn.callbacks.progress import Progress
 from grn.callbacks.scores import EvaluateSamples
 from grn.callbacks.throughput import SkippedSamples, Throughput
 
 __all__ = [
     "EMA",
     "EvaluateSamples",
+    "Progress",
     "ReconstructionGrid",
     "RefinementFilm",
     "SampleGrid",

@@ -30,7 +30,8 @@ class Throughput(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0 and self._samples:
             now = time.perf_counter()
             for logger in trainer.loggers:
-                logger.log_metrics({"train/images_per_second": self._samples / (now - self._since)}, pl_module.global_step)
+                speed = self._samples / (now - self._since)
+                logger.log_metrics({"train/images_per_second": speed}, trainer.global_step - 1)
             self._samples, self._since = 0, now
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

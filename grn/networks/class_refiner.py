@@ -133,11 +133,13 @@ class ClassRefiner(nn.Module):
                 "context_sin": torch.cat([torch.zeros_like(still), sin]),
             }
         device = self.context_position.device
-        return tables if device.type == "meta" and hasattr(self, "cos") else {k: v.to(device) for k, v in tables.items()}
+        return (
+            tables if device.type == "meta" and hasattr(self, "cos") else {k: v.to(device) for k, v in tables.items()}
+        )
 
 
 class TokenEmbedding(nn.Module):
-    """One-hot tokens (class-major channels) -> bottleneck (no bias) -> width; int64 [B, D, T, H, W] -> [B, THW, width]."""
+    """One-hot tokens (class-major) -> bottleneck (no bias) -> width: int64 [B, D, T, H, W] -> [B, THW, width]."""
 
     def __init__(self, channels: int, classes: int, bottleneck: int, width: int):
         super().__init__()
@@ -146,8 +148,8 @@ class TokenEmbedding(nn.Module):
         self.expand = nn.Linear(bottleneck, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # A sum of rows of the first matrix would need no one-hots, yet forward and backward of embedding_bag took 2 to 9
-        # times the time of this product (CPU, D*classes = 64..256): its gradient scatters row by row.
+        # A sum of rows of the first matrix would need no one-hots, yet forward and backward of embedding_bag took two to
+        # nine times the time of this product (CPU, D*classes = 64..256): its gradient scatters row by row.
         channel = torch.arange(self.channels, device=tokens.device)
         index = tokens.flatten(2).transpose(1, 2) * self.channels + channel
         weight = self.squeeze.weight

@@ -56,12 +56,14 @@ class HBQTokenizer(nn.Module):
     ):
         super().__init__()
         multipliers, temporal = tuple(multipliers), tuple(temporal)
-        sizes = {"latent_channels": latent_channels, "dim": dim, "decoder_dim": decoder_dim}
-        for name, size in {
-            **sizes,
-            "blocks_per_stage": blocks_per_stage,
+        sizes = {
+            "latent_channels": latent_channels,
+            "dim": dim,
+            "decoder_dim": decoder_dim,
             "multipliers": min(multipliers, default=0),
-        }.items():
+            "blocks_per_stage": blocks_per_stage,
+        }
+        for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"{name} of a tokenizer must be positive, got {size}")
         if not 1 <= rounds <= hbq.MAX_ROUNDS:

@@ -50,7 +50,7 @@ def learning_rate_schedule(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Clips to `max_norm` (None: only measures) and returns the norm before clipping, a float32 scalar on the device."""
+    """Clips to `max_norm` (None: only measures) and returns the norm before, a float32 scalar on the device."""
     return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
 
 

@@ -124,10 +124,12 @@ class RefinerModule(LightningModule):
         self._accuracy = sums, counts
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.finite_loss.check(self)
-            self.log("train/accuracy/mean", sums.sum() / counts.sum(), prog_bar=True)
+            curves = {"train/accuracy/mean": (sums.sum() / counts.sum()).item()}
             for i, (total, count) in enumerate(zip(sums.tolist(), counts.tolist())):
                 if count:
-                    self.log(f"train/accuracy/t_{i / refinement.ACCURACY_BINS:.1f}", total / count)
+                    curves[f"train/accuracy/t_{i / refinement.ACCURACY_BINS:.1f}"] = total / count
+            for logger in self.loggers:  # self.log would repeat the last value of a bin that nothing fell into
+                logger.log_metrics(curves, self.global_step)
             self._accuracy = None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -45,7 +45,7 @@ def test_averages_follow_the_formula_and_validation_sees_the_chosen_one(tmp_path
     ema = EMA([0.5, 0.9], use=0.9)
     module = Module()
     start = module.network.weight.detach().clone()
-    trainer, module = fit(tmp_path, ema, steps=4, module=module)
+    _, module = fit(tmp_path, ema, steps=4, module=module)
     for decay in (0.5, 0.9):
         expected = start
         for weights in module.history:

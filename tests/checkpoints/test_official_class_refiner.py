@@ -9,7 +9,7 @@ from grn.errors import UserError
 from grn.networks.class_refiner import ClassRefiner
 
 
-@pytest.fixture()
+@pytest.fixture
 def official(golden, tmp_path):
     """A file laid out as `GRN_ind_B_ep599.pth`, with the golden weights; the averages are scaled to be told apart."""
     state = {"net." + k.removeprefix("state."): v for k, v in golden("c2i_ind").items() if k.startswith("state.")}
