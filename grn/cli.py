@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -21,19 +22,19 @@ _PACKAGE = Path(__file__).resolve().parent
 # A checkout keeps conf/ at its top; an installed wheel carries it inside the package (pyproject.toml).
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 
+# What a user can mend; anything else is a bug and keeps its traceback.
+MISTAKES = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], Callable[[], None]]:
-    """Decorates a task into a Hydra command whose mistakes of usage end with one line on stderr and exit status 1.
-
-    Anything else that escapes is a bug and keeps its traceback.
-    """
+    """Decorates a task into a Hydra command whose mistakes of usage end with one line on stderr and exit status 1."""
 
     def decorate(task: Callable[[DictConfig], object]) -> Callable[[], None]:
         @functools.wraps(task)
         def explained(*arguments: object) -> object:
             try:
                 return task(*arguments)
-            except (UserError, HydraException, OmegaConfBaseException) as error:
+            except MISTAKES as error:
                 sys.exit(f"error: {explain(error)}")  # here already: Hydra would print a line of its own first
 
         @functools.wraps(task)
@@ -43,7 +44,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], 
             command = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(explained)
             try:
                 command()
-            except (HydraException, OmegaConfBaseException) as error:
+            except MISTAKES as error:
                 sys.exit(f"error: {explain(error)}")
 
         return main

@@ -148,8 +148,8 @@ class TokenEmbedding(nn.Module):
         self.expand = nn.Linear(bottleneck, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # A sum of rows of the first matrix would need no one-hots, yet forward and backward of embedding_bag took two to
-        # nine times the time of this product (CPU, D*classes = 64..256): its gradient scatters row by row.
+        # A sum of rows of the first matrix would need no one-hots, yet embedding_bag's forward and backward took two to
+        # nine times as long as this product (CPU, D*classes = 64..256): its gradient scatters row by row.
         channel = torch.arange(self.channels, device=tokens.device)
         index = tokens.flatten(2).transpose(1, 2) * self.channels + channel
         weight = self.squeeze.weight

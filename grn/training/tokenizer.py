@@ -70,12 +70,6 @@ class TokenizerModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pixels = from_uint8(batch["pixels"])
         adversarial = self.discriminator is not None and self.global_step >= self.gan_start
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-
-        if first:
-            for optimizer in self._optimizers():
-                optimizer.zero_grad()
         reconstruction, _ = self.network(pixels)
         losses = {"l1": self.l1_weight * F.l1_loss(reconstruction.float(), pixels)}
         if self.perceptual is not None:
@@ -85,13 +79,13 @@ class TokenizerModule(LightningModule):
             losses["gan"] = self.gan_weight * generator_loss(self.discriminator(reconstruction))
         loss = sum(losses.values())
         self.finite_loss.watch(loss)
-        self.manual_backward(loss / self.trainer.accumulate_grad_batches)
+        self.manual_backward(loss)
         if adversarial:
             self.discriminator.requires_grad_(True)
             judged = self.discriminator(pixels), self.discriminator(reconstruction.detach())
             discriminator_loss = hinge_discriminator_loss(*judged)
             self.finite_loss.watch(discriminator_loss)
-            self.manual_backward(discriminator_loss / self.trainer.accumulate_grad_batches)
+            self.manual_backward(discriminator_loss)
             self.log("train/discriminator", discriminator_loss)
 
         self.log("train/loss", loss, prog_bar=True)
@@ -99,24 +93,22 @@ class TokenizerModule(LightningModule):
             self.log(f"train/{name}", value)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.finite_loss.check(self)
-        if last:
-            self._step(adversarial)
+        self._step(adversarial)
 
     def _step(self, adversarial: bool) -> None:
-        optimizer, *others = self._optimizers()
+        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
+        optimizer, scheduler = (optimizers[0], schedulers[0]) if self.discriminator else (optimizers, schedulers)
         self.log("train/grad_norm", clip_gradients(self.network.parameters(), self.gradient_clip))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
         if adversarial:
             clip_gradients(self.discriminator.parameters(), self.gradient_clip)
-            others[0].optimizer.step()  # the bare optimiser: Lightning would count a second global step
-        schedulers = self.lr_schedulers()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()
-
-    def _optimizers(self) -> list:
-        optimizers = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
+            bare = optimizers[1].optimizer  # Lightning's wrapper would count a second global step
+            bare.step()
+            bare.zero_grad()
+            schedulers[1].step()
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
