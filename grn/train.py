@@ -75,6 +75,7 @@ def _quieten() -> None:
         "Checkpoint directory .* exists and is not empty",
         "module\\(s\\) in eval mode",
         "set_vital",
+        "no pre-optimization state was saved",  # the state after the step is the one to go on from
         "isinstance\\(treespec, LeafSpec\\)",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
