@@ -14,7 +14,7 @@ import hydra
 from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from grn.errors import UserError
 
@@ -61,8 +61,8 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return _one_line(str(cause))
     for cause in chain:
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{cause.full_key or _one_line(str(cause))} must be given: add {cause.full_key}=... to the command"
+        if missing := re.search(r"[Mm]issing mandatory value: (\S+)", str(cause)):
+            return f"{missing.group(1)} must be given: add {missing.group(1)}=... to the command"
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.key is not None:
             return _unknown_key(cause)
     if isinstance(error, InstantiationException) and len(chain) > 1:
@@ -75,6 +75,8 @@ def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     siblings = [str(key) for key in error.parent_node] if isinstance(error.parent_node, DictConfig) else []
     near = difflib.get_close_matches(str(error.key), siblings, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(siblings)}"
+    if not siblings:
+        hint = "what it would stand under is null here: choose that first, e.g. sampler=entropy"
     return f"no config key {error.full_key or error.key!r}; {hint}"
 
 
