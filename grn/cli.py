@@ -76,7 +76,7 @@ def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     near = difflib.get_close_matches(str(error.key), siblings, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(siblings)}"
     if not siblings:
-        hint = "what it would stand under is null here: choose that first, e.g. sampler=entropy"
+        hint = "what it would stand under is null here: choose that first, e.g. sampler=entropy or scores=digits"
     return f"no config key {error.full_key or error.key!r}; {hint}"
 
 
