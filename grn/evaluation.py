@@ -9,11 +9,10 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from grn.errors import UserError
-from grn.generation import generate
+from grn.generation import equal_labels, generate
 from grn.metrics.ranks import Rows
 from grn.metrics.reconstruction import ReconstructionScores
 from grn.metrics.splits import images as as_images
-from grn.pictures import equal_labels
 from grn.sampler import Sampler
 from grn.training import RefinerModule, TokenizerModule
 

@@ -1,5 +1,6 @@
 """Sampling many images from a trained refiner, batch by batch: for `grn.sample`, `grn.evaluate` and the callbacks."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ def generate(
         ids, chosen = chunk.to(module.device), labels[chunk].to(module.device)
         refined = module.generate(chosen, seed=seed, ids=ids, sampler=sampler)
         yield Batch(chunk, labels[chunk], module.decode(refined.tokens)[:, :, 0], refined)
+
+
+def equal_labels(num: int, labels: list[int] | range) -> Tensor:
+    """int64 [num]: `labels` again and again, so that each comes up equally often (within one)."""
+    return torch.tensor(list(labels)).repeat(math.ceil(num / len(labels)))[:num]
 
 
 def best_device(name: str | None) -> torch.device:

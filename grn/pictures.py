@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -65,8 +64,3 @@ class FilmRecorder:
         """`decode`: int64 tokens [B, D, T, h, w] (CPU) -> uint8 pixels [B, 3, T', H, W]; its first frame is shown."""
         pixels = [decode(tokens)[:, :, 0] for tokens in self._predictions]
         return [grid(images, columns, scale_for(images.shape[-1])) for images in pixels]
-
-
-def equal_labels(num: int, labels: list[int] | range) -> Tensor:
-    """int64 [num]: `labels` again and again, so that each comes up equally often (within one)."""
-    return torch.tensor(list(labels)).repeat(math.ceil(num / len(labels)))[:num]

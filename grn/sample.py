@@ -13,7 +13,7 @@ from grn.checkpoints.native import read_checkpoint
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import best_device
+from grn.generation import best_device, equal_labels
 from grn.modules import build_sampler, module_from_checkpoint
 
 log = logging.getLogger(__name__)
@@ -34,15 +34,18 @@ def sample(config: DictConfig) -> Path:
     module = module_from_checkpoint(checkpoint, ema=config.ema).to(device)
     labels = _labels(config, module.network.num_labels)
 
-    start, films, batches = time.perf_counter(), [], []
+    start, batches = time.perf_counter(), []
+    film = pictures.FilmRecorder() if config.film else None
     with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         task = progress.add_task("sampling", total=len(labels))
         for ids in torch.arange(len(labels)).split(config.batch_size):
-            film = pictures.FilmRecorder()
             refined = module.generate(
-                labels[ids].to(device), seed=config.seed, ids=ids.to(device), sampler=sampler, callback=film
+                labels[ids].to(device),
+                seed=config.seed,
+                ids=ids.to(device),
+                sampler=sampler,
+                callback=film if not batches else None,
             )
-            films.append(film)
             batches.append((refined, module.decode(refined.tokens)[:, :, 0].cpu()))
             progress.advance(task, len(ids))
     seconds = time.perf_counter() - start
@@ -50,8 +53,8 @@ def sample(config: DictConfig) -> Path:
     out = Path(config.out)
     images = torch.cat([pixels for _, pixels in batches])
     pictures.save(pictures.grid(images, config.columns, pictures.scale_for(images.shape[-1])), out / "samples.png")
-    if config.film:
-        frames = films[0].frames(lambda tokens: module.decode(tokens.to(device)), columns=config.columns)
+    if film is not None:
+        frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=config.columns)
         pictures.save_film(frames, out / "refinement.gif")
     if config.images:
         for i, image in enumerate(images):
@@ -85,7 +88,7 @@ def _labels(config: DictConfig, num_labels: int) -> torch.Tensor:
         raise UserError(f"labels={labels}: labels of this checkpoint are 0..{num_labels - 1}")
     if config.num < 1:
         raise UserError(f"num={config.num}: at least one sample")
-    return pictures.equal_labels(config.num, labels)
+    return equal_labels(config.num, labels)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,3 @@ def test_finished_samples_stand_still_in_the_film():
 
     assert len(recorder.frames(decode)) == 3
     assert seen == [[0, 0, 0], [0, 1, 1], [0, 1, 2]]
-
-
-def test_labels_take_turns():
-    labels = pictures.equal_labels(7, [3, 5, 9])
-    assert labels.tolist() == [3, 5, 9, 3, 5, 9, 3]

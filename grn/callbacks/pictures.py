@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from grn import pictures
+from grn.generation import equal_labels
 
 
 class SampleGrid(Callback):
@@ -25,7 +26,7 @@ class SampleGrid(Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        labels = pictures.equal_labels(self.num, range(pl_module.network.num_labels)).to(pl_module.device)
+        labels = equal_labels(self.num, range(pl_module.network.num_labels)).to(pl_module.device)
         ids = torch.arange(self.num, device=pl_module.device)
         images = pl_module.decode(pl_module.generate(labels, seed=self.seed, ids=ids).tokens)[:, :, 0]
         columns = pl_module.network.num_labels if self.num % pl_module.network.num_labels == 0 else None
