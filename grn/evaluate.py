@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 @entry_point("evaluate")
 def main(config: DictConfig) -> None:
+    config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     evaluate(config)
 
 

@@ -33,11 +33,11 @@ def save_film(frames: list[Image.Image], path: Path, *, seconds: float = 4.0) ->
     """Writes a looping GIF of about `seconds`, the last frame held for another second and a half, atomically."""
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [1500]
+    # Dithered, the enlarged pixels would not be flat any more, and the film several times as large.
+    first, *others = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
 
     def write(temporary: Path) -> None:
-        frames[0].save(
-            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, disposal=2
-        )
+        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0, disposal=2)
 
     return write_atomically(path, write)
 

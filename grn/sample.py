@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.progress import Progress
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 @entry_point("sample")
 def main(config: DictConfig) -> None:
+    config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     sample(config)
 
 

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,6 +38,7 @@ KEYS = [
 
 @entry_point("train")
 def main(config: DictConfig) -> None:
+    config.paths.run = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     train(config)
 
 

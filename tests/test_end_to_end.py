@@ -222,6 +222,19 @@ def test_two_processes_train_as_ddp(workspace):
     assert "eval/fid" in path.read_text()
 
 
+def test_sweeps_leave_a_folder_a_point(workspace):
+    short = " trainer.max_steps=2 callbacks=none logger=csv name=swept training.learning_rate=1e-3,2e-3"
+    succeed(workspace, "train", "-m +experiment=digits_tokenizer model.dim=8 training.warmup_steps=1" + short)
+    for point, rate in (("0", 0.001), ("1", 0.002)):
+        folder = workspace / "runs" / "sweeps" / "swept" / point
+        assert f"learning_rate: {rate}" in (folder / "config.yaml").read_text()
+        assert (folder / "checkpoints" / "last.ckpt").is_file()
+    sampled = "-m ckpt=runs/digits_c2i num=4 sampler=linear sampler.schedule.steps=2,3 out=swept"
+    succeed(workspace, "sample", sampled)
+    steps = [json.loads((workspace / "swept" / point / "samples.json").read_text())["steps"] for point in "01"]
+    assert steps == [[2] * 4, [3] * 4]
+
+
 @pytest.mark.parametrize(
     ("verb", "arguments", "expected"),
     [
