@@ -223,7 +223,7 @@ def test_two_processes_train_as_ddp(workspace):
 
 
 def test_sweeps_leave_a_folder_a_point(workspace):
-    short = " trainer.max_steps=2 callbacks=none logger=csv name=swept training.learning_rate=1e-3,2e-3"
+    short = " trainer.max_steps=2 logger=csv name=swept training.learning_rate=1e-3,2e-3"
     succeed(workspace, "train", "-m +experiment=digits_tokenizer model.dim=8 training.warmup_steps=1" + short)
     for point, rate in (("0", 0.001), ("1", 0.002)):
         folder = workspace / "runs" / "sweeps" / "swept" / point
