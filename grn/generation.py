@@ -1,13 +1,13 @@
 """Sampling many images from a trained refiner, batch by batch: for `grn.sample`, `grn.evaluate` and the callbacks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grn.sampler import Refined, Sampler
+from grn.sampler import Refined, Sampler, Step
 from grn.training import RefinerModule
 
 
@@ -30,14 +30,18 @@ def generate(
     sampler: Sampler | None = None,
     rank: int = 0,
     world_size: int = 1,
+    watch_first: Callable[[Step], None] | None = None,
 ) -> Iterator[Batch]:
     """Samples image i of class `labels[i]` for all i, this rank its share.
 
-    Image i depends on the seed and i alone, not on `batch_size` or `world_size`.
+    Image i depends on the seed and i alone, not on `batch_size` or `world_size`. `watch_first` is called after every
+    step of the first batch.
     """
+    callback = watch_first
     for chunk in torch.arange(rank, len(labels), world_size).split(batch_size):
         ids, chosen = chunk.to(module.device), labels[chunk].to(module.device)
-        refined = module.generate(chosen, seed=seed, ids=ids, sampler=sampler)
+        refined = module.generate(chosen, seed=seed, ids=ids, sampler=sampler, callback=callback)
+        callback = None
         yield Batch(chunk, labels[chunk], module.decode(refined.tokens)[:, :, 0], refined)
 
 

@@ -14,7 +14,7 @@ from grn.checkpoints.native import read_checkpoint
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import best_device, equal_labels
+from grn.generation import best_device, equal_labels, generate
 from grn.modules import build_sampler, module_from_checkpoint
 
 log = logging.getLogger(__name__)
@@ -40,16 +40,11 @@ def sample(config: DictConfig) -> Path:
     film = pictures.FilmRecorder() if config.film else None
     with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         task = progress.add_task("sampling", total=len(labels))
-        for ids in torch.arange(len(labels)).split(config.batch_size):
-            refined = module.generate(
-                labels[ids].to(device),
-                seed=config.seed,
-                ids=ids.to(device),
-                sampler=sampler,
-                callback=film if not batches else None,
-            )
-            batches.append((refined, module.decode(refined.tokens)[:, :, 0].cpu()))
-            progress.advance(task, len(ids))
+        for batch in generate(
+            module, labels, batch_size=config.batch_size, seed=config.seed, sampler=sampler, watch_first=film
+        ):
+            batches.append((batch.refined, batch.images.cpu()))
+            progress.advance(task, len(batch.ids))
     seconds = time.perf_counter() - start
 
     out = Path(config.out)

@@ -73,10 +73,8 @@ def _quieten() -> None:
     """Silences advice that does not apply: loaders are sized by `data.*`, the tokenizer is frozen on purpose."""
     for message in (
         "does not have many workers",
-        "`IterableDataset` has `__len__` defined",
         "Checkpoint directory .* exists and is not empty",
         "module\\(s\\) in eval mode",
-        "set_vital",
         "no pre-optimization state was saved",  # the state after the step is the one to go on from
         "isinstance\\(treespec, LeafSpec\\)",
     ):

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from grn import pictures
+from grn.callbacks.validations import is_last_validation
 from grn.generation import equal_labels
 
 
@@ -68,8 +69,8 @@ class RefinementFilm(Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step + trainer.val_check_interval <= trainer.max_steps:
-            return  # not the run's last validation
+        if not is_last_validation(trainer):
+            return
         num = min(16, pl_module.network.num_labels)
         labels = torch.arange(num, device=pl_module.device)
         recorder = pictures.FilmRecorder()

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from grn.callbacks.validations import is_last_validation
 from grn.evaluation import build_scores, score_samples
 
 
@@ -33,8 +34,7 @@ class EvaluateSamples(Callback):
         if not self.configured:
             return
         self._validations += 1
-        last = trainer.global_step + trainer.val_check_interval > trainer.max_steps
-        if not last and (self.every == 0 or self._validations % self.every):
+        if not is_last_validation(trainer) and (self.every == 0 or self._validations % self.every):
             return
         if self.scores is None:
             self.scores = build_scores(

@@ -29,8 +29,8 @@ class Throughput(Callback):
         self._samples += len(batch["pixels"]) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0 and self._samples:
             now = time.perf_counter()
+            speed = self._samples / (now - self._since)
             for logger in trainer.loggers:
-                speed = self._samples / (now - self._since)
                 logger.log_metrics({"train/images_per_second": speed}, trainer.global_step - 1)
             self._samples, self._since = 0, now
 

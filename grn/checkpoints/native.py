@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
+from grn.checkpoints.reading import read_untrusted
 from grn.errors import UserError
 from grn.networks.tokenizer import HBQTokenizer
 
@@ -85,11 +86,7 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt") -> Checkpoint:
         UserError: missing, damaged, or not a checkpoint of ours.
     """
     path = find_checkpoint(path, key=key)
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged, foreign and hostile files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: {path} cannot be read as a checkpoint ({reason})") from None
+    contents = read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint")
     if not isinstance(contents, dict) or not {"state_dict", "config", "global_step"} <= contents.keys():
         raise UserError(f"{key}: {path} is not a checkpoint of GRN (official files are given as model.weights)")
     config = OmegaConf.create(contents["config"])

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from grn.checkpoints.mapping import Rule, rename
+from grn.checkpoints.reading import read_untrusted
 from grn.errors import UserError
 
 PREFIX = "net."
@@ -58,11 +58,7 @@ def load_official_class_refiner(path: str | Path) -> dict[str, dict]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"model.weights: no file {path}")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged, foreign and hostile files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.weights: {path} cannot be read as a checkpoint ({reason})") from None
+    contents = read_untrusted(path, f"model.weights: {path} cannot be read as a checkpoint", mmap=True)
     missing = [key for key in ("model", *EMAS) if not isinstance(contents, dict) or key not in contents]
     if missing:
         raise UserError(

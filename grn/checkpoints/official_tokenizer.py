@@ -1,12 +1,11 @@
 """Reads the authors' tokenizer checkpoints (`HBQ_*.ckpt`) into the names of `grn.networks.tokenizer.HBQTokenizer`."""
 
-import zipfile
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from grn.checkpoints.mapping import Rule, rename
+from grn.checkpoints.reading import read_untrusted
 from grn.errors import UserError
 
 
@@ -73,12 +72,8 @@ def load_official_tokenizer(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"no such tokenizer checkpoint: {path}; give the path of an official HBQ_*.ckpt file")
-    try:
-        # Only the zip format can be mapped instead of read; PyTorch before 1.6 wrote another.
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises half a dozen kinds for damaged, foreign and hostile files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be read as a tokenizer checkpoint ({reason}); download it again") from None
+    complaint = f"{path} cannot be read as a tokenizer checkpoint: download it again"
+    contents = read_untrusted(path, complaint, mmap=True)
     contents = contents if isinstance(contents, dict) else {}
     state = next(
         (contents[key] for key in ("ema", "vae") if isinstance(contents.get(key), dict) and contents[key]), None

@@ -65,7 +65,7 @@ class ClassRefiner(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, int(mlp_ratio * width * 2 / 3)) for _ in range(depth))
         self.head = Head(width, classes * channels)
         for name, table in self._tables().items():
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(name, table.to(self.context_position.device), persistent=False)
         self.init_weights()
 
     def forward(self, tokens: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -121,21 +121,17 @@ class ClassRefiner(nn.Module):
         nn.init.zeros_(self.head.out.bias)
 
     def _tables(self) -> dict[str, Tensor]:
-        """Fixed position tables; the context tokens are not rotated (cos 1, sin 0)."""
+        """Fixed position tables, on the CPU; the context tokens are not rotated (cos 1, sin 0)."""
         with torch.device("cpu"):  # real numbers also where the module is being made on the meta device
             cos, sin = rotary_2d(self.size, self.size, self.head_dim)
             still = torch.ones(self.context_tokens, cos.shape[1])
-            tables = {
+            return {
                 "position": sincos_position(self.size, self.width),
                 "cos": cos,
                 "sin": sin,
                 "context_cos": torch.cat([still, cos]),
                 "context_sin": torch.cat([torch.zeros_like(still), sin]),
             }
-        device = self.context_position.device
-        return (
-            tables if device.type == "meta" and hasattr(self, "cos") else {k: v.to(device) for k, v in tables.items()}
-        )
 
 
 class TokenEmbedding(nn.Module):
