@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Labeling = Literal["ind", "bit"]
 MAX_ROUNDS = 8  # q is an odd multiple of 2^-M: beyond 8 significant bits bfloat16 cannot hold it
@@ -57,6 +58,22 @@ def bits_to_index(bits: Tensor, rounds: int) -> Tensor:
     for plane in bits.chunk(rounds, dim=1):
         index = 2 * index + plane
     return index
+
+
+def pack(bits: Tensor) -> Tensor:
+    """`bit` tokens [B, D, ...] -> uint8 [B, ..., ceil(D/8)]: a position's bits in eights, the first the highest.
+
+    What token shards hold (`grn.data.tokens`); the last byte is filled with zeros.
+    """
+    bits = F.pad(bits.movedim(1, -1), (0, -bits.shape[1] % 8)).unflatten(-1, (-1, 8))
+    return (bits << torch.arange(7, -1, -1, device=bits.device)).sum(dim=-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, latent_channels: int, rounds: int, labeling: Labeling) -> Tensor:
+    """What `pack` made of the `bit` tokens of d = `latent_channels` channels -> int64 tokens of either labeling."""
+    shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
+    bits = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : latent_channels * rounds].movedim(-1, 1).long()
+    return bits_to_index(bits, rounds) if _is_ind(labeling) else bits
 
 
 def num_tokens(latent_channels: int, rounds: int, labeling: Labeling) -> tuple[int, int]:

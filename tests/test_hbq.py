@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,3 +88,21 @@ def test_rounds_out_of_range(rounds):
         hbq.quantize(torch.zeros(1), rounds)
     with pytest.raises(ValueError, match="labeling must be"):
         hbq.labels(torch.zeros(1, 1), 4, "byte")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    channels=st.integers(1, 20),
+    rounds=st.integers(1, 8),
+    shape=st.lists(st.integers(1, 3), min_size=0, max_size=3),
+)
+def test_packed_bits_are_numpys_and_come_back(seed, channels, rounds, shape):
+    z = torch.rand(2, channels, *shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    bits = hbq.labels(z, rounds, "bit")
+    packed = hbq.pack(bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (2, *shape, -(-channels * rounds // 8))
+    assert (packed.numpy() == np.packbits(bits.movedim(1, -1).numpy().astype(bool), axis=-1)).all()
+    for labeling in ("ind", "bit"):
+        assert torch.equal(hbq.unpack(packed, channels, rounds, labeling), hbq.labels(z, rounds, labeling))
