@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -33,8 +34,10 @@ class DigitsSource:
     train_shards: int = 10
     heldout_shards: int = 4
 
-    def write(self, root: str | os.PathLike, *, overwrite: bool = False) -> bool:
+    def write(self, root: str | os.PathLike, *, overwrite: bool = False, rank: int = 0, world_size: int = 1) -> bool:
         """Writes the shards and the manifest to `root`, see `grn.data.shards.write_shards`.
+
+        Sample i of a split goes to shard i mod its number of shards.
 
         Returns:
             Whether anything was written.
@@ -50,25 +53,35 @@ class DigitsSource:
         train, heldout = train_test_split(
             np.arange(len(digits)), test_size=self.heldout, random_state=self.seed, stratify=labels
         )
+        shards = {}
+        for split, indices, number in ("train", train, self.train_shards), ("heldout", heldout, self.heldout_shards):
+            if not 1 <= number <= len(indices):
+                raise UserError(f"source.{split}_shards={number} must lie in 1 to the {len(indices)} samples")
+            shards[split] = [indices[i::number].tolist() for i in range(number)]
 
-        def sample(index: int) -> dict:
-            return {
-                "__key__": f"{index:04d}",
-                "png": render(digits[index].reshape(8, 8), self.image_size),
-                "cls": str(labels[index]),
-                "txt": f"a handwritten {LABEL_NAMES[labels[index]]}",
-            }
+        def samples(indices: list[int]) -> Iterator[dict]:
+            for index in indices:
+                yield {
+                    "__key__": f"{index:04d}",
+                    "png": render(digits[index].reshape(8, 8), self.image_size),
+                    "cls": str(labels[index]),
+                    "txt": f"a handwritten {LABEL_NAMES[labels[index]]}",
+                }
 
         return write_shards(
             root,
             name="digits",
             parameters=asdict(self),
-            splits={"train": [sample(i) for i in train], "heldout": [sample(i) for i in heldout]},
-            num_shards={"train": self.train_shards, "heldout": self.heldout_shards},
-            image_size=self.image_size,
-            num_labels=len(LABEL_NAMES),
-            label_names=LABEL_NAMES,
+            shards=shards,
+            write=samples,
+            facts={
+                "image_size": self.image_size,
+                "num_labels": len(LABEL_NAMES),
+                "label_names": LABEL_NAMES,
+            },
             overwrite=overwrite,
+            rank=rank,
+            world_size=world_size,
         )
 
 

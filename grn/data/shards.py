@@ -4,19 +4,25 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
-import webdataset as wds
-from rich.progress import track
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from grn.data.partial import Job, PartialFolder, Rejected, ShardWriter, difference
+from grn.data.pool import run_jobs
 from grn.errors import UserError
+from grn.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
 
 
 def write_shards(
@@ -24,69 +30,74 @@ def write_shards(
     *,
     name: str,
     parameters: Mapping[str, object],
-    splits: Mapping[str, Sequence[Mapping[str, object]]],
-    num_shards: Mapping[str, int],
-    image_size: int,
-    num_labels: int | None = None,
-    label_names: Sequence[str] | None = None,
+    shards: Mapping[str, Sequence[object]],
+    write: Callable[[object], Iterator[dict | Rejected]],
+    facts: Mapping[str, object],
+    num_workers: int = 0,
     overwrite: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> bool:
-    """Writes `<root>/<split>-000000.tar` ... and `<root>/manifest.json`.
+    """Writes `<root>/<split>-000000.tar` ..., `<root>/manifest.json`, and `<root>/rejected.jsonl` where there are any.
 
-    Everything is written beside `root` and moved there at once, so `root` is never half written. The bytes depend on
-    the arguments alone. Sample i of a split goes to shard i mod its number of shards.
+    Everything is written to `.<name of root>.partial` beside `root` and moved there at once, so `root` is never half
+    written. Whoever was killed goes on with the shards that are missing. The bytes depend on the arguments alone, not
+    on how many processes share the work. A shard without a usable sample gets no tar.
 
     Args:
         root: folder to write; may be missing or empty, or hold what an earlier call wrote.
         name: of the data set.
         parameters: what the samples were made from (JSON values); tells whether `root` is up to date.
-        splits: name -> samples, {"__key__": str, suffix: bytes or str, ...}.
-        num_shards: name of a split -> its number of shards.
-        image_size: height and width, in pixels.
-        num_labels: labels lie in [0, num_labels).
-        label_names: one for each label.
-        overwrite: replace a data set in `root` that was made with other parameters, or is damaged.
+        shards: name of a split -> a description of each of its shards: picklable, its `repr` telling all of it.
+        write: description -> its samples, {"__key__": str, suffix: bytes or str, ...}, and what was rejected.
+            Pickled once per process, see `grn.data.pool.run_jobs` (also for its optional `start_worker`).
+        facts: what the manifest tells of the data beside this: image_size, num_labels, label_names (JSON values).
+        num_workers: processes that write; 0: this one.
+        overwrite: replace a data set in `root` that was made with other parameters, or is damaged; and start afresh
+            where an earlier call was killed (several processes do so only where that had other arguments).
+        rank: of this process among those that share the work on one file system; it writes shards rank::world_size.
+        world_size: how many those are. The one that completes the data set moves it to `root`.
 
     Returns:
-        Whether anything was written; False where `root` is up to date already.
+        Whether this process had a part in it; False where `root` is up to date already.
 
     Raises:
-        UserError: `root` holds something else.
+        UserError: `root` holds something else, the partial folder is of other arguments, a split has no usable sample,
+            the disk is full.
     """
     root = Path(root).absolute()
-    parameters = json.loads(json.dumps(dict(parameters)))
-    if root.exists() and not overwrite and _is_up_to_date(root, name, parameters):
-        log.info("%s is up to date: nothing to do", root)
-        return False
+    parameters, facts = _plain(parameters), _plain(facts)
+    _check_arguments(shards, num_workers, rank, world_size)
+    # Several processes cannot tell what an earlier call left from what the others have just written.
+    afresh = overwrite and world_size == 1
+    if root.exists() and not afresh:
+        try:
+            if _is_up_to_date(root, name, parameters):
+                log.info("%s is up to date: nothing to do", root)
+                return False
+        except UserError:
+            if not overwrite:
+                raise
     _check_replaceable(root)
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    # Within a folder of its own, so that the data set itself gets the usual permissions and not those of mkdtemp.
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
-        fresh, old = Path(scratch, "fresh"), Path(scratch, "old")
-        fresh.mkdir()
-        manifest = {
-            "format": FORMAT,
-            "name": name,
-            "parameters": parameters,
-            "image_size": image_size,
-            "num_labels": num_labels,
-            "label_names": None if label_names is None else list(label_names),
-            "splits": {
-                split: {"samples": len(samples), "shards": _write_split(fresh, split, samples, num_shards[split])}
-                for split, samples in splits.items()
-            },
-        }
-        (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if root.exists() and any(root.iterdir()):
-            os.replace(root, old)
-        try:
-            os.replace(fresh, root)
-        except OSError:
-            if old.exists():
-                os.replace(old, root)
-            raise
-    log.info("wrote %s to %s", ", ".join(f"{len(samples)} {split}" for split, samples in splits.items()), root)
+    folder = PartialFolder(root.parent / f".{root.name}.partial")
+    identity = {"name": name, "parameters": parameters, "facts": facts, "shards": _digest(shards)}
+    folder.begin(identity, overwrite=overwrite, afresh=afresh, rank=rank)
+    jobs = [Job(split, number, it) for split in shards for number, it in enumerate(shards[split])]
+    _write_missing(folder, jobs[rank::world_size], write, num_workers, quiet=rank > 0)
+
+    finished = {job.shard: folder.finished(job.shard) for job in jobs}
+    missing = sum(entry is None for entry in finished.values())
+    if not folder.shards.is_dir():
+        log.info("another process has moved the data to %s", root)
+    elif missing:
+        log.info("rank %d is done; %d of %d shards are still with the others", rank, missing, len(jobs))
+    else:
+        entries = {split: [finished[job.shard] for job in jobs if job.split == split] for split in shards}
+        _check_usable(folder, entries)
+        manifest = {"format": FORMAT, "name": name, "parameters": parameters}
+        manifest |= {"image_size": None, "num_labels": None, "label_names": None} | facts
+        _publish(root, folder, manifest, entries)
     return True
 
 
@@ -110,6 +121,8 @@ def read_manifest(root: str | os.PathLike) -> dict | None:
                     raise ValueError(shard["name"])
         if not manifest.keys() >= {"name", "parameters", "num_labels", "label_names"}:
             raise ValueError("a key is missing")
+        if not isinstance(manifest["parameters"], dict):
+            raise TypeError("parameters")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no manifest of shards ({type(error).__name__}): make the data anew") from None
     return manifest
@@ -129,34 +142,117 @@ def shard_paths(root: str | os.PathLike, manifest: Mapping[str, dict], split: st
         size = path.stat().st_size if path.is_file() else None
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-            raise UserError(
-                f"data.root is damaged: {path} {found}; make it anew: "
-                f"python -m grn.prepare data={manifest['name']} overwrite=true"
-            )
+            command = "grn.encode ckpt=..." if "tokenizer" in manifest else f"grn.prepare data={manifest['name']}"
+            raise UserError(f"data.root is damaged: {path} {found}; make it anew: python -m {command} overwrite=true")
         paths.append(str(path))
     return paths
 
 
-def _write_split(folder: Path, split: str, samples: Sequence[Mapping[str, object]], num_shards: int) -> list[dict]:
-    if not 1 <= num_shards <= len(samples):
-        raise UserError(f"source: {len(samples)} {split} samples cannot fill {num_shards} shards")
-    shards = []
-    for number in track(range(num_shards), description=f"writing {split}"):
-        path = folder / f"{split}-{number:06d}.tar"
-        own = samples[number::num_shards]
-        with (
-            open(path, "wb") as file,
-            wds.TarWriter(file, user="grn", group="grn", mode=0o644, mtime=0, encoder=False) as tar,
-        ):
-            for sample in own:
-                tar.write(
-                    {suffix: data.encode() if isinstance(data, str) else data for suffix, data in sample.items()}
-                    | {"__key__": sample["__key__"]}
-                )
-        data = path.read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append({"name": path.name, "samples": len(own), "bytes": len(data), "sha256": digest})
-    return shards
+def _plain(values: Mapping[str, object]) -> dict:
+    return json.loads(json.dumps(dict(values)))
+
+
+def _check_arguments(shards: Mapping[str, Sequence[object]], num_workers: int, rank: int, world_size: int) -> None:
+    if num_workers < 0:
+        raise UserError(f"num_workers={num_workers} must not be negative")
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank={rank} must lie in 0 to world_size-1, and world_size is {world_size}")
+    for split, descriptions in shards.items():
+        if not descriptions:
+            raise UserError(f"source: the {split} split has no samples")
+
+
+def _digest(shards: Mapping[str, Sequence[object]]) -> str:
+    digest = hashlib.sha256()
+    for split, descriptions in shards.items():
+        for description in descriptions:
+            digest.update(f"{split} {description!r}\n".encode())
+    return f"{sum(map(len, shards.values()))} of digest {digest.hexdigest()[:16]}"
+
+
+def _write_missing(folder: PartialFolder, jobs: list[Job], write: Callable, num_workers: int, *, quiet: bool) -> None:
+    missing = [job for job in jobs if folder.finished(job.shard) is None]
+    done = len(jobs) - len(missing)
+    if done:
+        log.info("going on: %d of %d shards are written already", done, len(jobs))
+    columns = (
+        TextColumn("writing shards"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[samples]} samples, {task.fields[rejected]} rejected"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    results = run_jobs(ShardWriter(folder, write), missing, num_workers=num_workers)
+    hidden = quiet or not get_console().is_terminal
+    with Progress(*columns, transient=True, disable=hidden) as progress, closing(results):
+        samples = rejected = 0
+        bar = progress.add_task("", total=len(jobs), completed=done, samples=samples, rejected=rejected)
+        for entry in results:
+            samples, rejected = samples + entry["samples"], rejected + len(entry["rejected"])
+            progress.update(bar, advance=1, samples=samples, rejected=rejected)
+
+
+def _check_usable(folder: PartialFolder, entries: Mapping[str, Sequence[dict]]) -> None:
+    for split, finished in entries.items():
+        if not any(entry["samples"] for entry in finished):
+            for entry in finished:  # so that whoever mends them need not know
+                folder.forget(Path(entry["name"]).stem)
+            reasons = _counts(reason for entry in finished for _, reason in entry["rejected"]) or "there are none"
+            raise UserError(f"source: no sample of the {split} split can be used ({reasons})")
+
+
+def _publish(root: Path, folder: PartialFolder, manifest: dict, entries: Mapping[str, Sequence[dict]]) -> None:
+    """Moves the finished shards to `root`, with the manifest and the list of what was rejected."""
+    _check_replaceable(root)
+    try:
+        os.replace(folder.shards, folder.complete)  # of several processes one gets it
+    except FileNotFoundError:
+        log.info("another process has moved the data to %s", root)
+        return
+
+    names = {entry["name"] for finished in entries.values() for entry in finished}
+    for path in folder.complete.iterdir():
+        if path.name not in names:  # left by a process that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    manifest["splits"] = {split: _split_entry(finished) for split, finished in entries.items()}
+    rejected = [
+        {"split": split, "shard": entry["name"], "item": item, "reason": reason}
+        for split, finished in entries.items()
+        for entry in finished
+        for item, reason in entry["rejected"]
+    ]
+    if rejected:
+        write_text(folder.complete / REJECTED, "".join(json.dumps(line) + "\n" for line in rejected))
+    write_json(folder.complete / MANIFEST, manifest)
+
+    old = folder.path / "old"
+    if root.exists() and any(root.iterdir()):
+        os.replace(root, old)
+    try:
+        os.replace(folder.complete, root)
+    except OSError:
+        if old.exists():
+            os.replace(old, root)
+        raise
+    folder.remove()
+    log.info("wrote %s to %s", ", ".join(f"{s['samples']} {split}" for split, s in manifest["splits"].items()), root)
+    if rejected:
+        reasons = _counts(line["reason"] for line in rejected)
+        log.warning("rejected %d (%s), see %s", len(rejected), reasons, root / REJECTED)
+
+
+def _split_entry(finished: Sequence[dict]) -> dict:
+    keys = ("name", "samples", "bytes", "sha256")
+    return {
+        "samples": sum(entry["samples"] for entry in finished),
+        "rejected": sum(len(entry["rejected"]) for entry in finished),
+        "shards": [{key: entry[key] for key in keys} for entry in finished if entry["samples"]],
+    }
+
+
+def _counts(reasons: Iterable[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in Counter(reasons).most_common())
 
 
 def _is_up_to_date(root: Path, name: str, parameters: dict) -> bool:
@@ -165,12 +261,11 @@ def _is_up_to_date(root: Path, name: str, parameters: dict) -> bool:
     if manifest is None:
         return False
     if (manifest["name"], manifest["parameters"]) != (name, parameters):
-        own = {"name": name} | parameters
-        other = {"name": manifest["name"]} | manifest["parameters"]
-        key = next(key for key in [*own, *other] if own.get(key) != other.get(key))
+        identities = ({"name": name, "parameters": parameters}, {k: manifest[k] for k in ("name", "parameters")})
+        key, own, other = difference(*identities)
         raise UserError(
-            f"data.root={root} holds data made with {key}={other.get(key)}, not {own.get(key)}: "
-            "give another data.root, or overwrite=true to replace it"
+            f"data.root={root} holds data made with {key}={other}, not {own}: "
+            "give another data.root (of grn.encode: out), or overwrite=true to replace it"
         )
     for split in manifest["splits"]:
         shard_paths(root, manifest, split)
