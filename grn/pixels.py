@@ -12,3 +12,8 @@ def from_uint8(pixels: Tensor) -> Tensor:
 def to_uint8(pixels: Tensor) -> Tensor:
     """Float pixels, clipped to [-1, 1] -> uint8 by rounding to the nearest level."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def as_frames(video: Tensor) -> Tensor:
+    """Clips [B, C, T, H, W] -> their frames as images [B*T, C, H, W]."""
+    return video.transpose(1, 2).flatten(0, 1)

@@ -14,8 +14,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov")
 LABEL_SUFFIXES = ("cls",)
 CAPTION_SUFFIXES = ("txt",)
+TOKEN_SUFFIXES = ("tokens.npy",)  # of grn.encode, see grn.data.tokens
 METADATA_SUFFIXES = ("json",)  # {"label": 3, "caption": "a cat"}, in place of key.cls and key.txt
 MAX_PIXELS = 64 * 2**20
 
@@ -26,15 +28,25 @@ class Reason(Enum):
     BROKEN_SHARD = "shard broken or truncated"
     OVERSIZE_ENTRY = "entry too large"
     DUPLICATE_ENTRY = "entry twice in a shard"
+    UNREADABLE_FILE = "file cannot be read"
     NO_IMAGE = "no image"
     UNDECODABLE_IMAGE = "image cannot be decoded"
-    TOO_MANY_PIXELS = "image with too many pixels"
+    TOO_MANY_PIXELS = "too many pixels"
     IMAGE_SIZE = "image of another size"
+    TOO_SMALL = "image too small"
+    NO_VIDEO = "no video"
+    UNDECODABLE_VIDEO = "video cannot be decoded"
+    CUT_SHORT = "video ends before its index does"
+    CLIP_TOO_SHORT = "video shorter than the clip"
+    TOO_MANY_FRAMES = "too many frames to decode for a clip"
     BAD_METADATA = "metadata is not a JSON object"
     NO_LABEL = "no label"
     BAD_LABEL = "label is not an integer"
     LABEL_OUT_OF_RANGE = "label out of range"
     BAD_CAPTION = "caption is not UTF-8 text"
+    NO_CAPTION = "no caption"
+    NO_TOKENS = "no tokens"
+    BAD_TOKENS = "tokens of another shape"
 
 
 class Skip(Exception):
@@ -81,10 +93,15 @@ class ImageDecoder:
             image = center_crop(image, self.image_size, max_pixels=self.max_pixels)
         elif image.size != (self.image_size, self.image_size):
             raise Skip(Reason.IMAGE_SIZE)
-        if self.flip and random.Random(f"flip/{self.seed}/{pass_number}/{raw['__key__']}").random() < 0.5:
+        if self.flip and is_mirrored(self.seed, pass_number, raw["__key__"]):
             image = ImageOps.mirror(image)
         sample["pixels"] = to_tensor(image)
         return sample
+
+
+def is_mirrored(seed: int, pass_number: int, key: object) -> bool:
+    """Whether a sample is mirrored in a pass over the data: every other one, whatever stands around it."""
+    return random.Random(f"flip/{seed}/{pass_number}/{key}").random() < 0.5
 
 
 def entry(raw: Mapping[str, object], suffixes: tuple[str, ...], *, missing: Reason | None) -> bytes | None:
@@ -214,13 +231,11 @@ def collate(samples: list[dict]) -> dict:
     """Samples -> batch.
 
     Returns:
-        {"pixels": uint8 [B, 3, T, H, W], "key": list[str], "label": int64 [B] where samples have labels,
-        "caption": list[str] where any sample has one ("" for those without)}.
+        {"pixels": uint8 [B, 3, T, H, W] or "bits": uint8 [B, T, h, w, bytes], "key": list[str], "label": int64 [B]
+        where samples have labels, "caption": list[str] where any sample has one ("" for those without)}.
     """
-    batch = {
-        "pixels": torch.stack([sample["pixels"] for sample in samples]),
-        "key": [sample["key"] for sample in samples],
-    }
+    batch = {kind: torch.stack([s[kind] for s in samples]) for kind in ("pixels", "bits") if kind in samples[0]}
+    batch["key"] = [sample["key"] for sample in samples]
     if "label" in samples[0]:
         batch["label"] = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)
     if any(sample["caption"] is not None for sample in samples):

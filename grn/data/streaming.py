@@ -6,7 +6,7 @@ import random
 import re
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby, islice
 from operator import itemgetter
@@ -25,6 +25,8 @@ from grn.data.samples import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     METADATA_SUFFIXES,
+    TOKEN_SUFFIXES,
+    VIDEO_SUFFIXES,
     Reason,
     Skip,
 )
@@ -32,8 +34,10 @@ from grn.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MAX_ENTRY_BYTES = dict.fromkeys(IMAGE_SUFFIXES, 64 * 2**20) | dict.fromkeys(
-    (*LABEL_SUFFIXES, *CAPTION_SUFFIXES, *METADATA_SUFFIXES), 2**20
+MAX_ENTRY_BYTES = (
+    dict.fromkeys(VIDEO_SUFFIXES, 512 * 2**20)
+    | dict.fromkeys((*IMAGE_SUFFIXES, *TOKEN_SUFFIXES), 64 * 2**20)
+    | dict.fromkeys((*LABEL_SUFFIXES, *CAPTION_SUFFIXES, *METADATA_SUFFIXES), 2**20)
 )
 
 
@@ -214,6 +218,12 @@ class ResumableLoader(StatefulDataLoader):
                 f"has {world_size} with {self.num_workers}: go on with the same numbers"
             )
         super().load_state_dict(state["ranks"][rank])
+
+
+def report_skipped(skipped: Mapping[str, int]) -> None:
+    """Logs one line of what the data could not give (`skipped()`); nothing where all was good."""
+    if skipped:
+        log.warning("skipped samples: %s", ", ".join(f"{count} x {reason}" for reason, count in skipped.items()))
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -31,7 +31,7 @@ def datamodule(root=None, **arguments):
 
 
 def as_rank(monkeypatch, rank, world_size):
-    for module in ("streaming", "images"):
+    for module in ("streaming", "datamodule"):
         monkeypatch.setattr(f"grn.data.{module}.rank_and_world_size", lambda: (rank, world_size))
 
 

@@ -1,0 +1,193 @@
+"""What every data set of webdataset shards shares: which shards, their loaders, checks before anything starts."""
+
+import functools
+import os
+import warnings
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from grn.data.samples import collate
+from grn.data.shards import read_manifest, shard_paths
+from grn.data.streaming import ResumableLoader, ShardStream, rank_and_world_size, resolve_urls
+from grn.errors import UserError
+
+SPLITS = ("train", "heldout")
+
+
+class ShardsDataModule(LightningDataModule):
+    """Streams the samples of webdataset shards; a subclass says how one is decoded.
+
+    Batches are what `grn.data.samples.collate` makes of the decoder's samples. Unusable samples are skipped and counted
+    (`skipped`).
+
+    Args:
+        name: of the data, as in `data=NAME`; for messages.
+        batch_size: samples a step over all ranks; each rank gets batch_size / ranks.
+        root: folder of the shards, with the manifest that `grn.prepare` writes, or `<split>-*.tar` without one.
+        train: shards for training: paths, urls, braces, wildcards; None: those in `root`.
+        heldout: shards held out; None: those in `root`.
+        num_labels: labels lie in [0, num_labels); None: no labels.
+        train_samples: size of the training split, where there is no manifest to tell it.
+        eval_batch_size: samples a batch and rank in evaluation; None: as in training.
+        num_workers: worker processes a rank; each needs a training shard.
+        shuffle_buffer: undecoded samples that each worker draws from.
+        seed: of the order, and of what the decoder draws.
+
+    Raises:
+        UserError: `batch_size` does not divide over the ranks, shards are missing, empty or too few, or the manifest
+            contradicts `num_labels`; from the methods.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        batch_size: int,
+        root: str | os.PathLike | None = None,
+        train: str | Sequence[str] | None = None,
+        heldout: str | Sequence[str] | None = None,
+        num_labels: int | None = None,
+        train_samples: int | None = None,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+    ):
+        super().__init__()
+        for key, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{key}={value} must be at least 1")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers={num_workers} must not be negative")
+        self.name = name
+        self.batch_size = batch_size
+        self.root = None if root is None else Path(root).expanduser()
+        self.patterns = {"train": train, "heldout": heldout}
+        self.num_labels = num_labels
+        self.train_samples = train_samples
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self._streams: dict[str, ShardStream] = {}
+
+    @abstractmethod
+    def decoder(self, *, training: bool) -> Callable[[dict, int], dict]:
+        """(raw sample, number of the pass) -> sample, for `ShardStream`; with random augmentation where `training`."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Checks that the shards are there, before any worker starts."""
+        for split in SPLITS if stage in (None, "fit") else SPLITS[1:]:
+            self.urls(split)
+        _ = self.rank_batch_size
+
+    @functools.cached_property
+    def manifest(self) -> dict | None:
+        """Of `root`; None where there is none."""
+        manifest = None if self.root is None else read_manifest(self.root)
+        if manifest and self.num_labels is not None and manifest["num_labels"] not in (None, self.num_labels):
+            raise UserError(f"data.num_labels={self.num_labels}, but {self.root} has {manifest['num_labels']} labels")
+        return manifest
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """One for each label, where the manifest tells them."""
+        return self.manifest["label_names"] if self.manifest else None
+
+    @property
+    def num_train_samples(self) -> int:
+        """Of the manifest, else the key `train_samples`.
+
+        Raises:
+            UserError: neither is there.
+        """
+        if self.patterns["train"] is None and self.manifest and "train" in self.manifest["splits"]:
+            return self.manifest["splits"]["train"]["samples"]
+        if self.train_samples is None:
+            raise UserError(f"how many samples {self.name} has is not known: give data.train_samples")
+        return self.train_samples
+
+    @property
+    def rank_batch_size(self) -> int:
+        """Samples a step on each rank."""
+        _, world_size = rank_and_world_size()
+        if self.batch_size % world_size:
+            raise UserError(f"data.batch_size={self.batch_size} does not divide over {world_size} ranks")
+        return self.batch_size // world_size
+
+    def urls(self, split: str) -> list[str]:
+        """The shards of "train" or "heldout"."""
+        if split not in SPLITS:
+            raise UserError(f"there is no split {split!r}, only {' and '.join(SPLITS)}")
+        remedy = f"make them with `python -m grn.prepare data={self.name}`, or say where they are by data.{split}"
+        if (patterns := self.patterns[split]) is not None:
+            return resolve_urls(patterns, key=f"data.{split}", remedy=remedy)
+        if self.root is None:
+            raise UserError(f"data.{split} and data.root are both null: give one of them")
+        if self.manifest:
+            return shard_paths(self.root, self.manifest, split)
+        return resolve_urls([str(self.root / f"{split}-*.tar")], key=f"data.{split}", remedy=remedy)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Endless and shuffled; as long as the trainer's run, where there is one."""
+        # The stream gives each worker its own samples and has no end, so its length is exact.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+        batch_size = self.rank_batch_size
+        stream = self._stream("train", endless=True, shuffle=True, length=self._train_length())
+        self._streams["train"] = stream
+        return ResumableLoader(stream, **self._loader_arguments(batch_size), persistent_workers=self.num_workers > 0)
+
+    def val_dataloader(self) -> DataLoader:
+        """One pass over the held-out split, in its own order, each sample once over all ranks."""
+        self._streams["heldout"] = stream = self._stream("heldout", endless=False, shuffle=False)
+        batch_size = self.eval_batch_size or self.rank_batch_size
+        return DataLoader(stream, **self._loader_arguments(batch_size), persistent_workers=self.num_workers > 0)
+
+    def split_dataloader(self, split: str) -> DataLoader:
+        """One pass over all of "train" or "heldout" for scores: in its own order, unflipped, the same on every rank."""
+        stream = self._stream(split, endless=False, shuffle=False, split_by_rank=False)
+        self._streams[f"all of {split}"] = stream
+        return DataLoader(stream, **self._loader_arguments(self.eval_batch_size or self.rank_batch_size))
+
+    def skipped(self) -> dict[str, int]:
+        """Reason -> samples skipped so far on this rank, by the newest loader of each kind; {} where all were good."""
+        return dict(sum((Counter(stream.skipped()) for stream in self._streams.values()), Counter()))
+
+    def _stream(self, split: str, *, endless: bool, shuffle: bool, **arguments) -> ShardStream:
+        return ShardStream(
+            self.urls(split),
+            self.decoder(training=shuffle),
+            endless=endless,
+            shuffle=shuffle,
+            shuffle_buffer=self.shuffle_buffer,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            **arguments,
+        )
+
+    def _loader_arguments(self, batch_size: int) -> dict:
+        return {
+            "batch_size": batch_size,
+            "num_workers": self.num_workers,
+            "collate_fn": collate,
+            "pin_memory": torch.cuda.is_available(),
+            # A loader draws a seed for its workers, which must not shift the global generator.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+    def _train_length(self) -> int | None:
+        """Samples of this rank in the trainer's run (without a number of steps: in one pass over the data).
+
+        Lightning fetches a batch ahead where a loader has no length, and its state would run ahead by as much.
+        """
+        if self.trainer is None:
+            return None
+        if self.trainer.max_steps and self.trainer.max_steps > 0:
+            return self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.rank_batch_size
+        return self.num_train_samples // self.batch_size * self.rank_batch_size

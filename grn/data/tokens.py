@@ -1,0 +1,185 @@
+"""Token shards: what `grn.encode` writes in place of pixels, and the datamodule that trains any refiner from them.
+
+A sample is `key.tokens.npy`, a uint8 array [views, T, h, w, ceil(z*M/8)] of packed `bit` tokens (`grn.hbq.pack`), with
+the label and captions of the pixel shards beside it. View 0 is the image as it is, view 1 mirrored. The manifest knows
+the tokenizer: its hash, z and M.
+"""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from grn.data.datamodule import ShardsDataModule
+from grn.data.images import ImageShardsDataModule
+from grn.data.samples import (
+    TOKEN_SUFFIXES,
+    Reason,
+    Skip,
+    entry,
+    is_mirrored,
+    read_caption,
+    read_label,
+    read_metadata,
+)
+from grn.data.shards import MANIFEST
+from grn.errors import UserError
+
+
+@dataclass(frozen=True)
+class TokenDecoder:
+    """Raw webdataset sample -> packed tokens with label, caption and key (a callable for `ShardStream`).
+
+    Args:
+        shape: (T, h, w) that every sample must have; None: any.
+        width: bytes of a position, ceil(z*M/8).
+        num_labels: labels lie in [0, num_labels); None for data without labels.
+        flip: take the mirrored view of every other sample, by the draw that `ImageDecoder` mirrors pixels by.
+        seed: the run's seed.
+    """
+
+    shape: tuple[int, int, int] | None
+    width: int
+    num_labels: int | None = None
+    flip: bool = False
+    seed: int = 0
+
+    def __call__(self, raw: Mapping[str, object], pass_number: int) -> dict:
+        """-> {"bits": uint8 [T, h, w, width], "label": int (with num_labels), "caption": str or None, "key": str}.
+
+        Raises:
+            Skip: with the reason.
+        """
+        metadata = read_metadata(raw)
+        sample = {"key": raw["__key__"], "caption": read_caption(raw, metadata)}
+        if self.num_labels is not None:
+            sample["label"] = read_label(raw, metadata, self.num_labels)
+        views = read_array(entry(raw, TOKEN_SUFFIXES, missing=Reason.NO_TOKENS))
+        mirrored = self.flip and is_mirrored(self.seed, pass_number, raw["__key__"])
+        if len(views) <= mirrored or views.shape[4] != self.width or self.shape not in (None, views.shape[1:4]):
+            raise Skip(Reason.BAD_TOKENS)
+        sample["bits"] = torch.from_numpy(views[int(mirrored)].copy())
+        return sample
+
+
+def read_array(data: bytes) -> np.ndarray:
+    """The five-dimensional uint8 array of an npy file, none of which is trusted.
+
+    Raises:
+        Skip: anything else.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception:  # what NumPy's parser of headers raises has no common base
+        raise Skip(Reason.BAD_TOKENS) from None
+    # Looked at before anything is made of it: a small file may claim a huge array.
+    fits = len(shape) == 5 and min(shape) >= 1 and math.prod(shape) == len(data) - stream.tell()
+    if version != (1, 0) or fortran_order or dtype != np.uint8 or not fits:
+        raise Skip(Reason.BAD_TOKENS)
+    return np.frombuffer(data, np.uint8, offset=stream.tell()).reshape(shape)
+
+
+def write_array(views: np.ndarray) -> bytes:
+    """uint8 [views, T, h, w, bytes] -> an npy file."""
+    data = io.BytesIO()
+    np.save(data, np.ascontiguousarray(views), allow_pickle=False)
+    return data.getvalue()
+
+
+class TokenShardsDataModule(ShardsDataModule):
+    """Packed tokens from the shards of `grn.encode`, in the order and with the flips that their pixels would have.
+
+    Batches are {"bits": uint8 [B, T, h, w, bytes], "label": int64 [B] (where the manifest counts labels), "caption":
+    list[str] (where there are any), "key": list[str]}; `grn.hbq.unpack` makes tokens of them.
+
+    Args:
+        flip: mirror training samples at random; needs both views; None: where the shards have both.
+        pixels: folder of the pixel shards, for scores that compare with real images; None: where they were encoded.
+        shards: as `ShardsDataModule` has them; `root` must hold the manifest, also where `train` is elsewhere.
+
+    Raises:
+        UserError: `root` holds no token shards.
+    """
+
+    def __init__(self, *, flip: bool | None = None, pixels: str | None = None, **shards: Any):
+        super().__init__(**shards)
+        if not (self.manifest and "tokenizer" in self.manifest):
+            raise UserError(
+                f"data.root={self.root} holds no token shards with their manifest; write them with "
+                "`python -m grn.encode ckpt=TOKENIZER data=...`, and give that folder as data.root"
+            )
+        _check_manifest(self.manifest, self.root)
+        self.tokenizer: dict[str, Any] = self.manifest["tokenizer"]
+        if flip and self.manifest["views"] < 2:
+            raise UserError(f"data.flip=true, but {self.root} has no mirrored views: encode it with flip=true")
+        self.flip = self.manifest["views"] == 2 if flip is None else flip
+        if self.num_labels is None:
+            self.num_labels = self.manifest["num_labels"]
+        self.pixels = pixels
+
+    def decoder(self, *, training: bool) -> TokenDecoder:
+        return TokenDecoder(
+            shape=None if self.manifest["token_shape"] is None else tuple(self.manifest["token_shape"]),
+            width=math.ceil(self.tokenizer["latent_channels"] * self.tokenizer["rounds"] / 8),
+            num_labels=self.num_labels,
+            flip=self.flip and training,
+            seed=self.seed,
+        )
+
+    def check_tokenizer(self, sha256: str) -> None:
+        """Raises:
+        UserError: the shards are of another tokenizer than the one with this hash of weights.
+        """
+        if self.tokenizer["sha256"] != sha256:
+            raise UserError(
+                f"data.root={self.root} was encoded by another tokenizer ({self.tokenizer['source']}, sha256 "
+                f"{self.tokenizer['sha256'][:12]}, not {sha256[:12]}): give that one as tokenizer.ckpt, or encode anew"
+            )
+
+    def split_dataloader(self, split: str) -> DataLoader:
+        """The *pixels* of a split, for scores: those that were encoded."""
+        source = self.manifest["source"]
+        if source is None:
+            raise UserError("scores compare with real images, which these token shards were not made of: scores=none")
+        images = ImageShardsDataModule(
+            name=source["name"],
+            root=self.pixels or source["root"],
+            image_size=source["image_size"],
+            center_crop=source["center_crop"],
+            batch_size=self.batch_size,
+            eval_batch_size=self.eval_batch_size,
+            num_labels=self.num_labels,
+            num_workers=self.num_workers,
+            train=None if self.pixels else source["train"],
+            heldout=None if self.pixels else source["heldout"],
+        )
+        try:
+            return images.split_dataloader(split)
+        except UserError as error:
+            raise UserError(f"data.pixels: scores need the images that were encoded: {error}") from None
+
+
+def _check_manifest(manifest: Mapping[str, Any], root: Path) -> None:
+    """Raises:
+    UserError: what `grn.encode` adds to a manifest is not as it writes it.
+    """
+    tokenizer, shape, source = (manifest.get(key) for key in ("tokenizer", "token_shape", "source"))
+    number = lambda value: type(value) is int and 1 <= value <= 2**16  # noqa: E731
+    if not (
+        isinstance(tokenizer, dict)
+        and all(isinstance(tokenizer.get(key), str) for key in ("sha256", "source"))
+        and all(number(tokenizer.get(key)) for key in ("latent_channels", "rounds"))
+        and manifest.get("views") in (1, 2)
+        and (shape is None or (isinstance(shape, list) and len(shape) == 3 and all(map(number, shape))))
+        and (source is None or (isinstance(source, dict) and number(source.get("image_size"))))
+        and (source is None or source.keys() == {"name", "root", "train", "heldout", "image_size", "center_crop"})
+    ):
+        raise UserError(f"{root / MANIFEST} is no manifest of token shards: encode them anew (grn.encode)")
