@@ -4,7 +4,7 @@ A file holds what Lightning puts there (`state_dict`, optimiser, loops, data pos
 
 - `config`: the resolved config of the run, plain containers;
 - `ema`: decay -> parameter name -> float32 tensor; `ema_use`: the decay to sample with;
-- `tokenizer` (refiners): `{"model": its config, "official", "path", "sha256", "state_dict" or None}`.
+- `tokenizer` (refiners): `{"model": its config, "official", "path", "step", "sha256", "state_dict" or None}`.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
-from grn.checkpoints.reading import read_untrusted
+from grn.checkpoints.reading import check_targets, read_untrusted
 from grn.errors import UserError
+from grn.networks.pretrained import fetch, is_pretrained, read_config
 from grn.networks.tokenizer import HBQTokenizer
 
 KINDS = {
@@ -87,8 +88,12 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt") -> Checkpoint:
     """
     path = find_checkpoint(path, key=key)
     contents = read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint")
-    if not isinstance(contents, dict) or not {"state_dict", "config", "global_step"} <= contents.keys():
+    known = isinstance(contents, dict) and {"state_dict", "config", "global_step"} <= contents.keys()
+    if not known or not isinstance(contents["config"], dict):
         raise UserError(f"{key}: {path} is not a checkpoint of GRN (official files are given as model.weights)")
+    parts = ("model", "training", "data", "sampler", "scores")
+    built = [contents["config"].get(part) for part in parts] + [(contents.get("tokenizer") or {}).get("model")]
+    check_targets(built, f"{key}: {path} is not to be trusted")
     config = OmegaConf.create(contents["config"])
     if OmegaConf.select(config, "training._target_") not in KINDS:
         raise UserError(f"{key}: {path} was trained by something unknown here")
@@ -101,32 +106,69 @@ def build_network(model: DictConfig) -> nn.Module:
 
 
 def load_tokenizer(
-    path: str | Path, *, embed: bool = True, official: DictConfig | None = None
+    path: str | Path,
+    *,
+    embed: bool = True,
+    official: DictConfig | dict[str, Any] | None = None,
+    ema: str | float | None = None,
+    key: str = "tokenizer.ckpt",
 ) -> tuple[HBQTokenizer, dict[str, Any]]:
     """A trained tokenizer and the record of it that goes into a refiner's checkpoints.
 
+    The record's `sha256` depends on the weights alone, not on which kind of file they come from.
+
     Args:
-        path: a run folder or checkpoint file of ours, whose averaged weights are taken; or an official file.
+        path: a run folder or checkpoint file of ours; an exported folder (`grn.export`), or the id `owner/name` of one
+            on the Hugging Face Hub; or an official file.
         embed: whether the record holds the weights, or only path and hash.
-        official: the `model` config of an official file; None for checkpoints of ours, which know theirs.
+        official: the `model` config of an official file; None for what knows its own.
+        ema: of a checkpoint of ours, as in `Checkpoint.weights`.
+        key: the config key that errors name.
+
+    Raises:
+        UserError: nothing of that kind is there, or it is of something else.
     """
-    if official is None:
-        checkpoint = read_checkpoint(path, key="tokenizer.ckpt")
-        if checkpoint.kind != "tokenizer":
-            raise UserError(f"tokenizer.ckpt: {checkpoint.path} is a {checkpoint.kind}, not a tokenizer")
-        path, model, weights = checkpoint.path, checkpoint.config.model, checkpoint.weights()
+    path, step = Path(path).expanduser() if Path(path).expanduser().exists() else path, None
+    if ema is not None and (official is not None or is_pretrained(path)):
+        raise UserError(f"ema={ema}: {path} holds one set of weights; leave ema out")
+    if official is not None:
+        model = OmegaConf.to_container(OmegaConf.create(official), resolve=True)
+        tokenizer = build_network(model)
+        load_strict(tokenizer, load_official_tokenizer(path), source=str(path))
+    elif is_pretrained(path):
+        tokenizer, model, step = _load_exported(path, key=key)
     else:
-        path, model, weights = Path(path), official, load_official_tokenizer(path)
-    tokenizer = build_network(model)
-    load_strict(tokenizer, weights, source=str(path))
+        checkpoint = read_checkpoint(path, key=key)
+        if checkpoint.kind != "tokenizer":
+            raise UserError(
+                f"{key}: {checkpoint.path} is a {checkpoint.kind}, not a tokenizer; only tokenizers serve here"
+            )
+        path, step = checkpoint.path, checkpoint.step
+        model = OmegaConf.to_container(checkpoint.config.model, resolve=True)
+        tokenizer = build_network(model)
+        load_strict(tokenizer, checkpoint.weights(ema), source=str(path))
+    state = tokenizer.state_dict()
     record = {
-        "model": OmegaConf.to_container(model, resolve=True),
+        "model": model,
         "official": official is not None,
-        "path": str(path.resolve()),
-        "sha256": weights_hash(weights),
-        "state_dict": weights if embed else None,
+        "path": str(path.resolve() if isinstance(path, Path) else path),
+        "step": step,
+        "sha256": weights_hash(state),
+        "state_dict": state if embed else None,
     }
     return tokenizer, record
+
+
+def _load_exported(path: str | Path, *, key: str) -> tuple[HBQTokenizer, dict[str, Any], int | None]:
+    """(The tokenizer of an exported folder or Hub id, its `model` config, the step of its training if known)."""
+    try:
+        folder = fetch(path)
+        tokenizer = HBQTokenizer.from_pretrained(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    model = {"_target_": f"{HBQTokenizer.__module__}.{HBQTokenizer.__qualname__}"} | tokenizer.config
+    step = read_config(folder)["_provenance"].get("step")
+    return tokenizer, model, step if isinstance(step, int) else None
 
 
 def restore_tokenizer(record: dict[str, Any]) -> HBQTokenizer:

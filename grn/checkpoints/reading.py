@@ -1,6 +1,10 @@
 """Reads checkpoint files that may come from anywhere: nothing in them is executed."""
 
+import importlib
+import inspect
+import os
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +29,44 @@ def read_untrusted(path: Path, complaint: str, *, mmap: bool = False) -> Any:
     except Exception as error:  # torch raises half a dozen kinds for damaged, foreign and hostile files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{complaint} ({reason})") from None
+
+
+def check_targets(config: Any, complaint: str) -> None:
+    """Sees to it that Hydra, which calls whatever a config's `_target_` names, will build nothing but parts of GRN.
+
+    Args:
+        config: plain containers out of a file.
+        complaint: the error's words before the reason.
+
+    Raises:
+        UserError: a target is no class of GRN (or function, with `_partial_`), nor of a package that the environment
+            variable GRN_TRUST names.
+    """
+    trusted = set(filter(None, os.environ.get("GRN_TRUST", "").split(",")))
+    for target, partial in _targets(config):
+        if target.split(".")[0] not in trusted and not _is_ours(target, partial):
+            raise UserError(
+                f"{complaint}: it wants to call {target[:100]}, which is no part of GRN; if you trust the file, set "
+                f"GRN_TRUST={target[:100].split('.')[0]}"
+            )
+
+
+def _targets(node: Any) -> Iterator[tuple[str, bool]]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield str(node["_target_"]), node.get("_partial_") is True
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _targets(child)
+
+
+def _is_ours(target: str, partial: bool) -> bool:
+    module, _, name = target.rpartition(".")
+    if module.split(".")[0] != "grn":
+        return False
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return False
+    return (inspect.isclass(found) or (partial and inspect.isfunction(found))) and found.__module__.startswith("grn.")

@@ -1,11 +1,15 @@
-"""LPIPS on VGG features (Zhang et al. 2018) as a training loss, on torchmetrics' network."""
+"""LPIPS on VGG features (Zhang et al. 2018), as a training loss and as a score, on torchmetrics' network."""
 
+import http.client
+import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 
+from grn.checkpoints.reading import read_untrusted
+from grn.downloads import impatient
 from grn.errors import UserError
 
 
@@ -15,37 +19,55 @@ class LPIPS(nn.Module):
     Args:
         weights: a file with torchvision's VGG16 weights (`vgg16-397923af.pth`); None takes torch hub's cache, or
             downloads it.
+        key: the config key of `weights`, for errors.
+        remedy: what else errors advise.
 
     Raises:
-        UserError: the weights are neither there nor to be had.
+        UserError: the weights are neither there nor to be had, or damaged.
     """
 
-    def __init__(self, weights: str | None = None):
+    def __init__(
+        self,
+        weights: str | None = None,
+        *,
+        key: str = "training.perceptual.weights",
+        remedy: str = "turn the loss off with training.perceptual_weight=0",
+    ):
         super().__init__()
-        try:
-            self.network = _LPIPS(net="vgg", pnet_rand=weights is not None)
-        except OSError as error:
-            raise UserError(
-                f"training.perceptual.weights: VGG16 cannot be downloaded ({error}); give the path of "
-                "vgg16-397923af.pth, or turn the loss off with training.perceptual_weight=0"
-            ) from None
+        state = None
         if weights is not None:
-            self._load_backbone(Path(weights))
+            path = Path(weights).expanduser()
+            if not path.is_file():
+                raise UserError(f"{key}: no file {path}; give that of vgg16-397923af.pth, or {remedy}")
+            state = read_untrusted(path, f"{key}: {path} cannot be read: download it again", mmap=True)
+        try:
+            with impatient():
+                self.network = _LPIPS(net="vgg", pnet_rand=weights is not None)
+        except (OSError, http.client.HTTPException, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{key}: VGG16 can be neither downloaded nor read from torch hub's cache in {torch.hub.get_dir()} "
+                f"({reason}); give the path of vgg16-397923af.pth, or {remedy}"
+            ) from None
+        if weights is not None and not self._load_backbone(state):
+            raise UserError(f"{key}: {path} does not hold torchvision's VGG16")
         self.eval().requires_grad_(False)
 
-    def _load_backbone(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(
-                f"training.perceptual.weights: no file {path}; or turn the loss off with training.perceptual_weight=0"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    def _load_backbone(self, state: object) -> bool:
+        """Takes the weights of torchvision's VGG16 out of `state`; whether they are there."""
+        state = state if isinstance(state, dict) else {}
         # torchmetrics cuts VGG's `features` into slices and keeps the layers' numbers as names.
         own = self.network.net.state_dict()
         given = {name: state.get(f"features.{name.split('.', 1)[1]}") for name in own}
-        if any(tensor is None or tensor.shape != own[name].shape for name, tensor in given.items()):
-            raise UserError(f"training.perceptual.weights: {path} does not hold torchvision's VGG16")
+        if any(not isinstance(given[name], Tensor) or given[name].shape != own[name].shape for name in own):
+            return False
         self.network.net.load_state_dict(given)
+        return True
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.distances(first, second).mean()
+
+    def distances(self, first: Tensor, second: Tensor) -> Tensor:
+        """The distance of each pair, float32 [N], also under autocast; arguments as in `forward`."""
         with torch.autocast(first.device.type, enabled=False):
-            return self.network(first.float(), second.float()).mean()
+            return self.network(first.float(), second.float()).flatten()
