@@ -98,3 +98,26 @@ def test_learns_to_tell_real_from_fake():
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert generator_loss(discriminator(fake)) > generator_loss(discriminator(real))
+
+
+@pytest.mark.parametrize(("frames", "judged"), [(1, 1), (5, 2), (9, 3), (33, 9)])
+@torch.no_grad()
+def test_three_dimensions_judge_clips_and_images(frames, judged):
+    discriminator = PatchDiscriminator(width=2, layers=2, dimensions=3)
+    assert discriminator(torch.rand(2, 3, frames, 24, 32)).shape == (2, 1, judged, 4, 6)
+
+
+@torch.no_grad()
+def test_three_dimensions_see_movement():
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(width=4, layers=1, dimensions=3).eval()
+    clip = torch.rand(1, 3, 5, 16, 16)
+    still = clip[:, :, :1].expand_as(clip)
+    assert (discriminator(still)[:, :, 1] - discriminator(clip[:, :, [0, 1, 2, 3, 0]])[:, :, 1]).abs().max() > 1e-4
+    convolutions = [m for m in discriminator.modules() if isinstance(m, nn.Conv3d)]
+    assert all(0.01 < c.weight.std() < 0.03 for c in convolutions)
+
+
+def test_other_dimensions():
+    with pytest.raises(UserError, match="must be 2 or 3, got 4"):
+        PatchDiscriminator(dimensions=4)

@@ -8,7 +8,15 @@ from grn import hbq
 from grn.checkpoints.mapping import load_strict, rename
 from grn.checkpoints.official_tokenizer import TOKENIZER_RULES
 from grn.errors import UserError
-from grn.networks.tokenizer import CausalConv3d, EncoderStage, FrameAttention, HBQTokenizer, RMSNorm
+from grn.networks.tokenizer import (
+    CausalConv3d,
+    EncoderStage,
+    FrameAttention,
+    HBQTokenizer,
+    RMSNorm,
+    Upsample,
+    for_inference,
+)
 
 CLIPS = [1, 5, 9, 17]
 
@@ -183,7 +191,7 @@ def test_bad_sizes_name_the_nearest_good_one(shape, complaint):
 def test_the_size_proposed_is_valid_and_no_other_is_nearer(size, frames):
     network = tiny(multipliers=(1, 1, 1, 1), temporal=(False, True, True), dim=1, decoder_dim=1)
     for value, check, step, offset in (
-        (size, lambda n: network._check_video((1, 3, 1, n, 16)), 16, 0),
+        (size, lambda n: network.check_video((1, 3, 1, n, 16)), 16, 0),
         (frames, network._check_frames, 4, 1),
     ):
         try:
@@ -213,7 +221,7 @@ def test_decoding_another_number_of_channels():
     [
         ({"multipliers": (1,), "temporal": ()}, "two stages or more"),
         ({"temporal": (False, True, True)}, "one entry less"),
-        ({"multipliers": (1, 0, 1)}, "multipliers .* positive, got 0"),
+        ({"multipliers": (1, 0, 1)}, "multipliers .* positive .*, got 0"),
         ({"multipliers": ()}, "multipliers .* positive"),
         ({"multipliers": (1, 3, 3)}, "encoder stage cannot go from 8 to 24 channels"),
         ({"multipliers": (1, 1, 8), "temporal": (False, False)}, "decoder stage cannot go from 64 to 8 channels"),
@@ -298,3 +306,134 @@ def test_last_encoder_stage_adds_its_input_where_widths_agree(width, has_shortcu
     block = stage.blocks[0]
     x = torch.randn(1, width, 1, 4, 4)
     torch.testing.assert_close(stage(x), block(x) + x if has_shortcut else block(x))
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"),
+    [
+        ((1, 1, 1), (1, 8, 8)),
+        ((1, 8, 16), (1, 8, 16)),
+        ((4, 9, 7), (5, 16, 8)),
+        ((2, 8, 17), (5, 8, 24)),
+        ((6, 15, 8), (9, 16, 8)),
+        ((9, 8, 8), (9, 8, 8)),
+    ],
+)
+@torch.no_grad()
+def test_padding_repeats_the_last_frame_row_and_column(size, padded):
+    network = tiny(temporal=(True, True)).eval()
+    assert network.padded_size(size) == padded
+    video = torch.rand(2, 3, *size) * 2 - 1
+    extra = [b - a for a, b in zip(size, padded)]
+    by_hand = F.pad(video, (0, extra[2], 0, extra[1], 0, extra[0]), mode="replicate")
+    features = network.encode(video, pad=True)
+    assert torch.equal(features, network.encode(by_hand))
+    frames, height, width = size
+    cropped = network.decode(features)[:, :, :frames, :height, :width]
+    assert torch.equal(network.decode(features, size=size), cropped)
+    reconstruction, same = network(video, pad=True)
+    assert reconstruction.shape == video.shape
+    assert torch.equal(same, features)
+    tokens = network.tokenize(video, "bit", pad=True)
+    assert torch.equal(tokens, network.tokenize(by_hand, "bit"))
+    assert torch.equal(network.detokenize(tokens, "bit", size=size), reconstruction)
+
+
+@torch.no_grad()
+def test_padding_a_valid_size_changes_nothing():
+    network = tiny().eval()
+    video = torch.rand(1, 3, 3, 8, 16) * 2 - 1
+    for plain, padded in zip(network(video), network(video, pad=True)):
+        assert torch.equal(plain, padded)
+
+
+def test_padding_has_a_gradient():
+    video = (torch.rand(1, 3, 2, 5, 9) * 2 - 1).requires_grad_()
+    tiny()(video, pad=True)[0].square().mean().backward()
+    assert (video.grad != 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.tuples(st.integers(1, 200), st.integers(1, 200), st.integers(1, 200)))
+def test_the_padded_size_is_valid_and_the_least(size):
+    with torch.device("meta"):
+        network = tiny(multipliers=(1, 1, 1, 1), temporal=(False, True, True), dim=1, decoder_dim=1)
+    padded = network.padded_size(size)
+    network.check_video((1, 3, *padded))
+    assert all(0 <= b - a < step for a, b, step in zip(size, padded, (4, 16, 16)))
+
+
+def test_what_padding_cannot_mend():
+    network = tiny()
+    for shape, complaint in (
+        ((1, 3, 0, 8, 8), "0 frames"),
+        ((1, 3, 1, 0, 8), "height 0"),
+        ((1, 3, 8, 8), "video must be"),
+        ((1, 1, 1, 8, 8), "video must be"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            network.encode(torch.zeros(shape), pad=True)
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (4, 8, 8), (3, 16, 17), (3, 0, 16), (3, 8, 16), (-1, 16, 16)])
+def test_a_size_of_another_video(size):
+    network = tiny()
+    with pytest.raises(UserError, match=r"is not of the video of these features, which has \(3, 16, 16\) when padded"):
+        network.decode(torch.zeros(1, 3, 2, 2, 2), size=size)
+
+
+def test_upsampling_is_a_convolution_of_the_doubled_frames():
+    torch.manual_seed(0)
+    upsample = Upsample(5, temporal=False)
+    x = torch.randn(2, 5, 3, 4, 7, requires_grad=True)
+    doubled = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest-exact")
+    expected = upsample.space(doubled).unflatten(0, (2, 3)).transpose(1, 2)
+    torch.testing.assert_close(upsample(x), expected)
+    inputs = (x, upsample.space.weight, upsample.space.bias)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), inputs) for out in (upsample(x), expected))
+    for gradient, reference in zip(ours, theirs):
+        torch.testing.assert_close(gradient, reference, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("frames", [1, 5, 9])
+@torch.no_grad()
+def test_channels_stay_last_in_memory(frames, streamed):
+    """Where they would not, convolutions and norms would still be right, and slower by a copy each."""
+    network, reordered = tiny(temporal=(True, True)).eval(), []
+
+    def check(module, arguments, output):
+        wanted = torch.channels_last_3d if output.ndim == 5 else torch.channels_last
+        if isinstance(module, torch.nn.Conv3d):  # a CPU's own choice: for small inputs it takes kernels without
+            return output.contiguous(memory_format=wanted)
+        if not output.is_contiguous(memory_format=wanted):
+            reordered.append(names[module])
+        return output
+
+    names = {module: name for part in (network.encoder, network.decoder) for name, module in part.named_modules()}
+    for module, name in names.items():
+        if name and not isinstance(module, torch.nn.ModuleList):
+            module.register_forward_hook(check)
+    video = torch.rand(2, 3, frames, 16, 24) * 2 - 1
+    if streamed:
+        list(network.decode_stream(network.encode_stream(video.unbind(2))))
+    else:
+        network(video)
+    assert reordered == []
+
+
+def test_for_inference():
+    network = tiny()
+    video = torch.rand(1, 3, 3, 8, 8) * 2 - 1
+    expected = network.encode(video).detach()
+    assert for_inference(network) is network
+    assert not network.training
+    assert network.encode(video).requires_grad is False
+    torch.testing.assert_close(network.encode(video), expected)
+    for_inference(network, dtype=torch.bfloat16, compile=True)
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+    with torch.compiler.set_stance("force_eager"):  # the compiler itself takes minutes
+        reconstruction, features = network(video)
+    assert (features.dtype, reconstruction.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(features, expected, atol=0.05, rtol=0)
+    assert network.state_dict().keys() == tiny().state_dict().keys()
