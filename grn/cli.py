@@ -16,7 +16,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from grn.data.shards import read_manifest
 from grn.errors import UserError
+from grn.networks.pretrained import is_pretrained
 
 _PACKAGE = Path(__file__).resolve().parent
 # A checkout keeps conf/ at its top; an installed wheel carries it inside the package (pyproject.toml).
@@ -84,7 +86,9 @@ def _one_line(text: str) -> str:
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _steps(epochs: float, samples: int, batch_size: int) -> int:
+def _steps(epochs: float, samples: int | None, batch_size: int) -> int:
+    if samples is None:
+        raise UserError("data.train_samples is not known (no manifest in data.root): give it, epochs are counted by it")
     return round(epochs * samples / batch_size)
 
 
@@ -102,13 +106,22 @@ def _wandb_offline() -> bool:
 
 
 def _run_folder(ckpt: str) -> str:
-    """The run that a checkpoint belongs to: a run folder itself, or the folder above `checkpoints/`."""
+    """Where what is made of a checkpoint goes: its run folder, or the folder that holds an export or a file."""
     path = Path(ckpt)
+    if is_pretrained(path):
+        return str(path.parent if path.is_dir() else Path(os.environ.get("GRN_RUNS", "runs"), ckpt.replace("/", "--")))
     if path.is_dir():
         return str(path)
     return str(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
 
 
+def _train_samples(root: str) -> int | None:
+    """Size of the training split of prepared or encoded data; None where there is no manifest."""
+    manifest = read_manifest(root)
+    return manifest["splits"]["train"]["samples"] if manifest and "train" in manifest["splits"] else None
+
+
+OmegaConf.register_new_resolver("train_samples", _train_samples, replace=True)
 OmegaConf.register_new_resolver("steps", _steps, replace=True)
 OmegaConf.register_new_resolver("wandb_offline", _wandb_offline, replace=True)
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

@@ -3,23 +3,29 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from grn import pictures
-from grn.checkpoints.native import Checkpoint, read_checkpoint
+from grn.checkpoints.native import is_pretrained, read_checkpoint
 from grn.cli import entry_point
+from grn.data.streaming import report_skipped
+from grn.errors import UserError
 from grn.evaluation import build_scores, score_reconstructions, score_samples
 from grn.files import write_json
 from grn.generation import best_device
 from grn.metrics.nearest import NearestTrainingDistance
 from grn.modules import build_sampler, module_from_checkpoint
+from grn.networks.tokenizer import HBQTokenizer, for_inference
+from grn.training import TokenizerModule
 
 log = logging.getLogger(__name__)
 
@@ -32,25 +38,27 @@ def main(config: DictConfig) -> None:
 
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Scores a refiner's samples or a tokenizer's reconstructions; writes `metrics.json` into `out`."""
-    checkpoint = read_checkpoint(config.ckpt)
     device = best_device(config.device)
-    module = module_from_checkpoint(checkpoint, ema=config.ema).to(device)
-    overrides = {key: value for key, value in config.data.items() if value is not None}
-    datamodule = instantiate(OmegaConf.merge(checkpoint.config.data, overrides))
-    scores = build_scores(
-        instantiate(config.scores or checkpoint.config.scores),
-        datamodule,
-        device=device,
-        cache_dir=Path(config.cache_dir),
-    )
+    module, trained, subject = _load(config)
+    module = module.to(device)
+    if isinstance(module, TokenizerModule):
+        for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None)
+    datamodule = instantiate(config.data if "_target_" in config.data else _merged(trained.data, config.data))
+    partials = instantiate(trained.scores if config.scores is None else config.scores)
     start = time.perf_counter()
     with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        if checkpoint.kind == "tokenizer":
-            task = progress.add_task("reconstructing", total=None)
-            metrics = score_reconstructions(module, scores, datamodule, lambda n: progress.advance(task, n))
-            settings = {}
+        if isinstance(module, TokenizerModule):
+            metrics, settings = {}, {}
+            # Of a mixture, each data set is scored for itself.
+            for prefix, part in getattr(datamodule, "parts", {"": datamodule}).items():
+                task = progress.add_task(f"reconstructing {prefix}", total=None)
+                scores = build_scores(partials, part, device=device, cache_dir=Path(config.cache_dir))
+                scored = score_reconstructions(module, scores, part, lambda n, task=task: progress.advance(task, n))
+                metrics |= {f"{prefix}/{key}" if prefix else key: value for key, value in scored.items()}
+            report_skipped(datamodule.skipped())
         else:
-            sampler = build_sampler(config.sampler, checkpoint.config.sampler)
+            scores = build_scores(partials, datamodule, device=device, cache_dir=Path(config.cache_dir))
+            sampler = build_sampler(config.sampler, trained.sampler)
             task = progress.add_task("sampling and scoring", total=config.num)
             metrics, images = score_samples(
                 module,
@@ -65,12 +73,29 @@ def evaluate(config: DictConfig) -> dict[str, float]:
             _pictures(images, scores, datamodule, Path(config.out))
     metrics["seconds"] = round(time.perf_counter() - start, 2)
     metrics = {name: value if isinstance(value, int) else round(float(value), 6) for name, value in metrics.items()}
-    write_json(
-        Path(config.out) / "metrics.json",
-        {"ckpt": str(checkpoint.path), "step": checkpoint.step, **settings, "metrics": metrics},
-    )
-    _print(metrics, checkpoint, Path(config.out))
+    write_json(Path(config.out) / "metrics.json", {**subject, **settings, "metrics": metrics})
+    _print(metrics, subject, Path(config.out))
     return metrics
+
+
+def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[str, Any]]:
+    """(the module, its training config, what `metrics.json` says of it); an export has no such config."""
+    if is_pretrained(config.ckpt):
+        if "_target_" not in config.data or config.scores is None:
+            raise UserError(
+                f"ckpt={config.ckpt} is an export, which does not know its data: give data=... and scores=..., e.g. "
+                "data=imagenet scores=imagenet_reconstruction"
+            )
+        network = HBQTokenizer.from_pretrained(config.ckpt)
+        module = TokenizerModule(network, perceptual_weight=0.0, gan_weight=0.0).eval()
+        return module, None, {"ckpt": str(config.ckpt)}
+    checkpoint = read_checkpoint(config.ckpt)
+    module = module_from_checkpoint(checkpoint, ema=config.ema)
+    return module, checkpoint.config, {"ckpt": str(checkpoint.path), "step": checkpoint.step}
+
+
+def _merged(trained: DictConfig, overrides: DictConfig) -> DictConfig:
+    return OmegaConf.merge(trained, {key: value for key, value in overrides.items() if value is not None})
 
 
 def _pictures(images: torch.Tensor, scores: dict, datamodule, out: Path) -> None:
@@ -84,8 +109,8 @@ def _pictures(images: torch.Tensor, scores: dict, datamodule, out: Path) -> None
             pictures.save(pictures.grid(pairs, 20, 2), out / "nearest.png")
 
 
-def _print(metrics: dict[str, float], checkpoint: Checkpoint, out: Path) -> None:
-    table = Table(title=f"{checkpoint.path} (step {checkpoint.step})")
+def _print(metrics: dict[str, float], subject: dict[str, Any], out: Path) -> None:
+    table = Table(title=", ".join(f"{key} {value}" for key, value in subject.items()))
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():

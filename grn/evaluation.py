@@ -10,9 +10,11 @@ from torch import Tensor
 
 from grn.errors import UserError
 from grn.generation import equal_labels, generate
+from grn.metrics.quantization import QuantizationScores
 from grn.metrics.ranks import Rows
-from grn.metrics.reconstruction import ReconstructionScores
+from grn.metrics.reconstruction import LPIPSScore, ReconstructionScores
 from grn.metrics.splits import images as as_images
+from grn.pixels import from_uint8, to_uint8
 from grn.sampler import Sampler
 from grn.training import RefinerModule, TokenizerModule
 
@@ -86,18 +88,35 @@ def score_samples(
     return metrics, torch.cat(images)
 
 
+@torch.no_grad()
 def score_reconstructions(
     module: TokenizerModule, scores: Mapping[str, Any], datamodule: LightningDataModule, advance: Advance | None = None
 ) -> dict[str, float]:
-    """Reconstructs the held-out split: PSNR, SSIM and L1, and every score of the reconstructions as `r<name>`."""
-    reconstruction = ReconstructionScores(device=module.device)
+    """Reconstructs the held-out split, images or clips frame by frame, and tells what each round of HBQ is worth.
+
+    Returns:
+        PSNR, SSIM and L1; LPIPS where `scores` has it; every other score of the reconstructions as `r<name>` (rFID);
+        `QuantizationScores`; and `bits_per_image` (of a clip, all of it).
+    """
+    network = module.network
+    of_pairs = [ReconstructionScores(device=module.device)]
+    of_pairs += [score for score in scores.values() if isinstance(score, LPIPSScore)]
+    of_images = [score for score in scores.values() if not isinstance(score, LPIPSScore)]
+    quantization = QuantizationScores(network.latent_channels, network.rounds).to(module.device)
+    bits = 0
     for batch in datamodule.split_dataloader("heldout"):
-        real = as_images(batch["pixels"]).to(module.device)
-        reconstructed = as_images(module.reconstruct(real.unsqueeze(2)))
-        reconstruction.update(real, reconstructed)
-        for score in scores.values():
-            score.update(reconstructed, batch["label"].to(module.device))
+        pixels = batch["pixels"].to(module.device)
+        reconstruction, features = network(from_uint8(pixels))
+        real, reconstructed = as_images(pixels), as_images(to_uint8(reconstruction))
+        for score in of_pairs:
+            score.update(real, reconstructed)
+        labels = batch["label"].repeat_interleave(pixels.shape[2]).to(module.device) if "label" in batch else None
+        for score in of_images:
+            score.update(reconstructed, labels)
+        quantization.update(features)
+        bits = features[0].numel() * network.rounds
         if advance is not None:
-            advance(len(real))
-    rated = {f"r{key}": value for score in scores.values() for key, value in score.compute().items()}
-    return reconstruction.compute() | rated
+            advance(len(pixels))
+    metrics = {key: value for score in of_pairs for key, value in score.compute().items()}
+    metrics |= {f"r{key}": value for score in of_images for key, value in score.compute().items()}
+    return metrics | quantization.compute() | {"bits_per_image": bits}

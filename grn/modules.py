@@ -3,17 +3,19 @@
 from typing import Any
 
 from hydra.utils import get_method, instantiate
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, restore_tokenizer
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
+from grn.data.tokens import TokenShardsDataModule
 from grn.errors import UserError
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.sampler import Sampler
+from grn.training import RefinerModule
 
 
 def module_from_config(config: DictConfig) -> LightningModule:
@@ -40,6 +42,25 @@ def module_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = 
         return _module(plain, network).eval()
     record = checkpoint.contents["tokenizer"]
     return _module(plain, network, restore_tokenizer(record), record).eval()
+
+
+def check_fits(module: LightningModule, datamodule: LightningDataModule) -> None:
+    """Raises:
+    UserError: token shards where pixels are needed, of another tokenizer, or of another size or labels than the model.
+    """
+    if not isinstance(datamodule, TokenShardsDataModule):
+        return
+    if not isinstance(module, RefinerModule):
+        raise UserError("data=tokens: a tokenizer trains from pixels; choose their data, e.g. data=digits")
+    datamodule.check_tokenizer(module.checkpoint_extras["tokenizer"]["sha256"])
+    shape, size = datamodule.manifest["token_shape"], module.network.size
+    if shape is not None and shape != [1, size, size]:
+        raise UserError(f"model.size={size} does not fit the tokens in data.root={datamodule.root}, {shape} (T, h, w)")
+    if datamodule.num_labels != module.network.num_labels:
+        raise UserError(
+            f"model.num_labels={module.network.num_labels} does not fit data.root={datamodule.root}, "
+            f"which has {datamodule.num_labels} labels"
+        )
 
 
 def build_sampler(config: DictConfig | dict, fallback: DictConfig | dict | None = None) -> Sampler:

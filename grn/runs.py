@@ -66,7 +66,9 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
 def _same_keys(config: DictConfig, trained: DictConfig) -> Iterable[str]:
     models = {*config.model, *trained.model} - {"weights"}
     yield from (f"model.{key}" for key in sorted(models))
-    yield from ("training._target_", "training.labeling", "data.batch_size", "data.num_workers", "seed")
+    yield from ("training._target_", "training.labeling", "seed")
+    parts = [f"data.parts.{part}" for part in config.data.get("parts", {})]
+    yield from (f"{data}.{key}" for data in ("data", *parts) for key in ("batch_size", "num_workers"))
 
 
 def check_top_level(config: DictConfig, known: Iterable[str]) -> None:

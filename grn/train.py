@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from grn import runs
 from grn.cli import entry_point
-from grn.modules import module_from_config
+from grn.errors import UserError
+from grn.modules import check_fits, module_from_config
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,11 @@ def train(config: DictConfig) -> Trainer:
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.cluster.matmul_precision)
 
+    if "_target_" not in config.data:
+        raise UserError("data=checkpoint is for grn.evaluate: choose data=digits, data=imagenet, data=tokens, ...")
     datamodule = instantiate(config.data)
     module = module_from_config(config)
+    check_fits(module, datamodule)
     callbacks = [instantiate(callback) for callback in config.callbacks.values()]
     loggers = [instantiate(logger) for logger in config.logger.values()]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
@@ -77,6 +81,7 @@ def _quieten() -> None:
         "module\\(s\\) in eval mode",
         "no pre-optimization state was saved",  # the state after the step is the one to go on from
         "isinstance\\(treespec, LeafSpec\\)",
+        "Grad strides do not match bucket view strides",  # of 1x1 kernels, where either order is the same memory
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)

@@ -29,13 +29,17 @@ REFINER += " callbacks.last.every_n_train_steps=3 callbacks.scores.num=20 callba
 NAN = " training.learning_rate=1e30 training.gradient_clip=null training.warmup_steps=0"
 
 
-def grn(workspace, verb, arguments, *, background=False):
-    environment = os.environ | {
-        "GRN_DATA": str(workspace / "data"),
-        "GRN_RUNS": str(workspace / "runs"),
-        "WANDB_MODE": "offline",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
+def grn(workspace, verb, arguments, *, background=False, environment=None):
+    environment = (
+        os.environ
+        | (environment or {})
+        | {
+            "GRN_DATA": str(workspace / "data"),
+            "GRN_RUNS": str(workspace / "runs"),
+            "WANDB_MODE": "offline",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
+    )
     command = [sys.executable, "-m", f"grn.{verb}", *arguments.split()]
     if background:
         return subprocess.Popen(
@@ -262,6 +266,17 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("sample", "ckpt=runs/digits_c2i sampler.temperature=-1 out=o", "sampler.temperature"),
         ("evaluate", "ckpt=runs/digits_c2i num=15 out=o", "num=15"),
         ("prepare", "data=nothing", "digits"),
+        ("prepare", "data=imagenet", "root"),
+        ("prepare", "data=imagenet root=/nowhere", "/nowhere"),
+        ("train", "+experiment=tokenizer_image name=x training.perceptual.weights=/nowhere", "training.perceptual"),
+        ("train", REFINER + " name=x data=tokens", "data.root"),
+        ("train", REFINER + " name=x data=tokens data.root=data/digits", "grn.encode"),
+        ("train", REFINER + " name=x data=checkpoint", "data=checkpoint is for grn.evaluate"),
+        ("encode", "", "ckpt must be given"),
+        ("encode", "ckpt=runs/digits_c2i", "not a tokenizer"),
+        ("encode", "ckpt=runs/digits_tokenizer data=imagenet", "python -m grn.prepare data=imagenet"),
+        ("encode", "ckpt=runs/digits_tokenizer data.image_size=30", "the nearest is 32"),
+        ("export", "ckpt=runs/digits_c2i", "tokenizer"),
     ],
 )
 def test_mistakes_take_one_line(workspace, monkeypatch, verb, arguments, expected):
@@ -282,7 +297,136 @@ def test_a_nan_leaves_no_checkpoint_with_it(workspace, monkeypatch):
         assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "sample", "evaluate"])
+@pytest.fixture(scope="module")
+def encoded(workspace):
+    succeed(workspace, "encode", "ckpt=runs/digits_tokenizer data=digits")
+    return workspace / "data" / "digits_tokens"
+
+
+def test_a_refiner_trained_from_tokens_has_the_same_bits_as_from_pixels(workspace, encoded):
+    succeed(workspace, "train", REFINER + f" name=from_tokens data=tokens data.root={encoded} logger=csv")
+    from_pixels, from_tokens = (
+        torch.load(workspace / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("digits_c2i", "from_tokens")
+    )
+    for part in ("state_dict", "ema", "optimizer_states", "global_step"):
+        assert list(differences(from_pixels[part], from_tokens[part])) == []
+    (path,) = (workspace / "runs" / "from_tokens" / "csv").rglob("metrics.csv")
+    assert "eval/fid" in path.read_text()  # against the images that were encoded
+
+
+def test_encoding_again_does_nothing(workspace, encoded):
+    before = {path: path.stat().st_mtime_ns for path in encoded.iterdir()}
+    assert "nothing to do" in succeed(workspace, "encode", "ckpt=runs/digits_tokenizer data=digits").stdout
+    assert {path: path.stat().st_mtime_ns for path in encoded.iterdir()} == before
+
+
+def test_two_ranks_share_the_encoding(workspace, encoded):
+    """As torchrun starts them; whoever comes last publishes."""
+    out = workspace / "shared_tokens"
+    for rank in ("0", "1"):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        ranks |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        done = grn(workspace, "encode", f"ckpt=runs/digits_tokenizer data=digits out={out}", environment=ranks)
+        assert done.returncode == 0, done.stderr
+        assert out.exists() == (rank == "1")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in encoded.iterdir()
+    }
+
+
+def test_an_export_is_the_tokenizer(workspace, encoded, tmp_path):
+    """Scored and encoded with from a folder of its own."""
+    done = succeed(workspace, "export", f"ckpt=runs/digits_tokenizer out={tmp_path}/export")
+    assert json.loads((encoded / "manifest.json").read_text())["tokenizer"]["sha256"] in done.stdout
+    arguments = f"data=digits scores=digits_reconstruction out={tmp_path}"
+    succeed(workspace, "evaluate", f"ckpt={tmp_path}/export {arguments}/a")
+    succeed(workspace, "evaluate", f"ckpt=runs/digits_tokenizer {arguments}/b")
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text())["metrics"] for name in "ab")
+    assert {"psnr", "ssim", "l1", "rfid", "bits_per_image", "bit_entropy_1", "error_4", "error_max_4"} <= first.keys()
+    assert first | {"seconds": 0} == second | {"seconds": 0}
+    assert "nothing to do" in succeed(workspace, "encode", f"ckpt={tmp_path}/export data=digits").stdout
+    succeed(workspace, "train", REFINER + f" name=from_export tokenizer.ckpt={tmp_path}/export logger=csv scores=none")
+
+
+TINY = " model.latent_channels=4 model.dim=8 model.decoder_dim=8 model.multipliers=[1,1,1] model.temporal=[true,true]"
+TINY += " model.blocks_per_stage=1 training.perceptual_weight=0 training.discriminator.layers=1"
+TINY += " training.discriminator.width=4 trainer.max_steps=8 trainer.val_check_interval=4 trainer.log_every_n_steps=1"
+TINY += " logger=csv"
+JOINT = "+experiment=tokenizer_joint training.gan_start=2 training.discriminator.dimensions=3" + TINY
+JOINT += " data.parts.clips.image_size=32 data.parts.clips.frames=5 data.parts.clips.batch_size=2"
+JOINT += " data.parts.clips.num_workers=1 data.parts.images.root=data/digits data.parts.images.image_size=32"
+JOINT += " data.parts.images.num_labels=10 data.parts.images.batch_size=8 data.parts.images.num_workers=1"
+JOINT += " data.parts.images.train_samples=1500"
+
+
+def test_images_and_videos_train_one_tokenizer(workspace, moving_digits):
+    """From a folder of mp4 files to scores of both kinds; killed on the way, it ends with the same bits."""
+    folder = moving_digits(workspace / "videos", 12)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "broken.txt").write_text("nothing")
+    succeed(workspace, "prepare", f"data=text_video root={folder} source.heldout=3 source.shard_size=4")
+    assert "broken.mp4" in (workspace / "data" / "text_video" / "rejected.jsonl").read_text()
+    succeed(workspace, "train", JOINT)
+    run = workspace / "runs" / "tokenizer_joint"
+    (path,) = (run / "csv").rglob("metrics.csv")
+    with open(path) as file:
+        seen = {key for row in csv.DictReader(file) for key, value in row.items() if value}
+    assert {"train/gan", "train/discriminator", "val/psnr", "val/clips/psnr"} <= seen
+    assert len(list((run / "pictures").iterdir())) == 4
+
+    succeed(workspace, "train", JOINT + " name=stopped trainer.max_steps=3 callbacks.last.every_n_train_steps=3")
+    succeed(workspace, "train", JOINT + " name=stopped ckpt_path=last")
+    whole, resumed = (
+        torch.load(workspace / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("tokenizer_joint", "stopped")
+    )
+    for part in ("state_dict", "ema", "optimizer_states", "global_step"):
+        assert list(differences(whole[part], resumed[part])) == []
+
+    succeed(workspace, "evaluate", "ckpt=runs/tokenizer_joint scores=none")
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())["metrics"]
+    assert {"images/psnr", "clips/psnr", "clips/ssim", "clips/bit_entropy_4"} <= metrics.keys()
+    assert (metrics["images/bits_per_image"], metrics["clips/bits_per_image"]) == (4 * 4 * 16, 2 * 4 * 4 * 16)
+    data = "data=text_video data.image_size=32 data.frames=5 data.num_workers=0"
+    succeed(workspace, "encode", f"ckpt=runs/tokenizer_joint {data}")
+    manifest = json.loads((workspace / "data" / "text_video_tokens" / "manifest.json").read_text())
+    assert (manifest["token_shape"], manifest["views"]) == ([2, 4, 4], 2)
+    assert manifest["splits"]["train"]["samples"] == 9
+
+
+def test_a_gan_trains_in_two_processes(workspace):
+    """Though images leave the temporal convolutions, and either loss the other network, without a gradient."""
+    arguments = "+experiment=tokenizer_image training.gan_start=2 name=gan data=digits data.flip=false" + TINY
+    arguments += " cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.precision=32-true data.batch_size=20"
+    succeed(workspace, "train", arguments)
+    contents = torch.load(workspace / "runs" / "gan" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert contents["global_step"] == 8
+    assert len(contents["optimizer_states"]) == 2
+
+
+def test_official_weights_are_exported_and_scored(workspace, golden, tmp_path):
+    state = {k.removeprefix("state."): v for k, v in golden("tokenizer").items() if k.startswith("state.")}
+    torch.save({"ema": state}, tmp_path / "HBQ_image_tokenizer_16dim_M4.ckpt")
+    sizes = "tokenizer.model.latent_channels=4 tokenizer.model.dim=8 tokenizer.model.decoder_dim=8"
+    official = f"ckpt={tmp_path}/HBQ_image_tokenizer_16dim_M4.ckpt tokenizer=official_image {sizes}"
+    succeed(workspace, "export", f"{official} out={tmp_path}/ours")
+    succeed(
+        workspace,
+        "evaluate",
+        f"ckpt={tmp_path}/ours data=digits scores=digits_reconstruction out={tmp_path}/scores",
+    )
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["metrics"]["bits_per_image"] == 2 * 2 * 4 * 4
+    succeed(workspace, "encode", f"{official} data=digits out={tmp_path}/tokens splits=[heldout]")
+    assert (
+        "nothing to do"
+        in succeed(
+            workspace, "encode", f"ckpt={tmp_path}/ours data=digits out={tmp_path}/tokens splits=[heldout]"
+        ).stdout
+    )
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "sample", "evaluate", "encode", "export", "bench"])
 def test_help_says_what_to_type(workspace, verb):
     done = succeed(workspace, verb, "--help")
     assert f"python -m grn.{verb}" in done.stdout

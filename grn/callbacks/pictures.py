@@ -1,5 +1,6 @@
 """Pictures that a run leaves in `<run folder>/pictures` and in its loggers."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from grn import pictures
 from grn.callbacks.validations import is_last_validation
 from grn.generation import equal_labels
+from grn.pixels import as_frames
 
 
 class SampleGrid(Callback):
@@ -37,11 +39,11 @@ class SampleGrid(Callback):
 
 
 class ReconstructionGrid(Callback):
-    """Held-out images above their reconstructions, with every validation.
+    """Held-out images, or frames of held-out clips, above their reconstructions, with every validation.
 
     Args:
-        folder: where `reconstructions-step<step>.png` goes.
-        num: how many images of the first held-out batch.
+        folder: where `reconstructions-step<step>.png` goes; one picture a data set where several are validated.
+        num: how many images of the first held-out batch; of clips, how many frames.
     """
 
     def __init__(self, folder: str, num: int = 16):
@@ -49,11 +51,15 @@ class ReconstructionGrid(Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pixels = next(iter(trainer.val_dataloaders))["pixels"][: self.num].to(pl_module.device)
-        rows = torch.cat([pixels, pl_module.reconstruct(pixels)])[:, :, 0]
-        picture = pictures.grid(rows, columns=len(pixels), scale=pictures.scale_for(rows.shape[-1]))
-        pictures.save(picture, self.folder / f"reconstructions-step{trainer.global_step:07d}.png")
-        _log_image(trainer, "reconstruction/grid", picture)
+        loaders = trainer.val_dataloaders
+        for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
+            pixels = next(iter(loader))["pixels"][: self.num].to(pl_module.device)
+            pixels = pixels[: math.ceil(self.num / pixels.shape[2])]  # of clips, as many as show `num` frames
+            pair = [as_frames(x)[: self.num] for x in (pixels, pl_module.reconstruct(pixels))]
+            picture = pictures.grid(torch.cat(pair), len(pair[0]), pictures.scale_for(pixels.shape[-1]))
+            suffix = f"-{number}" if number else ""
+            pictures.save(picture, self.folder / f"reconstructions{suffix}-step{trainer.global_step:07d}.png")
+            _log_image(trainer, f"reconstruction/grid{suffix}", picture)
 
 
 class RefinementFilm(Callback):

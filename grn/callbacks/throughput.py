@@ -1,16 +1,15 @@
 """How fast the run is, and what the data lost."""
 
-import logging
 import time
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-log = logging.getLogger(__name__)
+from grn.data.streaming import report_skipped
 
 
 class Throughput(Callback):
-    """Logs `train/images_per_second` over all ranks between two logged steps.
+    """Logs `train/images_per_second` (or clips) over all ranks between two logged steps.
 
     Wall-clock time over many steps, so that no step has to wait for the device. Validation and pictures do not count.
     """
@@ -26,7 +25,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self._samples += len(batch["pixels"]) * trainer.world_size
+        self._samples += len(batch["key"]) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0 and self._samples:
             now = time.perf_counter()
             speed = self._samples / (now - self._since)
@@ -50,6 +49,4 @@ class SkippedSamples(Callback):
             logger.log_metrics({"data/skipped": sum(trainer.datamodule.skipped().values())}, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        skipped = trainer.datamodule.skipped()
-        if skipped:
-            log.warning("skipped samples: %s", ", ".join(f"{count} x {reason}" for reason, count in skipped.items()))
+        report_skipped(trainer.datamodule.skipped())

@@ -3,7 +3,6 @@
 import http.client
 import os
 import pickle
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -16,9 +15,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
+from grn.downloads import impatient
 from grn.errors import UserError
-
-DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 
 class FeatureStatistics(torchmetrics.Metric):
@@ -81,7 +79,7 @@ def build_extractor(
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"scores.fid.weights: no such file: {weights}")
     try:
-        with _tensors_only(), _impatient():
+        with _tensors_only(), impatient():
             extractor = create_feature_extractor(
                 name,
                 list(features),
@@ -137,17 +135,6 @@ def _tensors_only() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    """Gives torch's downloads, which wait for ever, a timeout: compute nodes often drop packets silently."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""How close reconstructed images are to the real ones."""
+"""How close reconstructed images are to the real ones: PSNR, SSIM, L1; LPIPS (Zhang et al. 2018)."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from grn.errors import UserError
 from grn.metrics.ranks import Totals
 from grn.metrics.splits import Split
+from grn.networks.perceptual import LPIPS
+from grn.pixels import from_uint8
 
 
 class ReconstructionScores:
@@ -67,6 +69,49 @@ class ReconstructionScores:
         if not n:
             raise UserError("reconstruction scores: no images to compare: the split is empty")
         return {name: total / n for name, total in zip(("psnr", "ssim", "l1"), sums)}
+
+    def reset(self) -> None:
+        """Forgets all pairs."""
+        self.sums.reset()
+
+
+class LPIPSScore:
+    """`lpips`: perceptual distance of reconstructions on VGG features, mean over the images.
+
+    Args:
+        device: where it is computed.
+        weights: a file with torchvision's VGG16 weights; None takes torch hub's cache, or downloads them.
+        train, heldout, cache_dir: not used.
+
+    Raises:
+        UserError: the weights are neither there nor to be had.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        weights: str | None = None,
+        train: Split | None = None,
+        heldout: Split | None = None,
+        cache_dir: str | Path | None = None,
+    ):
+        network = LPIPS(weights, key="scores.lpips.weights", remedy="leave the score out with ~scores.lpips")
+        self.network = network.to(device)
+        self.sums = Totals(2, dtype=torch.float64).to(device)  # images, distances
+
+    @torch.no_grad()
+    def update(self, real: Tensor, reconstructed: Tensor) -> None:
+        """Adds pairs of images, uint8 [B, 3, H, W] each."""
+        distances = self.network.distances(*(from_uint8(x.to(self.sums.device)) for x in (real, reconstructed)))
+        self.sums.update(torch.stack([torch.ones_like(distances).sum(), distances.sum()]))
+
+    def compute(self) -> dict[str, float]:
+        """The score of all pairs given since the last `reset`, over all ranks; every rank must call it."""
+        n, total = self.sums.compute().tolist()
+        if not n:
+            raise UserError("scores.lpips: no images to compare: the split is empty")
+        return {"lpips": total / n}
 
     def reset(self) -> None:
         """Forgets all pairs."""

@@ -1,8 +1,9 @@
 """Reads a split of the data as scores see it: images and labels.
 
 A split is a callable that returns an iterable of batches, each a dict with `pixels` uint8 [B, 3, H, W] or
-[B, 3, 1, H, W] and, where labels exist, `label` int64 [B]. Every call starts over and yields the whole split in one
-fixed order, on every rank alike: what is computed from a split is the same everywhere and never reduced over ranks.
+[B, 3, T, H, W] and, where labels exist, `label` int64 [B]; of clips, every frame counts as an image. Every call starts
+over and yields the whole split in one fixed order, on every rank alike: what is computed from a split is the same
+everywhere and never reduced over ranks.
 """
 
 import hashlib
@@ -13,20 +14,19 @@ import torch
 from torch import Tensor
 
 from grn.errors import UserError
+from grn.pixels import as_frames
 
 Split = Callable[[], Iterable[dict[str, Any]]]
 
 
 def images(pixels: Tensor) -> Tensor:
-    """Pixels of a batch, uint8 [B, 3, H, W] or [B, 3, 1, H, W] -> images, uint8 [B, 3, H, W].
+    """Pixels of a batch, uint8 [B, 3, H, W] or [B, 3, T, H, W] -> images, uint8 [B*T, 3, H, W].
 
     Raises:
-        UserError: clips of several frames, or pixels that are not uint8 in three channels.
+        UserError: pixels that are not uint8 in three channels.
     """
     if pixels.ndim == 5:
-        if pixels.shape[2] != 1:
-            raise UserError(f"scores read images, but data gives clips of {pixels.shape[2]} frames: set scores=null")
-        pixels = pixels.squeeze(2)
+        pixels = as_frames(pixels)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != torch.uint8:
         raise UserError(f"scores read uint8 [B, 3, H, W] pixels, data gives {pixels.dtype} {list(pixels.shape)}")
     return pixels
@@ -56,8 +56,9 @@ def labelled_images(split: Split, *, name: str) -> tuple[Tensor, Tensor]:
     for batch in split():
         if "label" not in batch:
             raise UserError(f"scores: the {name} split has no labels, which this score needs: leave it out of scores")
-        pixels.append(images(batch["pixels"]).cpu())
-        labels.append(batch["label"].cpu())
+        frames = images(batch["pixels"]).cpu()
+        pixels.append(frames)
+        labels.append(batch["label"].cpu().repeat_interleave(len(frames) // len(batch["label"])))
     if not pixels:
         raise UserError(f"scores: the {name} split has no images: prepare the data first (python -m grn.prepare)")
     return torch.cat(pixels), torch.cat(labels)

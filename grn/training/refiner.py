@@ -91,7 +91,9 @@ class RefinerModule(LightningModule):
 
     @torch.no_grad()
     def tokenize(self, batch: dict[str, Any]) -> Tensor:
-        """uint8 pixels [B, 3, T, H, W] of a batch -> int64 tokens [B, D, T', h, w]."""
+        """A batch's `pixels`, uint8 [B, 3, T, H, W], or its packed `bits` -> int64 tokens [B, D, T', h, w]."""
+        if "bits" in batch:
+            return hbq.unpack(batch["bits"], self.tokenizer.latent_channels, self.tokenizer.rounds, self.labeling)
         return self.tokenizer.tokenize(from_uint8(batch["pixels"]), self.labeling)
 
     def predict_corrupted(

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grn.metrics.reconstruction import ReconstructionScores
 from grn.networks.discriminator import generator_loss, hinge_discriminator_loss
 from grn.networks.tokenizer import HBQTokenizer
-from grn.pixels import from_uint8, to_uint8
+from grn.pixels import as_frames, from_uint8, to_uint8
 from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
 
 
@@ -65,6 +66,11 @@ class TokenizerModule(LightningModule):
             self.perceptual.eval()
         return self
 
+    def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            # Images leave the temporal convolutions without a gradient, and each backward pass is of one network alone.
+            self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+
     # --- the task ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -73,7 +79,7 @@ class TokenizerModule(LightningModule):
         reconstruction, _ = self.network(pixels)
         losses = {"l1": self.l1_weight * F.l1_loss(reconstruction.float(), pixels)}
         if self.perceptual is not None:
-            losses["lpips"] = self.perceptual_weight * self.perceptual(_frames(reconstruction), _frames(pixels))
+            losses["lpips"] = self.perceptual_weight * self.perceptual(as_frames(reconstruction), as_frames(pixels))
         if adversarial:
             self.discriminator.requires_grad_(False)  # the generator's loss trains the generator alone
             losses["gan"] = self.gan_weight * generator_loss(self.discriminator(reconstruction))
@@ -116,14 +122,19 @@ class TokenizerModule(LightningModule):
         return to_uint8(self.network(from_uint8(pixels))[0])
 
     def on_validation_epoch_start(self) -> None:
-        self._scores = ReconstructionScores(device=self.device)
+        # One for each data set that is validated: of a mixture, the first is logged as `val/...` as if it were alone.
+        others = list(getattr(self.trainer.datamodule, "parts", ()))[1:]
+        prefixes = ["", *(f"{name}/" for name in others)]
+        self._scores = {prefix: ReconstructionScores(device=self.device) for prefix in prefixes}
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._scores.update(_frames(batch["pixels"]), _frames(self.reconstruct(batch["pixels"])))
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        scores = [*self._scores.values()][dataloader_idx]
+        scores.update(as_frames(batch["pixels"]), as_frames(self.reconstruct(batch["pixels"])))
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self._scores.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name == "psnr")
+        for prefix, scores in self._scores.items():
+            for name, value in scores.compute().items():
+                self.log(f"val/{prefix}{name}", value, prog_bar=name == "psnr", sync_dist=True)
 
     # --- optimisation -----------------------------------------------------------------------------------------------
 
@@ -150,8 +161,3 @@ class TokenizerModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.perceptual is not None:
             checkpoint["state_dict"] |= self.perceptual.state_dict(prefix="perceptual.")
-
-
-def _frames(video: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B*T, C, H, W]."""
-    return video.transpose(1, 2).flatten(0, 1)

@@ -8,6 +8,7 @@ from grn.errors import UserError
 from grn.metrics.digits_classifier import digits_classifier_weights
 from grn.metrics.features import build_extractor, extract
 from grn.metrics.fid import GenerationScores, load_statistics
+from grn.metrics.splits import labelled_images
 
 
 class Images(Dataset):
@@ -198,11 +199,23 @@ def test_too_few_images(make_scores, digits):
         make_scores(isc_splits=0)
 
 
+def test_of_clips_every_frame_counts(make_scores, digits):
+    pixels, labels = digits["heldout"]
+    images, clips = pixels[:40], pixels[:40].view(8, 5, *pixels.shape[1:]).transpose(1, 2)
+    as_images, as_clips = (
+        make_scores(reference="heldout", heldout=lambda x=x: [{"pixels": x}]) for x in (images, clips)
+    )
+    for scores in (as_images, as_clips):
+        scores.update(pixels[40:80])
+    assert as_images.compute() == as_clips.compute()
+    frames, of_frames = labelled_images(lambda: [{"pixels": clips, "label": labels[:40:5]}], name="held-out")
+    assert torch.equal(frames, images)
+    assert of_frames.tolist() == labels[:40:5].repeat_interleave(5).tolist()
+
+
 def test_bad_data_is_one_line(make_scores, make_split, digits, splits):
     with pytest.raises(UserError, match="training split has no images"):
         make_scores(train=make_split(digits["train"][0][:0]))
-    with pytest.raises(UserError, match="clips of 5 frames"):
-        make_scores(train=lambda: [{"pixels": torch.zeros(1, 3, 5, 32, 32, dtype=torch.uint8)}])
     with pytest.raises(UserError, match="float32"):
         make_scores(train=lambda: [{"pixels": torch.zeros(1, 3, 32, 32)}])
     with pytest.raises(UserError, match="training split has no labels"):

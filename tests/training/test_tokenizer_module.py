@@ -33,11 +33,11 @@ def batches(count=6, frames=1):
     return [{"pixels": p} for p in pixels]
 
 
-def fit(folder, module, *, steps=6):
+def fit(folder, module, *, steps=6, precision="32-true"):
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, num_sanity_val_steps=0,
-        log_every_n_steps=1,
+        log_every_n_steps=1, precision=precision,
     )  # fmt: skip
     data = batches(steps)
     trainer.fit(
@@ -90,6 +90,20 @@ def test_weights_of_zero_build_nothing(tmp_path):
     assert module.perceptual is None
     trainer = fit(tmp_path, module)
     torch.testing.assert_close(trainer.callback_metrics["train/loss"], trainer.callback_metrics["train/l1"])
+
+
+def test_bfloat16_ends_near_float32(tmp_path):
+    """Losses, optimiser and weights stay in float32; the first steps of both are the same within bfloat16's grain."""
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        torch.manual_seed(0)
+        module = TokenizerModule(network(), PatchDiscriminator(width=8), Distance(), learning_rate=1e-3)
+        logged = fit(tmp_path, module, precision=precision).callback_metrics
+        assert logged["train/loss"].dtype == logged["train/gan"].dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+        losses.append([logged[f"train/{name}"].item() for name in ("l1", "lpips")])
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    assert losses[0] != losses[1]
 
 
 def test_reconstruction_goes_through_the_quantizer():
