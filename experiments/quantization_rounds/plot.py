@@ -40,7 +40,7 @@ def main() -> None:
 
     rounds = [row["rounds"] for row in table]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.semilogy(rounds, [row["bound"] for row in table], "--", color="0.5", label="bound $2^{-M}$")
+    left.semilogy(rounds, [row["bound"] for row in table], "-", color="0.8", linewidth=7, label="bound $2^{-M}$")
     left.semilogy(rounds, [row["error_max"] for row in table], "o-", label="largest")
     left.semilogy(rounds, [row["error"] for row in table], "s-", label="mean")
     left.set(xlabel="rounds M", ylabel="error left, |z - q|", title="features of held-out digits")
@@ -50,10 +50,12 @@ def main() -> None:
     right.set(xlabel="bits per image", title="reconstructions of held-out digits")
     right.set_ylabel("PSNR, dB", color="C0")
     rfid = right.twinx()
-    rfid.semilogy(bits, [row["rfid"] for row in table], "s-", color="C3")
+    rfid.plot(bits, [row["rfid"] for row in table], "s-", color="C3")
     rfid.set_ylabel("rFID", color="C3")
+    rfid.set_ylim(0, 1)
+    right.set_ylim(27, 42)
     for x, row in zip(bits, table):
-        right.annotate(f"M={row['rounds']}", (x, row["psnr"]), xytext=(0, -13), textcoords="offset points", ha="center")
+        right.annotate(f"M={row['rounds']}", (x, row["psnr"]), xytext=(0, 7), textcoords="offset points", ha="center")
     figure.savefig(HERE / "rounds.png", dpi=110)
 
 

@@ -33,9 +33,7 @@ from grn.data.samples import (
     center_crop,
     entry,
     is_mirrored,
-    read_caption,
-    read_label,
-    read_metadata,
+    read_annotation,
     to_tensor,
 )
 
@@ -99,11 +97,7 @@ class ClipDecoder:
         Raises:
             Skip: with the reason.
         """
-        metadata, key = read_metadata(raw), raw["__key__"]
-        sample = {"key": key, "caption": read_caption(raw, metadata)}
-        if self.num_labels is not None:
-            sample["label"] = read_label(raw, metadata, self.num_labels)
-
+        sample, key = read_annotation(raw, self.num_labels), raw["__key__"]
         data, suffix = video_entry(raw)
         draws = random.Random(f"clip/{self.seed}/{pass_number}/{key}") if self.training else None
         picture = partial(

@@ -83,11 +83,7 @@ class ImageDecoder:
         Raises:
             Skip: with the reason.
         """
-        metadata = read_metadata(raw)
-        sample = {"key": raw["__key__"], "caption": read_caption(raw, metadata)}
-        if self.num_labels is not None:
-            sample["label"] = read_label(raw, metadata, self.num_labels)
-
+        sample = read_annotation(raw, self.num_labels)
         image = decode_image(entry(raw, IMAGE_SUFFIXES, missing=Reason.NO_IMAGE), max_pixels=self.max_pixels)
         if self.center_crop:
             image = center_crop(image, self.image_size, max_pixels=self.max_pixels)
@@ -118,6 +114,15 @@ def entry(raw: Mapping[str, object], suffixes: tuple[str, ...], *, missing: Reas
     if missing is not None:
         raise Skip(missing)
     return None
+
+
+def read_annotation(raw: Mapping[str, object], num_labels: int | None) -> dict:
+    """What a sample has beside its pixels: {"key": str, "caption": str or None, "label": int (with `num_labels`)}."""
+    metadata = read_metadata(raw)
+    annotation = {"key": raw["__key__"], "caption": read_caption(raw, metadata)}
+    if num_labels is not None:
+        annotation["label"] = read_label(raw, metadata, num_labels)
+    return annotation
 
 
 def read_metadata(raw: Mapping[str, object]) -> dict:

@@ -24,9 +24,7 @@ from grn.data.samples import (
     Skip,
     entry,
     is_mirrored,
-    read_caption,
-    read_label,
-    read_metadata,
+    read_annotation,
 )
 from grn.data.shards import MANIFEST
 from grn.errors import UserError
@@ -56,10 +54,7 @@ class TokenDecoder:
         Raises:
             Skip: with the reason.
         """
-        metadata = read_metadata(raw)
-        sample = {"key": raw["__key__"], "caption": read_caption(raw, metadata)}
-        if self.num_labels is not None:
-            sample["label"] = read_label(raw, metadata, self.num_labels)
+        sample = read_annotation(raw, self.num_labels)
         views = read_array(entry(raw, TOKEN_SUFFIXES, missing=Reason.NO_TOKENS))
         mirrored = self.flip and is_mirrored(self.seed, pass_number, raw["__key__"])
         if len(views) <= mirrored or views.shape[4] != self.width or self.shape not in (None, views.shape[1:4]):

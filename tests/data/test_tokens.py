@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -224,3 +225,30 @@ def test_a_missing_view_is_noticed():
         except Skip as skip:
             outcomes.add(skip.reason)
     assert outcomes == {"as it is", Reason.BAD_TOKENS}
+
+
+def test_bad_samples_and_broken_shards_are_listed(folder, tmp_path):
+    """Somebody else's shards: what cannot be used is named with its reason, the rest is encoded in its order."""
+    good = next((folder / "data" / "digits").glob("train-*.tar"))
+    with tarfile.open(good) as tar:
+        entries = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()[:9]]  # three samples
+    entries[0] = (entries[0][0].replace(".cls", ".json"), b"[]")  # of the first, in whatever order
+    for name in ("train-0.tar", "heldout-0.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for entry, data in [*entries, ("broken.png", b"no picture"), ("broken.cls", b"3")]:
+                info = tarfile.TarInfo(entry)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    whole = (tmp_path / "train-0.tar").read_bytes()
+    (tmp_path / "train-1.tar").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "tokens"
+    assert encode(config(folder, f"data.root={tmp_path}", f"out={out}"))
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    reasons = {(line["shard"], line["item"]): line["reason"] for line in rejected}
+    assert reasons["train-000000.tar", "broken"] == Reason.UNDECODABLE_IMAGE.value
+    assert reasons["train-000001.tar", str(tmp_path / "train-1.tar")].startswith(Reason.BROKEN_SHARD.value)
+    data = tokens(folder, root=out)
+    batches = list(data.val_dataloader())
+    kept = [key for batch in batches for key in batch["key"]]
+    assert kept == [entries[3][0].split(".")[0], entries[6][0].split(".")[0]]
+    assert data.manifest["splits"]["heldout"] == data.manifest["splits"]["heldout"] | {"samples": 2, "rejected": 2}
