@@ -11,14 +11,14 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import hydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from grn.data.shards import read_manifest
 from grn.errors import UserError
-from grn.networks.pretrained import is_pretrained
+from grn.networks.pretrained import HUB, is_pretrained
 
 _PACKAGE = Path(__file__).resolve().parent
 # A checkout keeps conf/ at its top; an installed wheel carries it inside the package (pyproject.toml).
@@ -67,6 +67,8 @@ def explain(error: BaseException) -> str:
             return f"{missing.group(1)} must be given: add {missing.group(1)}=... to the command"
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.key is not None:
             return _unknown_key(cause)
+    if isinstance(error, MissingConfigException):
+        return _one_line(str(error).partition("Config search path")[0])
     if isinstance(error, InstantiationException) and len(chain) > 1:
         where = re.search(r"full_key: (\S+)", str(error))
         return f"{where.group(1) if where else 'config'}: {_one_line(str(chain[-1]))}"
@@ -106,10 +108,12 @@ def _wandb_offline() -> bool:
 
 
 def _run_folder(ckpt: str) -> str:
-    """Where what is made of a checkpoint goes: its run folder, or the folder that holds an export or a file."""
+    """Where what is made of a checkpoint goes: its run folder, the folder of a file, one beside an export."""
+    if ckpt.startswith(HUB):
+        return str(Path(os.environ.get("GRN_RUNS", "runs"), ckpt.removeprefix(HUB).replace("/", "--")))
     path = Path(ckpt)
-    if is_pretrained(path):
-        return str(path.parent if path.is_dir() else Path(os.environ.get("GRN_RUNS", "runs"), ckpt.replace("/", "--")))
+    if is_pretrained(ckpt):
+        return f"{path}_results"  # what else an export's folder held would be in the way of exporting again
     if path.is_dir():
         return str(path)
     return str(path.parent.parent if path.parent.name == "checkpoints" else path.parent)

@@ -47,11 +47,11 @@ def encode(config: DictConfig) -> bool:
         device=config.device,
         bf16=config.bf16,
         compile=config.compile,
+        first_process=local_rank * max(1, config.num_workers),
         processes=max(1, config.num_workers),
     )
-    del tokenizer  # every process reads its own
     if not config.num_workers:
-        encoder.start_worker(local_rank)
+        encoder.start_worker(0, tokenizer)
     urls = {split: datamodule.urls(split) for split in config.splits}
     return write_shards(
         Path(config.out),
@@ -68,8 +68,8 @@ def encode(config: DictConfig) -> bool:
         facts={
             "tokenizer": {
                 "sha256": record["sha256"],
-                "latent_channels": record["model"]["latent_channels"],
-                "rounds": record["model"]["rounds"],
+                "latent_channels": tokenizer.latent_channels,
+                "rounds": tokenizer.rounds,
                 "source": record["path"],
             },
             "views": 1 + bool(config.flip),

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from grn import pictures
-from grn.checkpoints.native import is_pretrained, read_checkpoint
+from grn.checkpoints.native import is_pretrained, load_tokenizer, read_checkpoint
 from grn.cli import entry_point
 from grn.data.streaming import report_skipped
 from grn.errors import UserError
@@ -24,7 +24,7 @@ from grn.files import write_json
 from grn.generation import best_device
 from grn.metrics.nearest import NearestTrainingDistance
 from grn.modules import build_sampler, module_from_checkpoint
-from grn.networks.tokenizer import HBQTokenizer, for_inference
+from grn.networks.tokenizer import for_inference
 from grn.training import TokenizerModule
 
 log = logging.getLogger(__name__)
@@ -79,23 +79,30 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 
 def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[str, Any]]:
-    """(the module, its training config, what `metrics.json` says of it); an export has no such config."""
-    if is_pretrained(config.ckpt):
+    """(the module, its training config, what `metrics.json` says of it); mere weights have no such config."""
+    if is_pretrained(config.ckpt) or config.tokenizer.model is not None:
         if "_target_" not in config.data or config.scores is None:
             raise UserError(
-                f"ckpt={config.ckpt} is an export, which does not know its data: give data=... and scores=..., e.g. "
+                f"ckpt={config.ckpt} does not know its data: give data=... and scores=..., e.g. "
                 "data=imagenet scores=imagenet_reconstruction"
             )
-        network = HBQTokenizer.from_pretrained(config.ckpt)
+        network, record = load_tokenizer(
+            config.ckpt, embed=False, official=config.tokenizer.model, ema=config.ema, key="ckpt"
+        )
         module = TokenizerModule(network, perceptual_weight=0.0, gan_weight=0.0).eval()
-        return module, None, {"ckpt": str(config.ckpt)}
+        return module, None, {key: record[key] for key in ("path", "step", "sha256")}
     checkpoint = read_checkpoint(config.ckpt)
     module = module_from_checkpoint(checkpoint, ema=config.ema)
     return module, checkpoint.config, {"ckpt": str(checkpoint.path), "step": checkpoint.step}
 
 
 def _merged(trained: DictConfig, overrides: DictConfig) -> DictConfig:
-    return OmegaConf.merge(trained, {key: value for key, value in overrides.items() if value is not None})
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if "parts" not in trained:
+        return OmegaConf.merge(trained, given)
+    if odd := given.keys() - {"num_workers", "eval_batch_size"}:
+        raise UserError(f"data.{min(odd)}: of a mixture, give +data.parts.<name>.{min(odd)}=... instead")
+    return OmegaConf.merge(trained, {"parts": dict.fromkeys(trained.parts, given)})
 
 
 def _pictures(images: torch.Tensor, scores: dict, datamodule, out: Path) -> None:

@@ -13,7 +13,7 @@ from grn.generation import equal_labels, generate
 from grn.metrics.quantization import QuantizationScores
 from grn.metrics.ranks import Rows
 from grn.metrics.reconstruction import LPIPSScore, ReconstructionScores
-from grn.metrics.splits import images as as_images
+from grn.metrics.splits import as_images
 from grn.pixels import from_uint8, to_uint8
 from grn.sampler import Sampler
 from grn.training import RefinerModule, TokenizerModule

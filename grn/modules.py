@@ -13,6 +13,7 @@ from grn.checkpoints.official_tokenizer import load_official_tokenizer
 from grn.data.tokens import TokenShardsDataModule
 from grn.errors import UserError
 from grn.networks.class_refiner import ClassRefiner
+from grn.networks.pretrained import is_pretrained
 from grn.networks.tokenizer import HBQTokenizer
 from grn.sampler import Sampler
 from grn.training import RefinerModule
@@ -22,12 +23,15 @@ def module_from_config(config: DictConfig) -> LightningModule:
     """The module that a training config describes; its tokenizer is loaded, `model.weights` too where given."""
     network = build_network(config.model)
     if config.model.get("weights"):
-        load_strict(network, _official_weights(network, config.model.weights), source=str(config.model.weights))
+        load_strict(network, _initial_weights(network, config.model.weights), source=str(config.model.weights))
     plain = OmegaConf.to_container(config, resolve=True)
     if config.tokenizer.ckpt is None:
         return _module(plain, network)
     tokenizer, record = load_tokenizer(
-        config.tokenizer.ckpt, embed=config.tokenizer.embed, official=config.tokenizer.model
+        config.tokenizer.ckpt,
+        embed=config.tokenizer.embed,
+        official=config.tokenizer.model,
+        ema=config.tokenizer.ema,
     )
     return _module(plain, network, tokenizer, record)
 
@@ -54,7 +58,7 @@ def check_fits(module: LightningModule, datamodule: LightningDataModule) -> None
         raise UserError("data=tokens: a tokenizer trains from pixels; choose their data, e.g. data=digits")
     datamodule.check_tokenizer(module.checkpoint_extras["tokenizer"]["sha256"])
     shape, size = datamodule.manifest["token_shape"], module.network.size
-    if shape is not None and shape != [1, size, size]:
+    if shape != [1, size, size]:
         raise UserError(f"model.size={size} does not fit the tokens in data.root={datamodule.root}, {shape} (T, h, w)")
     if datamodule.num_labels != module.network.num_labels:
         raise UserError(
@@ -101,9 +105,9 @@ def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record:
     return module
 
 
-def _official_weights(network: Any, path: str) -> dict[str, Any]:
+def _initial_weights(network: Any, path: str) -> dict[str, Any]:
     if isinstance(network, HBQTokenizer):
-        return load_official_tokenizer(path)
+        return HBQTokenizer.from_pretrained(path).state_dict() if is_pretrained(path) else load_official_tokenizer(path)
     if isinstance(network, ClassRefiner):
         return load_official_class_refiner(path)["ema"]["0.9999"]
     raise UserError(f"model.weights: no official checkpoints are known for {type(network).__name__}")

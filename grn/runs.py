@@ -60,13 +60,19 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
                 f"ckpt_path={wanted}: {path} was trained with {key}={old}, this run has {key}={new}; give the same "
                 "value, or another name=... for a new run"
             )
+    had, has = (OmegaConf.select(c, "training.gan_weight", default=0) > 0 for c in (trained, config))
+    if had != has:
+        raise UserError(
+            f"ckpt_path={wanted}: {path} was trained {'with' if had else 'without'} a discriminator: keep "
+            f"training.gan_weight{' above 0' if had else '=0'} (training.gan_start holds a GAN back)"
+        )
     return path
 
 
 def _same_keys(config: DictConfig, trained: DictConfig) -> Iterable[str]:
     models = {*config.model, *trained.model} - {"weights"}
     yield from (f"model.{key}" for key in sorted(models))
-    yield from ("training._target_", "training.labeling", "seed")
+    yield from ("training._target_", "training.labeling", "training.discriminator", "seed")
     parts = [f"data.parts.{part}" for part in config.data.get("parts", {})]
     yield from (f"{data}.{key}" for data in ("data", *parts) for key in ("batch_size", "num_workers"))
 

@@ -277,6 +277,11 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("encode", "ckpt=runs/digits_tokenizer data=imagenet", "python -m grn.prepare data=imagenet"),
         ("encode", "ckpt=runs/digits_tokenizer data.image_size=30", "the nearest is 32"),
         ("export", "ckpt=runs/digits_c2i", "tokenizer"),
+        ("encode", "ckpt=data/digits/manifest.json", "cannot be read as a checkpoint"),
+        ("evaluate", "ckpt=hf://grn-tests/nothing out=o", "give data=... and scores=..."),
+        ("evaluate", "ckpt=runs/nothing", "no such checkpoint"),
+        ("prepare", "data=tokens", "digits"),
+        ("train", TOKENIZER + " ckpt_path=last training.gan_weight=1", "without a discriminator"),
     ],
 )
 def test_mistakes_take_one_line(workspace, monkeypatch, verb, arguments, expected):

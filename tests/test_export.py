@@ -96,7 +96,7 @@ def test_mistakes(run, official, tmp_path):
 
     assert "format=onnx: choose among pretrained, official" in complaint(f"ckpt={run}", "format=onnx")
     assert complaint(f"ckpt={tmp_path}/nowhere").startswith("ckpt: no such checkpoint or run folder")
-    assert "official files are given as" in complaint(f"ckpt={official}")
+    assert "tokenizer=official_image" in complaint(f"ckpt={official}")
     assert "is of another size" in complaint(
         f"ckpt={official}", "tokenizer=official_image", *sizes(), "tokenizer.model.dim=16"
     )

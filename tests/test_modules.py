@@ -61,6 +61,17 @@ def test_a_changed_or_lost_tokenizer_is_noticed(official_tokenizer):
         restore_tokenizer(record)
 
 
+def test_a_tokenizer_starts_from_the_authors_weights_or_from_an_export(official_tokenizer, golden, tmp_path):
+    tensors = golden("tokenizer")
+    sizes = "model.latent_channels=4 model.dim=8 model.decoder_dim=8 training.perceptual_weight=0 training.gan_weight=0"
+    for weights in (official_tokenizer, tmp_path / "export"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("train", ["+experiment=tokenizer_image", f"model.weights={weights}", *sizes.split()])
+        network = module_from_config(composed).network
+        torch.testing.assert_close(network.encode(tensors["T5.video"]), tensors["T5.features"], atol=1e-4, rtol=0)
+        network.save_pretrained(tmp_path / "export")
+
+
 def test_official_refiner_weights_start_a_run(official_tokenizer, golden, tmp_path):
     tensors = golden("c2i_ind")
     state = {"net." + k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}

@@ -4,7 +4,7 @@ A file holds what Lightning puts there (`state_dict`, optimiser, loops, data pos
 
 - `config`: the resolved config of the run, plain containers;
 - `ema`: decay -> parameter name -> float32 tensor; `ema_use`: the decay to sample with;
-- `tokenizer` (refiners): `{"model": its config, "official", "path", "step", "sha256", "state_dict" or None}`.
+- `tokenizer` (refiners): `{"model": its config, "official", "path", "ema", "step", "sha256", "state_dict" or None}`.
 """
 
 import hashlib
@@ -90,7 +90,10 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt") -> Checkpoint:
     contents = read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint")
     known = isinstance(contents, dict) and {"state_dict", "config", "global_step"} <= contents.keys()
     if not known or not isinstance(contents["config"], dict):
-        raise UserError(f"{key}: {path} is not a checkpoint of GRN (official files are given as model.weights)")
+        raise UserError(
+            f"{key}: {path} is not a checkpoint of GRN; with one of the authors' tokenizers give "
+            "tokenizer=official_image or tokenizer=official_joint, too"
+        )
     parts = ("model", "training", "data", "sampler", "scores")
     built = [contents["config"].get(part) for part in parts] + [(contents.get("tokenizer") or {}).get("model")]
     check_targets(built, f"{key}: {path} is not to be trusted")
@@ -118,8 +121,8 @@ def load_tokenizer(
     The record's `sha256` depends on the weights alone, not on which kind of file they come from.
 
     Args:
-        path: a run folder or checkpoint file of ours; an exported folder (`grn.export`), or the id `owner/name` of one
-            on the Hugging Face Hub; or an official file.
+        path: a run folder or checkpoint file of ours; an exported folder (`grn.export`), or one on the Hugging Face
+            Hub as `hf://owner/name`; or an official file.
         embed: whether the record holds the weights, or only path and hash.
         official: the `model` config of an official file; None for what knows its own.
         ema: of a checkpoint of ours, as in `Checkpoint.weights`.
@@ -152,6 +155,7 @@ def load_tokenizer(
         "model": model,
         "official": official is not None,
         "path": str(path.resolve() if isinstance(path, Path) else path),
+        "ema": ema,
         "step": step,
         "sha256": weights_hash(state),
         "state_dict": state if embed else None,
@@ -180,7 +184,7 @@ def restore_tokenizer(record: dict[str, Any]) -> HBQTokenizer:
     model = OmegaConf.create(record["model"])
     if record["state_dict"] is None:
         official = model if record["official"] else None
-        tokenizer, found = load_tokenizer(record["path"], embed=False, official=official)
+        tokenizer, found = load_tokenizer(record["path"], embed=False, official=official, ema=record.get("ema"))
         if found["sha256"] != record["sha256"]:
             raise UserError(
                 f"the tokenizer {record['path']} is not the one this refiner was trained with (its weights changed); "

@@ -38,6 +38,7 @@ class ShardsDataModule(LightningDataModule):
         num_workers: worker processes a rank; each needs a training shard.
         shuffle_buffer: undecoded samples that each worker draws from.
         seed: of the order, and of what the decoder draws.
+        key: where the config has all this, for messages.
 
     Raises:
         UserError: `batch_size` does not divide over the ranks, shards are missing, empty or too few, or the manifest
@@ -58,17 +59,23 @@ class ShardsDataModule(LightningDataModule):
         num_workers: int = 0,
         shuffle_buffer: int = 1000,
         seed: int = 0,
+        key: str = "data",
     ):
         super().__init__()
-        for key, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+        for name_, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value is not None and value < 1:
-                raise UserError(f"data.{key}={value} must be at least 1")
+                raise UserError(f"{key}.{name_}={value} must be at least 1")
         if num_workers < 0:
-            raise UserError(f"data.num_workers={num_workers} must not be negative")
+            raise UserError(f"{key}.num_workers={num_workers} must not be negative")
+        self.key = key
         self.name = name
         self.batch_size = batch_size
         self.root = None if root is None else Path(root).expanduser()
-        self.patterns = {"train": train, "heldout": heldout}
+        # Plain, as they may come from Hydra: token shards remember them.
+        self.patterns = {
+            split: patterns if patterns is None or isinstance(patterns, str) else list(patterns)
+            for split, patterns in {"train": train, "heldout": heldout}.items()
+        }
         self.num_labels = num_labels
         self.train_samples = train_samples
         self.eval_batch_size = eval_batch_size
@@ -92,7 +99,9 @@ class ShardsDataModule(LightningDataModule):
         """Of `root`; None where there is none."""
         manifest = None if self.root is None else read_manifest(self.root)
         if manifest and self.num_labels is not None and manifest["num_labels"] not in (None, self.num_labels):
-            raise UserError(f"data.num_labels={self.num_labels}, but {self.root} has {manifest['num_labels']} labels")
+            raise UserError(
+                f"{self.key}.num_labels={self.num_labels}, but {self.root} has {manifest['num_labels']} labels"
+            )
         return manifest
 
     @property
@@ -110,7 +119,7 @@ class ShardsDataModule(LightningDataModule):
         if self.patterns["train"] is None and self.manifest and "train" in self.manifest["splits"]:
             return self.manifest["splits"]["train"]["samples"]
         if self.train_samples is None:
-            raise UserError(f"how many samples {self.name} has is not known: give data.train_samples")
+            raise UserError(f"how many samples {self.name} has is not known: give {self.key}.train_samples")
         return self.train_samples
 
     @property
@@ -118,21 +127,22 @@ class ShardsDataModule(LightningDataModule):
         """Samples a step on each rank."""
         _, world_size = rank_and_world_size()
         if self.batch_size % world_size:
-            raise UserError(f"data.batch_size={self.batch_size} does not divide over {world_size} ranks")
+            raise UserError(f"{self.key}.batch_size={self.batch_size} does not divide over {world_size} ranks")
         return self.batch_size // world_size
 
     def urls(self, split: str) -> list[str]:
         """The shards of "train" or "heldout"."""
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}, only {' and '.join(SPLITS)}")
-        remedy = f"make them with `python -m grn.prepare data={self.name}`, or say where they are by data.{split}"
+        key = f"{self.key}.{split}"
+        remedy = f"make them with `python -m grn.prepare data={self.name}`, or say where they are by {key}"
         if (patterns := self.patterns[split]) is not None:
-            return resolve_urls(patterns, key=f"data.{split}", remedy=remedy)
+            return resolve_urls(patterns, key=key, remedy=remedy)
         if self.root is None:
-            raise UserError(f"data.{split} and data.root are both null: give one of them")
+            raise UserError(f"{key} and {self.key}.root are both null: give one of them")
         if self.manifest:
             return shard_paths(self.root, self.manifest, split)
-        return resolve_urls([str(self.root / f"{split}-*.tar")], key=f"data.{split}", remedy=remedy)
+        return resolve_urls([str(self.root / f"{split}-*.tar")], key=key, remedy=remedy)
 
     def train_dataloader(self) -> ResumableLoader:
         """Endless and shuffled; as long as the trainer's run, where there is one."""

@@ -23,7 +23,7 @@ class ImageShardsDataModule(ShardsDataModule):
     def __init__(self, *, image_size: int, flip: bool = False, center_crop: bool = False, **shards: Any):
         super().__init__(**shards)
         if image_size < 1:
-            raise UserError(f"data.image_size={image_size} must be at least 1")
+            raise UserError(f"{self.key}.image_size={image_size} must be at least 1")
         self.image_size, self.flip, self.center_crop = image_size, flip, center_crop
 
     def decoder(self, *, training: bool) -> ImageDecoder:

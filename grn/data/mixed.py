@@ -44,8 +44,8 @@ class MixedDataModule(LightningDataModule):
         return {name: part for name, part in self.parts.items() if self.weights[name] > 0}
 
     def setup(self, stage: str | None = None) -> None:
-        for part in self.parts.values():
-            part.setup(stage)
+        for name, part in self.parts.items():
+            part.setup(stage if name in self.drawn else "validate")
 
     def train_dataloader(self) -> "MixedLoader":
         length = None if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches

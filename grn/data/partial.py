@@ -134,7 +134,7 @@ class PartialFolder:
                 os.rename(fresh.path, self.path)
         except OSError as error:
             if not self.path.exists():  # else another process was faster
-                raise UserError(f"data.root: {self.path} cannot be made: {error.strerror}") from None
+                raise UserError(f"{self.path} cannot be made: {error.strerror}") from None
 
     def _identity(self) -> dict:
         with suppress(OSError, ValueError, AttributeError):
@@ -142,7 +142,7 @@ class PartialFolder:
             mappings = [identity.get(key) for key in ("parameters", "facts")]
             if all(isinstance(it, dict) for it in mappings) and "name" in identity and not self.path.is_symlink():
                 return identity
-        raise UserError(f"{self.path} is in the way, and grn.prepare did not write it: remove it")
+        raise UserError(f"{self.path} is in the way, and GRN did not write it: remove it")
 
 
 @dataclass(frozen=True)

@@ -279,4 +279,4 @@ def _check_replaceable(root: Path) -> None:
     if root.is_symlink():
         raise UserError(f"data.root={root} is a link: give the folder it points to")
     if root.exists() and any(root.iterdir()) and not (root / MANIFEST).is_file():
-        raise UserError(f"data.root={root} holds files that grn.prepare did not write: give another data.root")
+        raise UserError(f"data.root={root} holds files that GRN did not write: give another folder")

@@ -35,14 +35,14 @@ class TokenDecoder:
     """Raw webdataset sample -> packed tokens with label, caption and key (a callable for `ShardStream`).
 
     Args:
-        shape: (T, h, w) that every sample must have; None: any.
+        shape: (T, h, w) that every sample must have.
         width: bytes of a position, ceil(z*M/8).
         num_labels: labels lie in [0, num_labels); None for data without labels.
         flip: take the mirrored view of every other sample, by the draw that `ImageDecoder` mirrors pixels by.
         seed: the run's seed.
     """
 
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, int, int]
     width: int
     num_labels: int | None = None
     flip: bool = False
@@ -57,7 +57,7 @@ class TokenDecoder:
         sample = read_annotation(raw, self.num_labels)
         views = read_array(entry(raw, TOKEN_SUFFIXES, missing=Reason.NO_TOKENS))
         mirrored = self.flip and is_mirrored(self.seed, pass_number, raw["__key__"])
-        if len(views) <= mirrored or views.shape[4] != self.width or self.shape not in (None, views.shape[1:4]):
+        if len(views) <= mirrored or views.shape[4] != self.width or views.shape[1:4] != self.shape:
             raise Skip(Reason.BAD_TOKENS)
         sample["bits"] = torch.from_numpy(views[int(mirrored)].copy())
         return sample
@@ -90,7 +90,10 @@ def write_array(views: np.ndarray) -> bytes:
 
 
 class TokenShardsDataModule(ShardsDataModule):
-    """Packed tokens from the shards of `grn.encode`, in the order and with the flips that their pixels would have.
+    """Packed tokens from the shards of `grn.encode`.
+
+    They are what the tokenizer makes of the pixel shards' images with the same labels and, sample by sample and pass by
+    pass, the same flips; in the same order, too, where no sample was rejected and the keys of the loader are the same.
 
     Batches are {"bits": uint8 [B, T, h, w, bytes], "label": int64 [B] (where the manifest counts labels), "caption":
     list[str] (where there are any), "key": list[str]}; `grn.hbq.unpack` makes tokens of them.
@@ -122,7 +125,7 @@ class TokenShardsDataModule(ShardsDataModule):
 
     def decoder(self, *, training: bool) -> TokenDecoder:
         return TokenDecoder(
-            shape=None if self.manifest["token_shape"] is None else tuple(self.manifest["token_shape"]),
+            shape=tuple(self.manifest["token_shape"]),
             width=math.ceil(self.tokenizer["latent_channels"] * self.tokenizer["rounds"] / 8),
             num_labels=self.num_labels,
             flip=self.flip and training,
@@ -144,9 +147,10 @@ class TokenShardsDataModule(ShardsDataModule):
         source = self.manifest["source"]
         if source is None:
             raise UserError("scores compare with real images, which these token shards were not made of: scores=none")
+        root = self.pixels or source["root"]
         images = ImageShardsDataModule(
             name=source["name"],
-            root=self.pixels or source["root"],
+            root=root,
             image_size=source["image_size"],
             center_crop=source["center_crop"],
             batch_size=self.batch_size,
@@ -158,8 +162,11 @@ class TokenShardsDataModule(ShardsDataModule):
         )
         try:
             return images.split_dataloader(split)
-        except UserError as error:
-            raise UserError(f"data.pixels: scores need the images that were encoded: {error}") from None
+        except UserError:
+            raise UserError(
+                f"data.pixels: scores need the images that were encoded, and {root} has not their {split} shards: give "
+                "their folder, or scores=none"
+            ) from None
 
 
 def _check_manifest(manifest: Mapping[str, Any], root: Path) -> None:
@@ -173,7 +180,9 @@ def _check_manifest(manifest: Mapping[str, Any], root: Path) -> None:
         and all(isinstance(tokenizer.get(key), str) for key in ("sha256", "source"))
         and all(number(tokenizer.get(key)) for key in ("latent_channels", "rounds"))
         and manifest.get("views") in (1, 2)
-        and (shape is None or (isinstance(shape, list) and len(shape) == 3 and all(map(number, shape))))
+        and isinstance(shape, list)
+        and len(shape) == 3
+        and all(map(number, shape))
         and (source is None or (isinstance(source, dict) and number(source.get("image_size"))))
         and (source is None or source.keys() == {"name", "root", "train", "heldout", "image_size", "center_crop"})
     ):

@@ -26,7 +26,7 @@ class VideoShardsDataModule(ShardsDataModule):
         super().__init__(**shards)
         for key, value in {"image_size": image_size, "frames": frames, "fps": min(fps, default=0)}.items():
             if value <= 0:
-                raise UserError(f"data.{key}={value} must be positive")
+                raise UserError(f"{self.key}.{key}={value} must be positive")
         self.image_size, self.frames, self.fps, self.flip = image_size, frames, tuple(fps), flip
 
     def decoder(self, *, training: bool) -> ClipDecoder:

@@ -19,7 +19,7 @@ from grn.pixels import as_frames
 Split = Callable[[], Iterable[dict[str, Any]]]
 
 
-def images(pixels: Tensor) -> Tensor:
+def as_images(pixels: Tensor) -> Tensor:
     """Pixels of a batch, uint8 [B, 3, H, W] or [B, 3, T, H, W] -> images, uint8 [B*T, 3, H, W].
 
     Raises:
@@ -41,7 +41,7 @@ def image_batches(split: Split, *, name: str) -> Iterator[Tensor]:
     empty = True
     for batch in split():
         empty = False
-        yield images(batch["pixels"])
+        yield as_images(batch["pixels"])
     if empty:
         raise UserError(f"scores: the {name} split has no images: prepare the data first (python -m grn.prepare)")
 
@@ -56,7 +56,7 @@ def labelled_images(split: Split, *, name: str) -> tuple[Tensor, Tensor]:
     for batch in split():
         if "label" not in batch:
             raise UserError(f"scores: the {name} split has no labels, which this score needs: leave it out of scores")
-        frames = images(batch["pixels"]).cpu()
+        frames = as_images(batch["pixels"]).cpu()
         pixels.append(frames)
         labels.append(batch["label"].cpu().repeat_interleave(len(frames) // len(batch["label"])))
     if not pixels:

@@ -29,6 +29,7 @@ from grn.errors import UserError
 from grn.files import write_atomically, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB = "hf://"
 FORMAT = 1  # of config.json; a later one may mean another thing by the same names
 MAX_CONFIG_BYTES = 1 << 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,7 +71,8 @@ class Pretrained:
         """The network of a folder that `save_pretrained` wrote, in evaluation mode; nothing in it is executed.
 
         Args:
-            path_or_hub_id: the folder, or the id `owner/name` of a repository on the Hugging Face Hub.
+            path_or_hub_id: the folder, or the id of a repository on the Hugging Face Hub: `owner/name`, or
+                `hf://owner/name` as config keys want it.
             device: where the weights go.
             dtype: of the weights, whatever the file has.
             revision, cache_dir, token, local_files_only: of the Hub, as in `huggingface_hub.snapshot_download`.
@@ -86,8 +88,9 @@ class Pretrained:
         if config["_class_name"] != cls.__name__:
             raise UserError(f"{source} is of a {_brief(config['_class_name'])}, not of a {cls.__name__}")
         arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-        known = [*inspect.signature(cls.__init__).parameters][1:]
-        if odd := sorted(arguments.keys() ^ set(known)):
+        known = dict([*inspect.signature(cls.__init__).parameters.items()][1:])
+        needed = {name for name, parameter in known.items() if parameter.default is parameter.empty}
+        if odd := sorted((arguments.keys() - known.keys()) | (needed - arguments.keys())):
             what = "lacks" if odd[0] in known else "has an unknown"
             raise UserError(f"{source} {what} argument {_brief(odd[0])} of {cls.__name__}; export the network again")
         # On the meta device first: no size that a file claims is allocated before it is found in the weights.
@@ -158,9 +161,8 @@ class Pretrained:
 
 
 def is_pretrained(path_or_hub_id: str | Path) -> bool:
-    """Whether it names a folder of this kind, or nothing here and a repository that may be on the Hub."""
-    path = Path(path_or_hub_id).expanduser()
-    return (path / CONFIG).is_file() or (not path.exists() and _is_hub_id(str(path_or_hub_id)))
+    """Whether it names a folder of this kind, or plainly (`hf://owner/name`) a repository on the Hub."""
+    return str(path_or_hub_id).startswith(HUB) or (Path(path_or_hub_id).expanduser() / CONFIG).is_file()
 
 
 def fetch(
@@ -172,19 +174,20 @@ def fetch(
     local_files_only: bool = False,
 ) -> Path:
     """The local folder of `path_or_hub_id`, downloaded from the Hub where it is none here (see `from_pretrained`)."""
+    hub_id = str(path_or_hub_id).removeprefix(HUB)
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise UserError(f"{path} is no folder with {CONFIG} and {WEIGHTS}; python -m grn.export ckpt={path} makes one")
-    if not _is_hub_id(str(path_or_hub_id)):
+    if not _is_hub_id(hub_id):
         raise UserError(
             f"no such folder: {path}; python -m grn.export writes one from a checkpoint (from the Hub: owner/name)"
         )
-    with _hub_errors(str(path_or_hub_id), "give a local folder"):
+    with _hub_errors(hub_id, "give a local folder"):
         return Path(
             snapshot_download(
-                str(path_or_hub_id),
+                hub_id,
                 revision=revision,
                 cache_dir=cache_dir,
                 token=token,

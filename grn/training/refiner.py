@@ -91,10 +91,14 @@ class RefinerModule(LightningModule):
 
     @torch.no_grad()
     def tokenize(self, batch: dict[str, Any]) -> Tensor:
-        """A batch's `pixels`, uint8 [B, 3, T, H, W], or its packed `bits` -> int64 tokens [B, D, T', h, w]."""
+        """A batch's `pixels`, uint8 [B, 3, T, H, W], or its packed `bits` -> int64 tokens [B, D, T', h, w].
+
+        Pixels are encoded in the tokenizer's own precision, whatever the trainer's: tokens are what is learnt.
+        """
         if "bits" in batch:
             return hbq.unpack(batch["bits"], self.tokenizer.latent_channels, self.tokenizer.rounds, self.labeling)
-        return self.tokenizer.tokenize(from_uint8(batch["pixels"]), self.labeling)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.tokenize(from_uint8(batch["pixels"]), self.labeling)
 
     def predict_corrupted(
         self, tokens: Tensor, labels: Tensor, *, seed: int, ids: Tensor, step: int

@@ -107,7 +107,7 @@ def test_errors_name_the_key(checkpoint, folder, tmp_path, monkeypatch):
         return str(error.value)
 
     assert complaint("run/nothing").startswith("tokenizer.ckpt: no such checkpoint or run folder: run/nothing")
-    assert complaint("grn-tests/nothing", key="ckpt").startswith("ckpt: grn-tests/nothing: not here, and the Hub")
+    assert complaint("hf://grn-tests/nothing", key="ckpt").startswith("ckpt: grn-tests/nothing: not here, and the Hub")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dim": 8}))
     assert complaint(folder).startswith(f"tokenizer.ckpt: {folder}/model.safetensors is of another size than the model")

@@ -20,12 +20,18 @@ def root(tmp_path_factory):
 
 
 def mixture(root, *, weights=None, seed=0, workers=0):
-    def part(batch_size, num_workers=workers):
+    def part(name, batch_size):
         return ImageShardsDataModule(
-            name="digits", root=root, image_size=32, num_labels=10, batch_size=batch_size, num_workers=num_workers
+            name="digits",
+            root=root,
+            image_size=32,
+            num_labels=10,
+            batch_size=batch_size,
+            num_workers=workers,
+            key=f"data.parts.{name}",
         )
 
-    parts = {"small": part(4), "large": part(10)}
+    parts = {"small": part("small", 4), "large": part("large", 10)}
     return MixedDataModule(name="mixture", parts=parts, weights=weights or {"small": 3, "large": 1}, seed=seed)
 
 
@@ -65,6 +71,18 @@ def test_a_part_of_no_weight_is_validated_alone(root):
     assert data.skipped() == {}
     with pytest.raises(UserError, match=r"is of large, this run has small, large: .*data\.parts"):
         mixture(root).train_dataloader().load_state_dict(loader.state_dict())
+
+
+def test_a_part_of_no_weight_needs_no_training_shards(root, tmp_path):
+    (tmp_path / "some").mkdir()
+    for shard in root.glob("heldout-*.tar"):
+        (tmp_path / "some" / shard.name).write_bytes(shard.read_bytes())
+    data = mixture(root, weights={"small": 0, "large": 1})
+    data.parts["small"].root = tmp_path / "some"
+    data.setup("fit")
+    data.weights["small"] = 1
+    with pytest.raises(UserError, match=r"data\.parts\.small\.train: no shards"):
+        data.setup("fit")
 
 
 @pytest.mark.parametrize("weights", [{"small": 1}, {"small": 0, "large": 0}, {"small": -1, "large": 2}])

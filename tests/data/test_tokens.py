@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from grn import hbq
 from grn.cli import CONF
 from grn.data.digits import DigitsSource
+from grn.data.encoding import ShardEncoder
 from grn.data.images import ImageShardsDataModule
 from grn.data.samples import Reason, Skip
 from grn.data.tokens import TokenDecoder, TokenShardsDataModule, read_array, write_array
@@ -157,8 +158,43 @@ def test_scores_see_pixels(folder):
     batch = next(iter(data.split_dataloader("heldout")))
     assert torch.equal(batch["pixels"], next(iter(pixels(folder).split_dataloader("heldout")))["pixels"])
     data.pixels = "/nowhere"
-    with pytest.raises(UserError, match=r"data\.pixels: .*/nowhere"):
+    with pytest.raises(UserError, match=r"data\.pixels: .*/nowhere has not their heldout shards"):
         data.split_dataloader("heldout")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_trainers_precision_changes_no_token(folder, precision):
+    """Runs from pixels tokenize within the trainer's autocast; shards were encoded in float32."""
+    module = refiner(folder)
+    real, packed = (next(iter(make(folder).val_dataloader())) for make in (pixels, tokens))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        assert torch.equal(module.tokenize(real), module.tokenize(packed))
+
+
+def test_shards_may_be_given_one_by_one(folder, tmp_path):
+    root = folder / "data" / "digits"
+    shards = f"data.train=[{root}/train-000000.tar,{root}/train-000001.tar]"
+    assert encode(config(folder, shards, f"out={tmp_path}/some"))
+    data = tokens(folder, root=tmp_path / "some")
+    assert data.num_train_samples == 300
+    assert data.manifest["source"]["train"] == [f"{root}/train-00000{i}.tar" for i in (0, 1)]
+    assert len(next(iter(data.split_dataloader("train")))["key"]) == 64
+
+
+def test_processes_take_turns_at_the_accelerators(folder, monkeypatch):
+    """Those of all ranks of a machine."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    taken = []
+    for rank in range(3):
+        for index in range(2):
+            encoder = ShardEncoder({}, None, mirrored=False, batch_size=1, first_process=2 * rank)
+            network = HBQTokenizer.from_pretrained(folder / "tokenizer")
+            monkeypatch.setattr(network, "to", lambda *device, network=network, **_: network)
+            encoder.start_worker(index, network)
+            taken.append(encoder.device)
+    assert taken == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
 
 
 def npy(array, **options):
@@ -200,7 +236,7 @@ def test_arrays_that_are_none(data):
     [
         ({"shape": (1, 3, 4), "width": 3}, Reason.BAD_TOKENS),
         ({"shape": (1, 4, 3), "width": 2}, Reason.BAD_TOKENS),
-        ({"shape": None, "width": 2, "num_labels": 3}, Reason.NO_LABEL),
+        ({"shape": (1, 3, 4), "width": 2, "num_labels": 3}, Reason.NO_LABEL),
     ],
 )
 def test_samples_that_do_not_fit(arguments, reason):
@@ -208,14 +244,14 @@ def test_samples_that_do_not_fit(arguments, reason):
     with pytest.raises(Skip) as caught:
         TokenDecoder(**arguments)(raw, 0)
     assert caught.value.reason is reason
-    assert TokenDecoder(shape=None, width=2)(raw, 0)["bits"].shape == (1, 3, 4, 2)
+    assert TokenDecoder(shape=(1, 3, 4), width=2)(raw, 0)["bits"].shape == (1, 3, 4, 2)
     with pytest.raises(Skip) as caught:
-        TokenDecoder(shape=None, width=2)({"__key__": "k"}, 0)
+        TokenDecoder(shape=(1, 3, 4), width=2)({"__key__": "k"}, 0)
     assert caught.value.reason is Reason.NO_TOKENS
 
 
 def test_a_missing_view_is_noticed():
-    decoder = TokenDecoder(shape=None, width=2, flip=True)
+    decoder = TokenDecoder(shape=(1, 3, 4), width=2, flip=True)
     raw = [{"__key__": f"{i}", "tokens.npy": write_array(GOOD)} for i in range(20)]
     outcomes = set()
     for sample in raw:

@@ -181,7 +181,6 @@ def test_a_config_that_is_none(folder, text, expected):
         ({"_format": 2}, "is of format 2, this GRN reads 1"),
         ({"_provenance": [1]}, "_provenance must be an object"),
         ({"depth": 3}, "has an unknown argument depth of HBQTokenizer"),
-        ({"rounds": ...}, "lacks argument rounds of HBQTokenizer"),
         ({"rounds": 4.5}, "rounds .* 1..8, got 4.5"),
         ({"rounds": "4"}, "rounds .* 1..8, got 4"),
         ({"dim": "wide"}, "dim .* positive whole number, got wide"),
@@ -262,19 +261,30 @@ def test_any_network_with_plain_arguments(tmp_path):
     again = Table.from_pretrained(table.save_pretrained(tmp_path / "table"))
     x = torch.rand(4, 3)
     assert torch.equal(again(x), table(x))
+    edit(tmp_path / "table", options=...)
+    assert "lacks argument options of Table" in complaint(tmp_path / "table", Table)
+    table.save_pretrained(tmp_path / "table")
     assert "is of a Table, not of a HBQTokenizer" in complaint(tmp_path / "table")
     with pytest.raises(TypeError, match="hidden"):
         Table(3, hidden=4, options={})
+
+
+def test_exports_of_before_an_optional_argument_came(folder):
+    """It then has its default, which must stand for what was before."""
+    assert HBQTokenizer.from_pretrained(edit(folder, dropout=...)).config["dropout"] == 0.0
 
 
 def test_what_may_be_on_the_hub(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_pretrained(folder)
     assert is_pretrained("export")
-    assert is_pretrained("owner/name-1.5")
-    (tmp_path / "runs").mkdir()
-    for path in ("runs/digits", "weights.ckpt", "/owner/name", "a/b/c", "../name", "owner/a--b", "runs", "~/name", ""):
+    assert is_pretrained("hf://owner/name-1.5")
+    for path in ("owner/name", "runs/digits", "weights.ckpt", "/owner/name", "runs", ""):
         assert not is_pretrained(path), path
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/digits", "/owner/name", "a/b/c", "../name", "owner/a--b", "hf://runs", "~/name"):
+        with pytest.raises(UserError, match="no such folder"):
+            fetch(path)
 
 
 def test_without_the_internet():
