@@ -279,7 +279,7 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("export", "ckpt=runs/digits_c2i", "tokenizer"),
         ("encode", "ckpt=data/digits/manifest.json", "cannot be read as a checkpoint"),
         ("evaluate", "ckpt=hf://grn-tests/nothing out=o", "give data=... and scores=..."),
-        ("evaluate", "ckpt=runs/nothing", "no such checkpoint"),
+        ("evaluate", "ckpt=runs/nowhere", "no such checkpoint"),
         ("prepare", "data=tokens", "digits"),
         ("train", TOKENIZER + " ckpt_path=last training.gan_weight=1", "without a discriminator"),
     ],
