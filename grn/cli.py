@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from grn.checkpoints.exported import is_exported_refiner
 from grn.data.shards import read_manifest
 from grn.errors import UserError
 from grn.networks.pretrained import HUB, is_pretrained
@@ -112,7 +113,7 @@ def _run_folder(ckpt: str) -> str:
     if ckpt.startswith(HUB):
         return str(Path(os.environ.get("GRN_RUNS", "runs"), ckpt.removeprefix(HUB).replace("/", "--")))
     path = Path(ckpt)
-    if is_pretrained(ckpt):
+    if is_pretrained(ckpt) or is_exported_refiner(ckpt):
         return f"{path}_results"  # what else an export's folder held would be in the way of exporting again
     if path.is_dir():
         return str(path)

@@ -15,7 +15,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from grn import pictures
-from grn.checkpoints.native import is_pretrained, load_tokenizer, read_checkpoint
+from grn.checkpoints.exported import is_exported_refiner
+from grn.checkpoints.native import load_tokenizer, read_checkpoint
 from grn.cli import entry_point
 from grn.data.streaming import report_skipped
 from grn.errors import UserError
@@ -23,7 +24,8 @@ from grn.evaluation import build_scores, score_reconstructions, score_samples
 from grn.files import write_json
 from grn.generation import best_device
 from grn.metrics.nearest import NearestTrainingDistance
-from grn.modules import build_sampler, module_from_checkpoint
+from grn.modules import build_sampler, load_refiner, module_from_checkpoint
+from grn.networks.pretrained import is_pretrained
 from grn.networks.tokenizer import for_inference
 from grn.training import TokenizerModule
 
@@ -58,7 +60,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
             report_skipped(datamodule.skipped())
         else:
             scores = build_scores(partials, datamodule, device=device, cache_dir=Path(config.cache_dir))
-            sampler = build_sampler(config.sampler, trained.sampler)
+            sampler = build_sampler(config.sampler, module.sampler)
             task = progress.add_task("sampling and scoring", total=config.num)
             metrics, images = score_samples(
                 module,
@@ -79,13 +81,17 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 
 def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[str, Any]]:
-    """(the module, its training config, what `metrics.json` says of it); mere weights have no such config."""
-    if is_pretrained(config.ckpt) or config.tokenizer.model is not None:
+    """(the module, its training config, what `metrics.json` says of it); exports and official files have no config."""
+    official = config.tokenizer.model is not None
+    if official or is_pretrained(config.ckpt) or is_exported_refiner(config.ckpt):
         if "_target_" not in config.data or config.scores is None:
             raise UserError(
                 f"ckpt={config.ckpt} does not know its data: give data=... and scores=..., e.g. "
-                "data=imagenet scores=imagenet_reconstruction"
+                "data=imagenet scores=imagenet (of a tokenizer scores=imagenet_reconstruction)"
             )
+        if not official and is_exported_refiner(config.ckpt):
+            module, subject = load_refiner(config.ckpt, ema=config.ema)
+            return module, None, subject
         network, record = load_tokenizer(
             config.ckpt, embed=False, official=config.tokenizer.model, ema=config.ema, key="ckpt"
         )

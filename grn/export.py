@@ -1,14 +1,29 @@
-"""python -m grn.export ckpt=runs/digits_tokenizer: a trained tokenizer as a folder to share (conf/export.yaml)."""
+"""python -m grn.export ckpt=runs/digits_c2i: a trained refiner or tokenizer as a folder to share (conf/export.yaml)."""
 
 import logging
 from pathlib import Path
+from typing import Any, get_args
 
+import torch
 from omegaconf import DictConfig
 
-from grn.checkpoints.native import is_pretrained, load_tokenizer
+from grn import hbq
+from grn.checkpoints.exported import is_exported_refiner, save_exported_refiner
+from grn.checkpoints.mapping import load_strict
+from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, read_checkpoint, weights_hash
+from grn.checkpoints.official_class_refiner import (
+    AVERAGED_FASTER,
+    SAMPLED,
+    load_official_class_refiner,
+    save_official_class_refiner,
+)
 from grn.checkpoints.official_tokenizer import save_official_tokenizer
 from grn.cli import entry_point
 from grn.errors import UserError
+from grn.modules import build_sampler, module_from_checkpoint
+from grn.networks.class_refiner import ClassRefiner
+from grn.networks.pretrained import is_pretrained
+from grn.networks.tokenizer import HBQTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -21,25 +36,119 @@ def main(config: DictConfig) -> None:
 
 
 def export(config: DictConfig) -> Path:
-    """Writes a tokenizer's weights for others: a folder for `HBQTokenizer.from_pretrained`, or an official file.
+    """Writes weights for others: a folder that `grn.sample` and `from_pretrained` take, or a file of the authors' kind.
 
     Returns:
-        what was written: `out`, to which format=official adds `.ckpt`.
+        what was written: `out`, to which format=official adds `.pth` of a refiner, `.ckpt` of a tokenizer.
     """
     if config.format not in FORMATS:
         raise UserError(f"format={config.format}: choose among {', '.join(FORMATS)}")
-    if config.format == "pretrained" and Path(config.ckpt).is_dir() and is_pretrained(config.ckpt):
-        raise UserError(f"ckpt: {config.ckpt} is an export already (format=official makes one of the authors' files)")
-    tokenizer, record = load_tokenizer(
-        config.ckpt, embed=False, official=config.tokenizer.model, ema=config.ema, key="ckpt"
-    )
+    here = Path(config.ckpt).expanduser().is_dir()
+    if here and (is_exported_refiner(config.ckpt) or (config.format == "pretrained" and is_pretrained(config.ckpt))):
+        remedy = "format=official makes one of the authors' files of a tokenizer's, or of a refiner's checkpoint"
+        raise UserError(f"ckpt: {config.ckpt} is an export already ({remedy})")
+    if config.get("model") is not None:
+        out, sha256 = _export_official_refiner(config)
+    elif config.tokenizer.model is not None or is_pretrained(config.ckpt):
+        out, sha256 = _export_tokenizer(config, config.ckpt)
+    else:
+        checkpoint = read_checkpoint(config.ckpt)
+        out, sha256 = (_export_refiner if checkpoint.kind == "refiner" else _export_tokenizer)(config, checkpoint)
+    log.info("exported: %s (sha256 of the weights: %s)", out, sha256)
+    return out
+
+
+def _export_tokenizer(config: DictConfig, source: str | Checkpoint) -> tuple[Path, str]:
+    tokenizer, record = load_tokenizer(source, embed=False, official=config.tokenizer.model, ema=config.ema, key="ckpt")
     if config.format == "official":
         out = save_official_tokenizer(tokenizer.state_dict(), f"{str(config.out).removesuffix('.ckpt')}.ckpt")
     else:
-        provenance = {"source": str(config.ckpt), "step": record["step"], "sha256": record["sha256"]}
-        out = tokenizer.save_pretrained(config.out, provenance=provenance)
-    log.info("exported: %s (sha256 of the weights: %s)", out, record["sha256"])
-    return out
+        out = tokenizer.save_pretrained(config.out, provenance=_provenance(config.ckpt, record))
+    return out, record["sha256"]
+
+
+def _export_refiner(config: DictConfig, checkpoint: Checkpoint) -> tuple[Path, str]:
+    if config.tokenizer.ckpt != config.ckpt:
+        raise UserError(f"tokenizer.ckpt: {checkpoint.path} knows its tokenizer; leave it out")
+    module = module_from_checkpoint(checkpoint, ema=config.ema)
+    sha256 = weights_hash(module.network.state_dict())
+    if config.format == "official":
+        return _save_official(config, checkpoint, module.network), sha256
+    provenance = {"step": checkpoint.step, "ema": checkpoint.average(config.ema), "sha256": sha256}
+    out = save_exported_refiner(
+        config.out,
+        refiner=module.network,
+        tokenizer=module.tokenizer,
+        labeling=module.labeling,
+        sampler=build_sampler(config.sampler, module.sampler),
+        provenance={
+            "refiner": {"source": str(config.ckpt)} | provenance,
+            "tokenizer": _provenance(checkpoint.contents["tokenizer"]["path"], checkpoint.contents["tokenizer"]),
+        },
+    )
+    return out, sha256
+
+
+def _save_official(config: DictConfig, checkpoint: Checkpoint, network: ClassRefiner) -> Path:
+    """The weights as trained and two averages: the chosen one stands for the authors' 0.9999, and for their 0.9996 too
+    where the run kept none of that decay."""
+    has_second = AVERAGED_FASTER in (checkpoint.contents.get("ema") or {})
+    averages = {
+        SAMPLED: network.state_dict(),
+        AVERAGED_FASTER: checkpoint.weights(AVERAGED_FASTER if has_second else config.ema),
+    }
+    path = f"{str(config.out).removesuffix('.pth')}.pth"
+    return save_official_class_refiner(checkpoint.weights("none"), averages, network.position, path)
+
+
+def _export_official_refiner(config: DictConfig) -> tuple[Path, str]:
+    """Of the authors' file, its `model` config and tokenizer; the labeling is the one that fits both."""
+    if config.format == "official":
+        raise UserError("format=official: ckpt is one of the authors' files already")
+    if config.tokenizer.ckpt == config.ckpt:
+        raise UserError(
+            "tokenizer.ckpt: the authors' refiners do not hold their tokenizer; give tokenizer=official_image "
+            "tokenizer.ckpt=HBQ_image_tokenizer_16dim_M4.ckpt, or one of ours"
+        )
+    with torch.device("meta"):
+        refiner = build_network(config.model)
+    decay = SAMPLED if config.ema is None else str(config.ema)
+    loaded = load_official_class_refiner(config.ckpt, key="ckpt")
+    states = {"none": loaded["model"], **loaded["ema"]}
+    if decay not in states:
+        raise UserError(f"ema={decay} is not in {config.ckpt}; it holds {', '.join(states)}")
+    load_strict(refiner, states[decay], source=str(config.ckpt))
+    tokenizer, record = load_tokenizer(
+        config.tokenizer.ckpt, embed=False, official=config.tokenizer.model, ema=config.tokenizer.ema
+    )
+    sha256 = weights_hash(states[decay])
+    out = save_exported_refiner(
+        config.out,
+        refiner=refiner,
+        tokenizer=tokenizer,
+        labeling=_labeling(refiner, tokenizer),
+        sampler=build_sampler(config.sampler),
+        provenance={
+            "refiner": {"source": str(config.ckpt), "step": None, "ema": decay, "sha256": sha256},
+            "tokenizer": _provenance(config.tokenizer.ckpt, record),
+        },
+    )
+    return out, sha256
+
+
+def _labeling(refiner: ClassRefiner, tokenizer: HBQTokenizer) -> hbq.Labeling:
+    size, sizes = (tokenizer.latent_channels, tokenizer.rounds), (refiner.channels, refiner.classes)
+    for labeling in get_args(hbq.Labeling):
+        if hbq.num_tokens(*size, labeling) == sizes:
+            return labeling
+    raise UserError(
+        f"model.channels={sizes[0]} model.classes={sizes[1]} do not fit a tokenizer of {size[0]} channels and "
+        f"{size[1]} rounds under any labeling"
+    )
+
+
+def _provenance(source: str, record: dict[str, Any]) -> dict[str, Any]:
+    return {"source": str(source), "step": record["step"], "sha256": record["sha256"]}
 
 
 if __name__ == "__main__":

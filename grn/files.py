@@ -19,6 +19,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def write_folder(path: Path, write: Callable[[Path], object]) -> Path:
+    """Lets `write` fill a temporary folder beside `path`, then renames it to `path`; what was there is replaced."""
+
+    def fill(temporary: Path) -> None:
+        temporary.mkdir()
+        write(temporary)
+        if path.is_dir():
+            os.replace(path, temporary.with_name("earlier"))  # goes with the temporary files
+
+    return write_atomically(path, fill)
+
+
 def write_text(path: Path, text: str) -> Path:
     """Writes UTF-8 text atomically."""
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

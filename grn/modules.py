@@ -5,9 +5,11 @@ from typing import Any
 from hydra.utils import get_method, instantiate
 from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from grn.checkpoints.mapping import load_strict
-from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, restore_tokenizer
+from grn.checkpoints.exported import is_exported_refiner, load_exported_refiner
+from grn.checkpoints.mapping import check_state, load_strict
+from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, read_checkpoint, restore_tokenizer
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
 from grn.data.tokens import TokenShardsDataModule
@@ -20,10 +22,16 @@ from grn.training import RefinerModule
 
 
 def module_from_config(config: DictConfig) -> LightningModule:
-    """The module that a training config describes; its tokenizer is loaded, `model.weights` too where given."""
-    network = build_network(config.model)
-    if config.model.get("weights"):
-        load_strict(network, _initial_weights(network, config.model.weights), source=str(config.model.weights))
+    """The module that a training config describes; its tokenizer is loaded, `model.weights` too where given.
+
+    Averages that come with those are left on the module as `initial_averages`, for `grn.callbacks.EMA` to go on with.
+    """
+    network, averages = build_network(config.model), {}
+    if weights := config.model.get("weights"):
+        state, averages = _initial_weights(network, weights)
+        for average in averages.values():
+            check_state(network, average, source=str(weights))
+        load_strict(network, state, source=str(weights))
     plain = OmegaConf.to_container(config, resolve=True)
     if config.tokenizer.ckpt is None:
         return _module(plain, network)
@@ -33,7 +41,9 @@ def module_from_config(config: DictConfig) -> LightningModule:
         official=config.tokenizer.model,
         ema=config.tokenizer.ema,
     )
-    return _module(plain, network, tokenizer, record)
+    module = _module(plain, network, tokenizer, record)
+    module.initial_averages = averages
+    return module
 
 
 def module_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = None) -> LightningModule:
@@ -44,8 +54,36 @@ def module_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = 
     if checkpoint.kind == "tokenizer":
         plain["training"] |= {"perceptual_weight": 0.0, "gan_weight": 0.0, "perceptual": None, "discriminator": None}
         return _module(plain, network).eval()
-    record = checkpoint.contents["tokenizer"]
+    record = checkpoint.contents.get("tokenizer")
+    if not record:
+        raise UserError(f"ckpt: {checkpoint.path} is a refiner without its tokenizer, and cannot be sampled")
     return _module(plain, network, restore_tokenizer(record), record).eval()
+
+
+def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerModule, dict[str, Any]]:
+    """A trained refiner in evaluation mode, and what reports say of where it is from.
+
+    Args:
+        ckpt: a run folder or checkpoint file of ours, or an exported refiner, here or on the Hub (`hf://owner/name`).
+        ema: as in `Checkpoint.weights`.
+
+    Raises:
+        UserError: nothing of that kind is there.
+    """
+    if not is_exported_refiner(ckpt):
+        checkpoint = read_checkpoint(ckpt)
+        if checkpoint.kind != "refiner":
+            raise UserError(f"ckpt: {checkpoint.path} is a {checkpoint.kind}; only refiners are sampled")
+        module = module_from_checkpoint(checkpoint, ema=ema)
+        return module, {"ckpt": str(checkpoint.path), "step": checkpoint.step}
+    if ema is not None:
+        raise UserError(f"ema={ema}: {ckpt} holds one set of weights; leave ema out")
+    try:
+        found = load_exported_refiner(ckpt)
+        module = RefinerModule(found.refiner, found.tokenizer, found.sampler, labeling=found.labeling)
+    except UserError as error:
+        raise UserError(f"ckpt: {error}") from None
+    return module.eval(), {"ckpt": str(found.folder), "step": found.step}
 
 
 def check_fits(module: LightningModule, datamodule: LightningDataModule) -> None:
@@ -67,11 +105,14 @@ def check_fits(module: LightningModule, datamodule: LightningDataModule) -> None
         )
 
 
-def build_sampler(config: DictConfig | dict, fallback: DictConfig | dict | None = None) -> Sampler:
-    """A `Sampler` from its config, nulls taken from `fallback` (a checkpoint's config) and then from the defaults.
+def build_sampler(config: DictConfig | dict, fallback: Sampler | DictConfig | dict | None = None) -> Sampler:
+    """A `Sampler` from its config, nulls taken from `fallback` (a trained module's, or the config of one) and then from
+    the defaults.
 
     A schedule's keys fall back only on a schedule of the same kind.
     """
+    if isinstance(fallback, Sampler):
+        fallback = _sampler_config(fallback)
     chosen, trained = (OmegaConf.to_container(OmegaConf.create(c or {}), resolve=True) for c in (config, fallback))
     schedule, trained_schedule = chosen.pop("schedule", None), trained.pop("schedule", None) or {}
     if schedule is None:
@@ -83,6 +124,11 @@ def build_sampler(config: DictConfig | dict, fallback: DictConfig | dict | None 
         chosen["schedule"] = instantiate(_filled(schedule))
     chosen.pop("_target_", None)
     return Sampler(**_filled(chosen))
+
+
+def _sampler_config(sampler: Sampler) -> dict[str, Any]:
+    kind = type(sampler.schedule)
+    return vars(sampler) | {"schedule": {"_target_": f"{kind.__module__}.{kind.__qualname__}"} | vars(sampler.schedule)}
 
 
 def _filled(values: dict[str, Any], fallback: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -105,9 +151,15 @@ def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record:
     return module
 
 
-def _initial_weights(network: Any, path: str) -> dict[str, Any]:
+def _initial_weights(network: Any, path: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """(Weights to start from, their averages by decay where the file has any)."""
+    if isinstance(network, ClassRefiner) and is_exported_refiner(path):
+        return ClassRefiner.from_pretrained(path, subfolder="refiner").state_dict(), {}
+    if isinstance(network, (HBQTokenizer, ClassRefiner)) and is_pretrained(path):
+        return type(network).from_pretrained(path).state_dict(), {}
     if isinstance(network, HBQTokenizer):
-        return HBQTokenizer.from_pretrained(path).state_dict() if is_pretrained(path) else load_official_tokenizer(path)
+        return load_official_tokenizer(path), {}
     if isinstance(network, ClassRefiner):
-        return load_official_class_refiner(path)["ema"]["0.9999"]
+        loaded = load_official_class_refiner(path)
+        return loaded["model"], loaded["ema"]
     raise UserError(f"model.weights: no official checkpoints are known for {type(network).__name__}")

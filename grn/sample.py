@@ -10,12 +10,11 @@ from omegaconf import DictConfig
 from rich.progress import Progress
 
 from grn import pictures
-from grn.checkpoints.native import read_checkpoint
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
 from grn.generation import best_device, equal_labels, generate
-from grn.modules import build_sampler, module_from_checkpoint
+from grn.modules import build_sampler, load_refiner
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +27,10 @@ def main(config: DictConfig) -> None:
 
 def sample(config: DictConfig) -> Path:
     """Writes `samples.png`, `refinement.gif` and `samples.json` to `out`; returns that folder."""
-    checkpoint = read_checkpoint(config.ckpt)
-    if checkpoint.kind != "refiner":
-        raise UserError(f"ckpt: {checkpoint.path} is a {checkpoint.kind}; only refiners are sampled")
-    sampler = build_sampler(config.sampler, checkpoint.config.sampler)
+    module, source = load_refiner(config.ckpt, ema=config.ema)
+    sampler = build_sampler(config.sampler, module.sampler)
     device = best_device(config.device)
-    module = module_from_checkpoint(checkpoint, ema=config.ema).to(device)
+    module = module.to(device)
     labels = _labels(config, module.network.num_labels)
 
     start, batches = time.perf_counter(), []
@@ -63,8 +60,7 @@ def sample(config: DictConfig) -> Path:
     write_json(
         out / "samples.json",
         {
-            "ckpt": str(checkpoint.path),
-            "step": checkpoint.step,
+            **source,
             "sampler": repr(sampler),
             "seed": config.seed,
             "seconds": round(seconds, 2),

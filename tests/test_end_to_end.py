@@ -276,7 +276,8 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("encode", "ckpt=runs/digits_c2i", "not a tokenizer"),
         ("encode", "ckpt=runs/digits_tokenizer data=imagenet", "python -m grn.prepare data=imagenet"),
         ("encode", "ckpt=runs/digits_tokenizer data.image_size=30", "the nearest is 32"),
-        ("export", "ckpt=runs/digits_c2i", "tokenizer"),
+        ("export", "ckpt=runs/digits_c2i tokenizer.ckpt=runs/digits_tokenizer", "knows its tokenizer; leave it out"),
+        ("export", "ckpt=runs/digits_c2i ema=0.5", "it holds"),
         ("encode", "ckpt=data/digits/manifest.json", "cannot be read as a checkpoint"),
         ("evaluate", "ckpt=hf://grn-tests/nothing out=o", "give data=... and scores=..."),
         ("evaluate", "ckpt=runs/nowhere", "no such checkpoint"),
@@ -352,6 +353,24 @@ def test_an_export_is_the_tokenizer(workspace, encoded, tmp_path):
     assert first | {"seconds": 0} == second | {"seconds": 0}
     assert "nothing to do" in succeed(workspace, "encode", f"ckpt={tmp_path}/export data=digits").stdout
     succeed(workspace, "train", REFINER + f" name=from_export tokenizer.ckpt={tmp_path}/export logger=csv scores=none")
+
+
+def test_an_exported_refiner_is_sampled_and_scored(workspace, tmp_path):
+    """From a folder that holds everything, wherever it is; the scores are the checkpoint's."""
+    succeed(workspace, "export", f"ckpt=runs/digits_c2i out={tmp_path}/digits sampler=linear sampler.schedule.steps=4")
+    scored = "num=20 data=digits data.num_workers=0 scores=digits"
+    succeed(workspace, "evaluate", f"ckpt={tmp_path}/digits {scored}")
+    steps = "sampler=linear sampler.schedule.steps=4"
+    succeed(workspace, "evaluate", f"ckpt=runs/digits_c2i {scored} {steps} out={tmp_path}/b")
+    reports = [
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("digits_results/evaluation", "b")
+    ]
+    assert "fid" in reports[0]["metrics"]
+    assert reports[0]["metrics"] | {"seconds": 0} == reports[1]["metrics"] | {"seconds": 0}
+    assert (reports[0]["step"], reports[0]["ckpt"]) == (reports[1]["step"], str(tmp_path / "digits"))
+    done = grn(workspace, "evaluate", f"ckpt={tmp_path}/digits out={tmp_path}/c")
+    assert "give data=... and scores=..." in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 TINY = " model.latent_channels=4 model.dim=8 model.decoder_dim=8 model.multipliers=[1,1,1] model.temporal=[true,true]"

@@ -106,4 +106,4 @@ def test_mistakes(run, official, tmp_path):
     contents = torch.load(path, weights_only=True)
     contents["config"]["training"]["_target_"] = "grn.training.RefinerModule"
     torch.save(contents, path)
-    assert "last.ckpt is a refiner, not a tokenizer; only tokenizers serve here" in complaint(f"ckpt={run}")
+    assert "last.ckpt is a refiner without its tokenizer" in complaint(f"ckpt={run}")

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lightning import Trainer
 from omegaconf import OmegaConf
 
-from grn.checkpoints.native import Checkpoint, load_tokenizer, restore_tokenizer
+from grn.callbacks import EMA
+from grn.checkpoints.native import Checkpoint, load_tokenizer, read_checkpoint, restore_tokenizer
 from grn.cli import CONF
 from grn.errors import UserError
 from grn.modules import module_from_checkpoint, module_from_config
@@ -72,14 +74,62 @@ def test_a_tokenizer_starts_from_the_authors_weights_or_from_an_export(official_
         network.save_pretrained(tmp_path / "export")
 
 
-def test_official_refiner_weights_start_a_run(official_tokenizer, golden, tmp_path):
+@pytest.fixture
+def official_refiner(golden, tmp_path):
+    """The golden weights as trained, their averages scaled to be told apart."""
+    state = {"net." + k.removeprefix("state."): v for k, v in golden("c2i_ind").items() if k.startswith("state.")}
+    averages = {f"model_ema{i}": {name: tensor * (1 + i) for name, tensor in state.items()} for i in (1, 2)}
+    torch.save({"model": state, **averages, "epoch": 599}, tmp_path / "GRN_ind_B_ep599.pth")
+    return tmp_path / "GRN_ind_B_ep599.pth"
+
+
+SIZES = ["tokenizer.model.rounds=3", "model.classes=8", "model.depth=4", "model.context_start=2"]
+
+
+def test_official_refiner_weights_start_a_run(official_tokenizer, official_refiner, golden):
     tensors = golden("c2i_ind")
-    state = {"net." + k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
-    path = tmp_path / "GRN_ind_B_ep599.pth"
-    torch.save({"model": state, "model_ema1": state, "model_ema2": state, "epoch": 599}, path)
-    overrides = [f"model.weights={path}", "model.classes=8", "model.depth=4", "model.context_start=2"]
-    module = module_from_config(config(official_tokenizer, "tokenizer.model.rounds=3", *overrides))
+    overrides = [f"model.weights={official_refiner}", *SIZES]
+    module = module_from_config(config(official_tokenizer, *overrides))
     logits = module.network(tensors["tokens"].unsqueeze(2), tensors["t"], tensors["labels"])
     torch.testing.assert_close(logits.squeeze(3), tensors["logits"], atol=1e-4, rtol=0)
     with pytest.raises(UserError, match=r"is of another size than the model.*model\.\*"):
-        module_from_config(config(official_tokenizer, *overrides, "tokenizer.model.rounds=3", "model.bottleneck=12"))
+        module_from_config(config(official_tokenizer, *overrides, "model.bottleneck=12"))
+    contents = torch.load(official_refiner, weights_only=True)
+    del contents["model_ema2"]["net.in_context_posemb"]
+    torch.save(contents, official_refiner)
+    with pytest.raises(UserError, match=r"is of another size than the model: context_position is missing"):
+        module_from_config(config(official_tokenizer, *overrides))
+
+
+def test_official_training_goes_on_with_its_averages(official_tokenizer, official_refiner, golden, tmp_path):
+    module = module_from_config(config(official_tokenizer, f"model.weights={official_refiner}", *SIZES))
+    name = "blocks.0.attention.qkv.weight"
+    start = golden("c2i_ind")["state.blocks.0.attn.qkv.weight"]
+    assert torch.equal(module.network.state_dict()[name], start)
+    ema = EMA([0.9999, 0.9996, 0.5], use=0.9999)
+    batch = {"pixels": torch.randint(256, (2, 3, 1, 128, 128), dtype=torch.uint8), "label": torch.tensor([3, 7])}
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, callbacks=[ema], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    history = []
+    module.on_train_batch_end = lambda *_: history.append(module.network.state_dict()[name].clone())
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * 2, batch_size=None))
+    assert len(history) == 2
+    assert not torch.equal(history[-1], start)
+    for decay, factor in ((0.9999, 2), (0.9996, 3), (0.5, 1)):
+        expected = start * factor
+        for weights in history:
+            expected = decay * expected + (1 - decay) * weights
+        torch.testing.assert_close(ema.averages[str(decay)][name], expected)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = module_from_checkpoint(read_checkpoint(tmp_path / "last.ckpt"))
+    assert torch.equal(again.network.state_dict()[name], ema.averages["0.9999"][name])
+
+
+def test_a_refiner_starts_from_an_export(official_tokenizer, tmp_path):
+    network = module_from_config(config(official_tokenizer)).network
+    network.save_pretrained(tmp_path / "refiner")
+    again = module_from_config(config(official_tokenizer, f"model.weights={tmp_path}/refiner"))
+    assert all(torch.equal(tensor, again.network.state_dict()[name]) for name, tensor in network.state_dict().items())
+    assert again.initial_averages == {}

@@ -14,7 +14,8 @@ class EMA(Callback):
     """Averages `module.network` after every optimiser step: ema = decay*ema + (1 - decay)*weights.
 
     Validation, and with it every picture and score of a run, sees the average of decay `use`. All of them are in the
-    checkpoint, under `ema.<decay>.<parameter>`.
+    checkpoint, under `ema.<decay>.<parameter>`. An average starts from the weights, or from the one of its decay among
+    the module's `initial_averages` (of an official file), which are let go then.
 
     Args:
         decays: one average each.
@@ -35,6 +36,7 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trained = _trained(pl_module)
+        initial = getattr(pl_module, "initial_averages", {})
         for decay in self.decays:
             restored = (self._restored or {}).get(decay)
             if self._restored is not None and restored is None:
@@ -42,12 +44,13 @@ class EMA(Callback):
                     f"callbacks.ema.decays={list(self.decays)}: the checkpoint holds {list(self._restored)} only; "
                     "go on with the decays it was trained with"
                 )
-            source = trained if restored is None else restored
+            source = initial.get(decay, trained) if restored is None else restored
             self.averages[decay] = {
                 name: source[name].detach().to(parameter.device, torch.float32, copy=True)
                 for name, parameter in trained.items()
             }
         self._restored = None
+        pl_module.initial_averages = {}
         self._last_step = trainer.global_step
 
     @torch.no_grad()

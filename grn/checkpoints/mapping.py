@@ -111,7 +111,22 @@ def load_strict(
     A network on the meta device takes the tensors of `state` themselves, others a copy.
 
     Raises:
-        UserError: one line with the first misfit, how many there are, and the `remedy`.
+        UserError: as in `check_state`.
+    """
+    check_state(network, state, source=source, remedy=remedy)
+    with torch.no_grad():
+        network.load_state_dict(state, assign=any(tensor.is_meta for tensor in network.state_dict().values()))
+
+
+def check_state(
+    network: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    remedy: str = "give the model.* sizes it was trained with",
+) -> None:
+    """Raises:
+    UserError: `state` is not of this network; one line with the first misfit, how many there are, and the `remedy`.
     """
     own = network.state_dict()
     misfits = [f"{name} is missing" for name in own.keys() - state.keys()]
@@ -125,5 +140,3 @@ def load_strict(
         raise UserError(
             f"{source} is of another size than the model: {min(misfits)} ({len(misfits)} misfits in all); {remedy}"
         )
-    with torch.no_grad():
-        network.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from grn.checkpoints.mapping import load_strict
+from grn.checkpoints.official_class_refiner import is_official_class_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
 from grn.checkpoints.reading import check_targets, read_untrusted
 from grn.errors import UserError
@@ -55,13 +56,22 @@ class Checkpoint:
         """
         prefix = "network."
         state = {k.removeprefix(prefix): v for k, v in self.contents["state_dict"].items() if k.startswith(prefix)}
+        decay = self.average(ema)
+        return state if decay == "none" else state | self.contents["ema"][decay]
+
+    def average(self, ema: str | float | None = None) -> str:
+        """The decay of which `weights` takes the average, or `none`.
+
+        Raises:
+            UserError: one that was not kept.
+        """
         averages = self.contents.get("ema") or {}
         decay = str(self.contents.get("ema_use") if ema is None else ema)
         if decay == "none" or (ema is None and not averages):
-            return state
+            return "none"
         if decay not in averages:
             raise UserError(f"ema={decay} is not in {self.path}; it holds {', '.join(averages) or 'none'}")
-        return state | averages[decay]
+        return decay
 
 
 def find_checkpoint(path: str | Path, *, key: str = "ckpt") -> Path:
@@ -89,6 +99,12 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt") -> Checkpoint:
     path = find_checkpoint(path, key=key)
     contents = read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint")
     known = isinstance(contents, dict) and {"state_dict", "config", "global_step"} <= contents.keys()
+    if is_official_class_refiner(contents):
+        raise UserError(
+            f"{key}: {path} is one of the authors' refiners: make it ours first, python -m grn.export ckpt={path} "
+            "model=class_refiner_B tokenizer=official_image tokenizer.ckpt=HBQ_image_tokenizer_16dim_M4.ckpt, and give "
+            "the folder that this writes"
+        )
     if not known or not isinstance(contents["config"], dict):
         raise UserError(
             f"{key}: {path} is not a checkpoint of GRN; with one of the authors' tokenizers give "
@@ -109,7 +125,7 @@ def build_network(model: DictConfig) -> nn.Module:
 
 
 def load_tokenizer(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     *,
     embed: bool = True,
     official: DictConfig | dict[str, Any] | None = None,
@@ -122,7 +138,7 @@ def load_tokenizer(
 
     Args:
         path: a run folder or checkpoint file of ours; an exported folder (`grn.export`), or one on the Hugging Face
-            Hub as `hf://owner/name`; or an official file.
+            Hub as `hf://owner/name`; an official file; or a checkpoint that was read already.
         embed: whether the record holds the weights, or only path and hash.
         official: the `model` config of an official file; None for what knows its own.
         ema: of a checkpoint of ours, as in `Checkpoint.weights`.
@@ -131,7 +147,10 @@ def load_tokenizer(
     Raises:
         UserError: nothing of that kind is there, or it is of something else.
     """
-    path, step = Path(path).expanduser() if Path(path).expanduser().exists() else path, None
+    checkpoint, step = None, None
+    if isinstance(path, Checkpoint):
+        checkpoint, path = path, path.path
+    path = Path(path).expanduser() if Path(path).expanduser().exists() else path
     if ema is not None and (official is not None or is_pretrained(path)):
         raise UserError(f"ema={ema}: {path} holds one set of weights; leave ema out")
     if official is not None:
@@ -141,7 +160,7 @@ def load_tokenizer(
     elif is_pretrained(path):
         tokenizer, model, step = _load_exported(path, key=key)
     else:
-        checkpoint = read_checkpoint(path, key=key)
+        checkpoint = checkpoint or read_checkpoint(path, key=key)
         if checkpoint.kind != "tokenizer":
             raise UserError(
                 f"{key}: {checkpoint.path} is a {checkpoint.kind}, not a tokenizer; only tokenizers serve here"

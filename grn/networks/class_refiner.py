@@ -7,20 +7,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grn.errors import UserError
+from grn.networks.pretrained import Pretrained
 from grn.networks.rotary import rotary_2d, rotate
 
 EPS = 1e-6
 TIME_FREQUENCIES = 128
+MAX_SIZE = 128  # 2048 pixels at stride 16; tables grow with it, and no weight in an exported file vouches for it
 
 
-class ClassRefiner(nn.Module):
-    """Predicts every true token of a corrupted map.
+class ClassRefiner(Pretrained, nn.Module):
+    """Predicts every true token of a corrupted map; `from_pretrained` loads a trained one.
 
     Args:
         channels: D, tokens a position.
         classes: values a token can take.
         num_labels: class labels; label `num_labels` is the null class.
-        size: positions a side.
+        size: positions a side, up to 128.
         depth, width, heads: of the transformer.
         bottleneck: width of the first linear map on the one-hot tokens.
         context_start: the block before which the in-context tokens are prepended.
@@ -47,9 +49,15 @@ class ClassRefiner(nn.Module):
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
+        sizes = {"channels": channels, "classes": classes, "num_labels": num_labels, "size": size, "depth": depth}
+        for name, value in (sizes | {"width": width, "heads": heads, "bottleneck": bottleneck}).items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"model.{name} must be a positive whole number, got {value}")
+        if size > MAX_SIZE:
+            raise UserError(f"model.size={size} must be at most {MAX_SIZE} tokens a side")
         if width % (4 * heads):
             raise UserError(f"model.width={width} must be a multiple of 4 * model.heads={heads} (2-D rotary positions)")
-        if context_tokens and not 0 <= context_start < depth:
+        if context_tokens and not (isinstance(context_start, int) and 0 <= context_start < depth):
             raise UserError(
                 f"model.context_start={context_start} must be a block, 0..{depth - 1} (model.depth={depth}); "
                 "model.context_tokens=0 leaves the context tokens out"
@@ -65,7 +73,7 @@ class ClassRefiner(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, int(mlp_ratio * width * 2 / 3)) for _ in range(depth))
         self.head = Head(width, classes * channels)
         for name, table in self._tables().items():
-            self.register_buffer(name, table.to(self.context_position.device), persistent=False)
+            self.register_buffer(name, table.to(torch.get_default_device()), persistent=False)
         self.init_weights()
 
     def forward(self, tokens: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -121,8 +129,11 @@ class ClassRefiner(nn.Module):
         nn.init.zeros_(self.head.out.bias)
 
     def _tables(self) -> dict[str, Tensor]:
-        """Fixed position tables, on the CPU; the context tokens are not rotated (cos 1, sin 0)."""
-        with torch.device("cpu"):  # real numbers also where the module is being made on the meta device
+        """Fixed position tables; the context tokens are not rotated (cos 1, sin 0).
+
+        They are on the CPU, in float64 on the way; on the meta device, where nothing is to be allocated, only shapes.
+        """
+        with torch.device("meta" if torch.get_default_device().type == "meta" else "cpu"):
             cos, sin = rotary_2d(self.size, self.size, self.head_dim)
             still = torch.ones(self.context_tokens, cos.shape[1])
             return {

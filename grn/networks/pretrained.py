@@ -6,12 +6,11 @@ class, the version of this layout, the version of GRN, and where the weights cam
 
 import inspect
 import json
-import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 import grn
 from grn.checkpoints.mapping import load_strict
 from grn.errors import UserError
-from grn.files import write_atomically, write_json
+from grn.files import write_folder, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB = "hf://"
@@ -61,6 +60,7 @@ class Pretrained:
         cls: type[Network],
         path_or_hub_id: str | Path,
         *,
+        subfolder: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
@@ -73,6 +73,7 @@ class Pretrained:
         Args:
             path_or_hub_id: the folder, or the id of a repository on the Hugging Face Hub: `owner/name`, or
                 `hf://owner/name` as config keys want it.
+            subfolder: where in it, e.g. `refiner` of an exported refiner (grn.checkpoints.exported).
             device: where the weights go.
             dtype: of the weights, whatever the file has.
             revision, cache_dir, token, local_files_only: of the Hub, as in `huggingface_hub.snapshot_download`.
@@ -81,27 +82,33 @@ class Pretrained:
             UserError: neither there nor to be had from the Hub; not whole, not of this class, or not fitting together.
         """
         folder = fetch(
-            path_or_hub_id, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+            path_or_hub_id,
+            files=[f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)],
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
         )
+        folder = folder / (subfolder or "")
         config, state = read_config(folder), _read_weights(folder / WEIGHTS)
         source = folder / CONFIG
         if config["_class_name"] != cls.__name__:
-            raise UserError(f"{source} is of a {_brief(config['_class_name'])}, not of a {cls.__name__}")
+            raise UserError(f"{source} is of a {brief(config['_class_name'])}, not of a {cls.__name__}")
         arguments = {name: value for name, value in config.items() if not name.startswith("_")}
         known = dict([*inspect.signature(cls.__init__).parameters.items()][1:])
         needed = {name for name, parameter in known.items() if parameter.default is parameter.empty}
         if odd := sorted((arguments.keys() - known.keys()) | (needed - arguments.keys())):
             what = "lacks" if odd[0] in known else "has an unknown"
-            raise UserError(f"{source} {what} argument {_brief(odd[0])} of {cls.__name__}; export the network again")
+            raise UserError(f"{source} {what} argument {brief(odd[0])} of {cls.__name__}; export the network again")
         # On the meta device first: no size that a file claims is allocated before it is found in the weights.
         with _watched(limit=2 * len(state) + 100), torch.device("meta"):
             try:
                 network = cls(**arguments)
             except Exception as error:  # whatever a constructor makes of values of any kind
-                raise UserError(f"{source} describes no {cls.__name__} ({_brief(error)})") from None
+                raise UserError(f"{source} describes no {cls.__name__} ({brief(error)})") from None
         load_strict(network, state, source=str(folder / WEIGHTS), remedy=f"put back the {CONFIG} it was saved with")
         if any(buffer.is_meta for buffer in network.buffers()):  # computed ones, which no file holds
-            with torch.random.fork_rng(devices=[]):
+            with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
                 network = cls(**arguments)
             load_strict(network, state, source=str(folder / WEIGHTS))
         return network.to(device=device, dtype=dtype).eval()
@@ -120,20 +127,16 @@ class Pretrained:
             UserError: `folder` holds something else.
         """
         folder = Path(folder).expanduser()
-        _check_replaceable(folder)
-        config = {"_class_name": type(self).__name__, "_format": FORMAT, "_grn_version": grn.__version__}
-        config |= {"_provenance": dict(provenance or {})} | self.config
+        check_replaceable(folder)
+        config = marks(type(self).__name__) | {"_provenance": dict(provenance or {})} | self.config
 
         def write(temporary: Path) -> None:
-            temporary.mkdir()
             write_json(temporary / CONFIG, config)
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
             (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)  # it is made private to its owner
-            if folder.is_dir():
-                os.replace(folder, temporary.with_name("earlier"))  # goes with the temporary files
 
-        return write_atomically(folder, write)
+        return write_folder(folder, write)
 
     def push_to_hub(
         self,
@@ -168,12 +171,14 @@ def is_pretrained(path_or_hub_id: str | Path) -> bool:
 def fetch(
     path_or_hub_id: str | Path,
     *,
+    files: Sequence[str] = (CONFIG, WEIGHTS),
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local folder of `path_or_hub_id`, downloaded from the Hub where it is none here (see `from_pretrained`)."""
+    """The local folder of `path_or_hub_id`; where it is none here, downloaded from the Hub (see `from_pretrained`), of
+    which `files` are wanted."""
     hub_id = str(path_or_hub_id).removeprefix(HUB)
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -192,7 +197,7 @@ def fetch(
                 cache_dir=cache_dir,
                 token=token,
                 local_files_only=local_files_only,
-                allow_patterns=[CONFIG, WEIGHTS],
+                allow_patterns=list(files),
             )
         )
 
@@ -206,19 +211,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} has no {CONFIG}: it is no exported network; python -m grn.export writes one")
+    config = read_marked_json(path)
+    if not isinstance(config.setdefault("_provenance", {}), dict):
+        raise UserError(f"{path}: _provenance must be an object")
+    return config
+
+
+def read_marked_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file of ours, whose `_class_name`, `_format` and `_grn_version` say what it is.
+
+    Raises:
+        UserError: damaged, hostile, of somebody else's network, or of a later format.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
         config = json.loads(text) if len(text) <= MAX_CONFIG_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({_brief(error)})") from None
+        raise UserError(f"{path} cannot be read as JSON ({brief(error)})") from None
     if not isinstance(config, dict) or not {"_class_name", "_format", "_grn_version"} <= config.keys():
         raise UserError(f"{path} is no config of a GRN network; python -m grn.export writes one")
     if config["_format"] != FORMAT:
-        raise UserError(f"{path} is of format {_brief(config['_format'])}, this GRN reads {FORMAT}: use a later GRN")
-    if not isinstance(config.setdefault("_provenance", {}), dict):
-        raise UserError(f"{path}: _provenance must be an object")
+        raise UserError(f"{path} is of format {brief(config['_format'])}, this GRN reads {FORMAT}: use a later GRN")
     return config
+
+
+def marks(class_name: str) -> dict[str, Any]:
+    """What `read_marked_json` looks for."""
+    return {"_class_name": class_name, "_format": FORMAT, "_grn_version": grn.__version__}
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -228,34 +248,54 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except Exception as error:  # a SafetensorError, mostly; other kinds for what it lets through
-        raise UserError(f"{path} cannot be read as safetensors ({_brief(error)})") from None
+        raise UserError(f"{path} cannot be read as safetensors ({brief(error)})") from None
     for name, tensor in state.items():
         if not name.isprintable() or len(name) > 200:
             raise UserError(f"{path} holds a tensor with an impossible name; export the network again")
         if tensor.dtype not in FLOATS:
-            raise UserError(f"{path}: {_brief(name)} is {tensor.dtype}, where weights are floats of 16 bits or more")
+            raise UserError(f"{path}: {brief(name)} is {tensor.dtype}, where weights are floats of 16 bits or more")
     return state
 
 
 @contextmanager
 def _watched(limit: int) -> Iterator[None]:
     """Stops a network that this thread makes beyond `limit` parameters: what loops over 10**9 blocks never ends."""
-    thread, count = threading.get_ident(), 0
+    count = 0
 
-    def watch(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    def watch(parameter: nn.Parameter) -> None:
         nonlocal count
-        count += threading.get_ident() == thread
+        count += 1
         if count > limit:
             raise UserError("it has far more parameters than the file")
 
-    hook = register_module_parameter_registration_hook(watch)
+    with _at_registration(watch):
+        yield
+
+
+def _parameters_on_meta() -> AbstractContextManager[None]:
+    """Networks that this thread makes get real buffers, and parameters that nobody fills with numbers."""
+    return _at_registration(lambda parameter: nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+
+
+@contextmanager
+def _at_registration(hook: Callable[[nn.Parameter], nn.Parameter | None]) -> Iterator[None]:
+    """Has `hook` called with, and where it gives one replace, every parameter that a module of this thread gets."""
+    thread = threading.get_ident()
+
+    def in_this_thread(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        return hook(parameter) if threading.get_ident() == thread else None
+
+    handle = register_module_parameter_registration_hook(in_this_thread)
     try:
         yield
     finally:
-        hook.remove()
+        handle.remove()
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises:
+    UserError: a file, or a folder that holds anything but an export of a network.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -285,7 +325,7 @@ def _hub_errors(hub_id: str, remedy: str) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise UserError(f"{hub_id}: not here, and no such repository, or not for you, on the Hub; {remedy}") from None
     except Exception as error:  # its HTTP library's errors have no base class in common over its versions
-        raise UserError(f"{hub_id}: not here, and the Hub cannot be reached ({_brief(error)}); {remedy}") from None
+        raise UserError(f"{hub_id}: not here, and the Hub cannot be reached ({brief(error)}); {remedy}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -296,7 +336,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _brief(reason: object) -> str:
+def brief(reason: object) -> str:
     """What a file or a library says, as part of one line."""
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
     return lines[0] if len(lines[0]) <= 200 else f"{lines[0][:200]}..."

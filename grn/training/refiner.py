@@ -75,6 +75,7 @@ class RefinerModule(LightningModule):
         self.seed = seed
         self.finite_loss = FiniteLoss()
         self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
+        self.initial_averages: dict[str, dict[str, Tensor]] = {}  # decay -> state, for EMAs that start elsewhere
         self._accuracy: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -87,6 +87,24 @@ def test_other_decays_than_the_checkpoint_are_refused(tmp_path):
         fit(tmp_path, EMA([0.7], use=0.7), steps=8, ckpt_path=tmp_path / "x.ckpt")
 
 
+def test_averages_that_the_weights_came_with_go_on(tmp_path):
+    module, ema = Module(), EMA([0.5, 0.9], use=0.9)
+    start = module.network.weight.detach().clone()
+    module.initial_averages = {"0.9": {"weight": start + 1, "bias": torch.ones(1)}, "0.7": {"weight": start}}
+    trainer, module = fit(tmp_path, ema, steps=2, module=module)
+    for decay, expected in ((0.9, start + 1), (0.5, start)):
+        for weights in module.history:
+            expected = decay * expected + (1 - decay) * weights
+        torch.testing.assert_close(ema.averages[str(decay)]["weight"], expected)
+    assert module.initial_averages == {}
+
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again, module = EMA([0.5, 0.9], use=0.9), Module()
+    module.initial_averages = {"0.9": {"weight": start + 9, "bias": torch.ones(1)}}
+    fit(tmp_path, again, steps=2, ckpt_path=tmp_path / "x.ckpt", module=module)
+    assert torch.equal(again.averages["0.9"]["weight"], ema.averages["0.9"]["weight"])  # those of the checkpoint win
+
+
 @pytest.mark.parametrize(("decays", "use"), [([0.9], 0.8), ([1.0], 1.0)])
 def test_wrong_decays_name_the_key(decays, use):
     with pytest.raises(UserError, match=r"callbacks\.ema"):

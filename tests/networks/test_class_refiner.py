@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -165,3 +167,47 @@ def test_sizes_that_do_not_fit_name_their_key(changes, key):
 def test_tokens_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"tokens must be \[B, 3, 1, 4, 4\]"):
         ClassRefiner(**SMALL)(torch.zeros(1, 3, 1, 5, 4, dtype=torch.long), torch.zeros(1), torch.zeros(1).long())
+
+
+def test_there_and_back(golden, tmp_path):
+    """Tables that no file holds are right again, and only what the file holds is ever filled with numbers."""
+    tensors = golden("c2i_ind")
+    sizes = {"channels": 4, "classes": 8, "num_labels": 10, "size": 8, "depth": 4, "width": 48, "heads": 4}
+    network = ClassRefiner(**sizes, bottleneck=16, context_start=2, context_tokens=4)
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    load_strict(network, rename(state, CLASS_REFINER_RULES), source="golden")
+    again = ClassRefiner.from_pretrained(network.save_pretrained(tmp_path / "refiner"))
+    assert again.config == network.config == sizes | {
+        "bottleneck": 16, "context_start": 2, "context_tokens": 4, "mlp_ratio": 4.0,
+    }  # fmt: skip
+    for (name, buffer), (_, expected) in zip(again.named_buffers(), network.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == set(network.state_dict())
+    logits = again(tensors["tokens"].unsqueeze(2), tensors["t"], tensors["labels"])
+    assert torch.equal(logits, network(tensors["tokens"].unsqueeze(2), tensors["t"], tensors["labels"]))
+    torch.testing.assert_close(logits.squeeze(3), tensors["logits"], atol=1e-4, rtol=0)
+    assert torch.equal(ClassRefiner.from_pretrained(tmp_path, subfolder="refiner").sin, network.sin)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"size": 10**6}, "model.size=1000000 must be at most 128"),
+        ({"size": 8.0}, "model.size must be a positive whole number, got 8.0"),
+        ({"channels": -3, "classes": -4}, "model.channels must be a positive whole number, got -3"),
+        ({"depth": 10**9}, "far more parameters than the file"),
+        ({"width": 2**40}, "is of another size than the model|describes no ClassRefiner"),
+        ({"context_tokens": 10**9}, r"context_position is \(2, 32\) in the file, \(1000000000, 32\) in the model"),
+        ({"context_start": 1.5}, "model.context_start=1.5 must be a block, 0..2"),
+        ({"heads": 0}, "model.heads must be a positive whole number, got 0"),
+        ({"mlp_ratio": float("inf")}, "describes no ClassRefiner"),
+    ],
+    ids=str,
+)
+def test_a_hostile_config_is_one_line(tmp_path, changes, expected):
+    folder = ClassRefiner(**SMALL).save_pretrained(tmp_path / "refiner")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=expected) as error:
+        ClassRefiner.from_pretrained(folder)
+    assert "\n" not in str(error.value)

@@ -269,6 +269,20 @@ def test_any_network_with_plain_arguments(tmp_path):
         Table(3, hidden=4, options={})
 
 
+def test_no_parameter_is_filled_twice(tmp_path, monkeypatch):
+    """Where buffers are computed, the network is made again: without the memory and the time of its first weights."""
+    folder = Table(3, options={"scales": (2.0, 1)}).save_pretrained(tmp_path / "table")
+    filled = []
+    original = nn.Linear.reset_parameters
+    monkeypatch.setattr(
+        nn.Linear, "reset_parameters", lambda self: (filled.append(self.weight.device.type), original(self))
+    )
+    again = Table.from_pretrained(folder)
+    assert not any(parameter.is_meta for parameter in again.parameters())
+    assert again.positions.tolist() == [0.0, 2.0, 4.0]
+    assert filled == ["meta", "meta"]
+
+
 def test_exports_of_before_an_optional_argument_came(folder):
     """It then has its default, which must stand for what was before."""
     assert HBQTokenizer.from_pretrained(edit(folder, dropout=...)).config["dropout"] == 0.0
