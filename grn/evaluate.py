@@ -44,7 +44,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     module, trained, subject = _load(config)
     module = module.to(device)
     if isinstance(module, TokenizerModule):
-        for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None)
+        for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
+    elif config.compile:
+        module.network.compile()
     datamodule = instantiate(config.data if "_target_" in config.data else _merged(trained.data, config.data))
     partials = instantiate(trained.scores if config.scores is None else config.scores)
     start = time.perf_counter()

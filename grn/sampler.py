@@ -39,7 +39,7 @@ class Labels:
         return len(self.index)
 
     def select(self, rows: Tensor) -> "Labels":
-        return Labels(self.index[rows.to(self.index.device)], self.null_label)
+        return Labels(self.index[_sent(rows, self.index.device)], self.null_label)
 
     def null(self) -> "Labels":
         return Labels(torch.full_like(self.index, self.null_label), self.null_label)
@@ -218,12 +218,11 @@ def refine(
     tokens = noise.clone()
     steps = torch.full((len(ids),), schedule.max_steps)
     final_entropy, decision_entropy = torch.zeros(len(ids)), torch.zeros(len(ids))
-    rows = torch.arange(
-        len(ids)
-    )  # samples still in the batch; t and the plan stay on the CPU, so no step waits for them
+    # The samples still in the batch. Like t and the plan they stay on the CPU, so that no step waits for the device.
+    rows = torch.arange(len(ids))
 
     for index in range(schedule.max_steps):
-        active = rows.to(device)
+        active = _sent(rows, device)
         t = schedule.signal_ratio(index, steps[rows])
         current = tokens[active]
         logits, conditional = _guided_logits(predict, current, t, condition.select(rows), sampler)
@@ -235,10 +234,10 @@ def refine(
         done = t_next >= DONE
         t_next = torch.where(done, 1.0, t_next)
 
-        temperature = (sampler.temperature * schedule.temperature_scale(index, steps[rows])).float().to(device)
+        temperature = _sent((sampler.temperature * schedule.temperature_scale(index, steps[rows])).float(), device)
         draws = philox.uniform(seed, Stream.TOKENS, ids[active], index, (2, *shape))
         predicted = sample_tokens(logits / _per_sample(temperature, logits), draws[:, 0])
-        kept = draws[:, 1] < _per_sample(t_next.float().to(device), draws[:, 1])
+        kept = draws[:, 1] < _per_sample(_sent(t_next.float(), device), draws[:, 1])
         tokens[active] = torch.where(kept, predicted, noise[active])
         if callback is not None:
             callback(Step(index, rows, t, t_next, entropy, current, predicted, kept))
@@ -258,12 +257,12 @@ def _guided_logits(
     low, high = sampler.guidance_interval
     guided = torch.nonzero((t > low) & (t < high) & (sampler.guidance != 1.0)).squeeze(1)
     if len(guided) == 0:
-        conditional = predict(tokens, t.float().to(tokens.device), condition)
+        conditional = predict(tokens, _sent(t.float(), tokens.device), condition)
         return conditional, conditional
-    rows = guided.to(tokens.device)
+    rows = _sent(guided, tokens.device)
     logits = predict(
         torch.cat([tokens, tokens[rows]]),
-        torch.cat([t, t[guided]]).float().to(tokens.device),
+        _sent(torch.cat([t, t[guided]]).float(), tokens.device),
         condition.join(condition.select(guided).null()),
     )
     conditional, unconditional = logits[: len(tokens)], logits[len(tokens) :]
@@ -286,6 +285,11 @@ def normalized_entropy(logits: Tensor) -> Tensor:
     log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)
     entropy = -(log_p.exp() * log_p).sum(dim=1)
     return entropy.flatten(1).mean(dim=1) / math.log(logits.shape[1])
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """A few numbers from the CPU to the device; a plain `to` would first wait until the device has done all before."""
+    return values.to(device, non_blocking=True)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

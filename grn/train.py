@@ -46,6 +46,8 @@ def main(config: DictConfig) -> None:
 def train(config: DictConfig) -> Trainer:
     """Trains as `config` says, in the run folder `paths.run`; returns the trainer when its steps are done."""
     runs.check_top_level(config, KEYS)
+    if not isinstance(config.cluster.compile, bool):
+        raise UserError(f"cluster.compile must be true or false, got {config.cluster.compile!r}")
     resume = runs.checkpoint_to_resume(config)
     _quieten()
     seed_everything(config.seed, workers=True, verbose=False)
@@ -56,6 +58,8 @@ def train(config: DictConfig) -> Trainer:
     datamodule = instantiate(config.data)
     module = module_from_config(config)
     check_fits(module, datamodule)
+    if config.cluster.compile:
+        module.network.compile()  # in place: the names in checkpoints stay
     callbacks = [instantiate(callback) for callback in config.callbacks.values()]
     loggers = [instantiate(logger) for logger in config.logger.values()]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)

@@ -97,6 +97,7 @@ def test_curves_are_in_the_csv(workspace):
         rows = list(csv.DictReader(file))
     seen = {key for row in rows for key, value in row.items() if value}
     assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "train/accuracy/mean"} <= seen
+    assert "train/tflops_per_second" in seen
     assert {"val/loss", "val/accuracy", "eval/fid", "eval/judge_accuracy", "eval/steps_mean", "data/skipped"} <= seen
     assert any(key.startswith("train/accuracy/t_0.") for key in seen)
 
@@ -245,6 +246,7 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("train", "+experiment=digits_c2i modle.depth=3", "did you mean model"),
         ("train", "+experiment=digits_c2i model.dpeth=3", "did you mean depth"),
         ("train", "+experiment=digits_c2i +modle.depth=3", "no config key 'modle'"),
+        ("train", "+experiment=digits_c2i cluster.compile=maybe", "cluster.compile must be true or false"),
         ("train", "+experiment=digits_c2i +model.dpeth=3 name=x", "dpeth"),
         ("train", "+experiment=digitz", "digits_c2i"),
         ("train", REFINER, "ckpt_path=last"),

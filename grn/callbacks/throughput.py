@@ -3,35 +3,54 @@
 import time
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.throughput import get_available_flops
 
 from grn.data.streaming import report_skipped
 
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}  # of the trainer's matrix products; else float32
+
 
 class Throughput(Callback):
-    """Logs `train/images_per_second` (or clips) over all ranks between two logged steps.
+    """Logs `train/images_per_second` (or clips) over all ranks between two logged steps, and what they cost.
+
+    `train/tflops_per_second` takes the FLOP of a sample from `pl_module.flop_per_sample(batch)`; `train/mfu` is its
+    share of what all devices could do, by their makers' figures for dense matrix products (Lightning's table). Where
+    the table does not know the device, as on a CPU, there is no `train/mfu`.
 
     Wall-clock time over many steps, so that no step has to wait for the device. Validation and pictures do not count.
     """
 
     def __init__(self) -> None:
-        self._samples = 0
+        self._samples, self._flop = 0, 0
         self._since: float | None = None
         self._paused: float | None = None
+        self._peak: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._samples, self._since = 0, time.perf_counter()
+        self._samples, self._flop, self._since = 0, 0, time.perf_counter()
+        dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
+        self._peak = get_available_flops(pl_module.device, dtype)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self._samples += len(batch["key"]) * trainer.world_size
+        samples = len(batch["key"]) * trainer.world_size
+        self._samples += samples
+        self._flop += samples * pl_module.flop_per_sample(batch)
         if trainer.global_step % trainer.log_every_n_steps == 0 and self._samples:
             now = time.perf_counter()
-            speed = self._samples / (now - self._since)
+            seconds = now - self._since
+            curves = {
+                "train/images_per_second": self._samples / seconds,
+                "train/tflops_per_second": self._flop / seconds / 1e12,
+            }
+            if self._peak:
+                curves["train/mfu"] = self._flop / seconds / (self._peak * trainer.world_size)
             for logger in trainer.loggers:
-                logger.log_metrics({"train/images_per_second": speed}, trainer.global_step - 1)
-            self._samples, self._since = 0, now
+                logger.log_metrics(curves, trainer.global_step - 1)
+            self._samples, self._flop, self._since = 0, 0, now
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()

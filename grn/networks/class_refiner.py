@@ -209,8 +209,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        # In float32 from norm to rotation: under bf16 autocast, RMSNorm has no kernel for two dtypes.
+        q = rotate(self.q_norm(q.float()), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k.float()), cos, sin).to(v.dtype)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

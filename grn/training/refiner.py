@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from grn import hbq, philox, refinement
 from grn.errors import UserError
+from grn.flops import forward_flop, training_flop
 from grn.networks.tokenizer import HBQTokenizer
 from grn.philox import Stream
 from grn.pixels import from_uint8, to_uint8
@@ -77,6 +78,8 @@ class RefinerModule(LightningModule):
         self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
         self.initial_averages: dict[str, dict[str, Tensor]] = {}  # decay -> state, for EMAs that start elsewhere
         self._accuracy: tuple[Tensor, Tensor] | None = None
+        self._network_flop: int | None = None
+        self._encoding_flop: dict[torch.Size, int] = {}
 
     @property
     def token_shape(self) -> tuple[int, int, int, int]:
@@ -87,6 +90,22 @@ class RefinerModule(LightningModule):
         super().train(mode)
         self.tokenizer.eval()
         return self
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # before a strategy shards the network
+            tokens = torch.zeros(1, *self.token_shape, dtype=torch.long, device="meta")
+            t, labels = torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+            self._network_flop = training_flop(self.network, lambda network: network(tokens, t, labels))
+
+    def flop_per_sample(self, batch: dict[str, Any]) -> int:
+        """FLOP of training on one sample of such a batch: the network's, and the tokenizer's where it gets pixels."""
+        if "bits" in batch:
+            return self._network_flop
+        shape = batch["pixels"].shape[1:]
+        if shape not in self._encoding_flop:
+            pixels = torch.empty(1, *shape, device="meta")
+            self._encoding_flop[shape] = forward_flop(self.tokenizer, lambda tokenizer: tokenizer.encode(pixels))
+        return self._network_flop + self._encoding_flop[shape]
 
     # --- the task ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grn.flops import training_flop
 from grn.metrics.reconstruction import ReconstructionScores
 from grn.networks.discriminator import generator_loss, hinge_discriminator_loss
 from grn.networks.tokenizer import HBQTokenizer
@@ -59,6 +60,7 @@ class TokenizerModule(LightningModule):
         self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
         self.finite_loss = FiniteLoss()
         self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
+        self._flop: dict[torch.Size, int] = {}
 
     def train(self, mode: bool = True) -> "TokenizerModule":
         super().train(mode)
@@ -70,6 +72,14 @@ class TokenizerModule(LightningModule):
         if isinstance(self.trainer.strategy, DDPStrategy):
             # Images leave the temporal convolutions without a gradient, and each backward pass is of one network alone.
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    def flop_per_sample(self, batch: dict[str, Any]) -> int:
+        """FLOP of training the autoencoder on one sample of such a batch, without those of the losses' networks."""
+        shape = batch["pixels"].shape[1:]
+        if shape not in self._flop:
+            pixels = torch.empty(1, *shape, device="meta")
+            self._flop[shape] = training_flop(self.network, lambda network: network(pixels)[0])
+        return self._flop[shape]
 
     # --- the task ---------------------------------------------------------------------------------------------------
 

@@ -45,9 +45,7 @@ def inputs(batch=3):
     return tokens, torch.linspace(0.1, 0.9, batch), torch.arange(batch) % 6
 
 
-@pytest.mark.parametrize("name", ["c2i_ind", "c2i_bit"])
-def test_golden(name, golden, golden_meta):
-    tensors, meta = golden(name), golden_meta[name]
+def golden_network(name, tensors, meta):
     network = ClassRefiner(
         channels=meta["in_channels"] // meta["classes"],
         classes=meta["classes"],
@@ -64,6 +62,13 @@ def test_golden(name, golden, golden_meta):
     state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
     torch.testing.assert_close(network.position, state["pos_embed"][0], atol=1e-6, rtol=0)
     load_strict(network, rename(state, CLASS_REFINER_RULES), source=name)
+    return network
+
+
+@pytest.mark.parametrize("name", ["c2i_ind", "c2i_bit"])
+def test_golden(name, golden, golden_meta):
+    tensors, meta = golden(name), golden_meta[name]
+    network = golden_network(name, tensors, meta)
     logits = network(tensors["tokens"].unsqueeze(2), tensors["t"], tensors["labels"])
     assert logits.shape == (3, meta["classes"], tensors["tokens"].shape[1], 1, 8, 8)
     torch.testing.assert_close(logits.squeeze(3), tensors["logits"], atol=1e-5, rtol=0)
@@ -129,6 +134,24 @@ def test_gradients_reach_every_parameter():
 def test_without_context_tokens():
     logits = shaken(context_tokens=0)(*inputs())
     assert logits.shape == (3, 4, 3, 1, 4, 4)
+
+
+@pytest.mark.filterwarnings("error:Mismatch dtype")  # RMSNorm would fall back to a slow path
+@pytest.mark.parametrize("name", ["c2i_ind", "c2i_bit"])
+def test_golden_in_bfloat16(name, golden, golden_meta):
+    tensors = golden(name)
+    network = golden_network(name, tensors, golden_meta[name])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = network(tensors["tokens"].unsqueeze(2), tensors["t"], tensors["labels"])
+    assert (logits.squeeze(3) - tensors["logits"]).norm() / tensors["logits"].norm() < 1e-2
+
+
+def test_compiling_in_place_changes_neither_names_nor_logits():
+    network = shaken()
+    names, expected = list(network.state_dict()), network(*inputs())
+    network.compile(backend="eager", fullgraph=True)  # one graph: nothing in it depends on the values of tensors
+    torch.testing.assert_close(network(*inputs()), expected)
+    assert list(network.state_dict()) == names
 
 
 def test_bfloat16_autocast_is_close():

@@ -1,0 +1,362 @@
+"""The class-conditional refiner: training from ready tokens and sampling, each thing that makes them fast by itself."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from grn import refinement
+from grn import sampler as sampling
+from grn.benchmarks import machine
+from grn.checkpoints.native import build_network
+from grn.errors import UserError
+from grn.flops import forward_flop, training_flop
+from grn.networks.class_refiner import ClassRefiner
+from grn.sampler import Condition, Labels, Linear, Sampler, refine
+from grn.training.optimization import adamw, clip_gradients
+
+DECAYS = (0.9999, 0.9996)
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train or sample: without some of what makes it fast (`PLAIN`), or with more of it."""
+
+    name: str
+    without: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("training", "sampling")
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+
+
+# Each adds one thing to the one before.
+VARIANTS = (
+    Variant("plain", without=("attention", "updates", "one pass")),
+    Variant("attention", without=("updates", "one pass")),  # fused, no matrix of float32 weights
+    Variant("updates", without=("one pass",), tasks=("training",)),  # AdamW and EMAs over all parameters at once
+    Variant("one pass", tasks=("sampling",)),  # both halves of guidance in one batch, and inside its interval alone
+    Variant("bfloat16", dtype=torch.bfloat16),
+    Variant("compiled", dtype=torch.bfloat16, compile=True),
+)
+
+
+def _attention_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax(q.float() @ k.float().mT / q.shape[-1] ** 0.5, dim=-1)
+    return (weights @ v.float()).to(v.dtype)
+
+
+def _two_passes(
+    predict: Callable, tokens: Tensor, t: Tensor, condition: Condition, sampler: Sampler
+) -> tuple[Tensor, Tensor]:
+    """Both halves of guidance at every step, outside the interval with a strength of 1."""
+    time, (low, high) = t.float().to(tokens.device), sampler.guidance_interval
+    conditional, unconditional = predict(tokens, time, condition), predict(tokens, time, condition.null())
+    strength = torch.where((time > low) & (time < high), sampler.guidance, 1.0).view(-1, *[1] * (tokens.ndim))
+    return unconditional + strength * (conditional - unconditional), conditional
+
+
+PLAIN = {  # what takes the place of each thing that makes the network and its sampling fast
+    "attention": (F, "scaled_dot_product_attention", _attention_in_float32),
+    "one pass": (sampling, "_guided_logits", _two_passes),
+}
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Runs the refiner and the sampler as if they had never heard of some of `PLAIN`."""
+    with ExitStack() as stack:
+        for name in names:
+            if name in PLAIN:
+                stack.enter_context(patch.object(*PLAIN[name]))
+        yield
+
+
+def benchmark(
+    *,
+    model: DictConfig,
+    device: torch.device,
+    repeats: int,
+    batch_size: int | None,
+    sample_batch_size: int | None,
+    steps: int,
+    measured_steps: int | None,
+    guidance: float,
+    guidance_interval: list[float],
+    compile: bool | None,
+) -> dict[str, Any]:
+    """Measures both tasks and prints one table; the keys are explained in conf/what/c2i.yaml.
+
+    Returns:
+        `training` and `sampling`, a row for each variant, beside the sizes and rates that they are measured against.
+    """
+    on_cpu = device.type == "cpu"
+    batch_size, sample_batch_size = batch_size or (1 if on_cpu else 128), sample_batch_size or (1 if on_cpu else 64)
+    measured_steps = measured_steps or min(steps, 4 if on_cpu else steps)
+    compile = not on_cpu if compile is None else compile
+    sizes = {"batch_size": batch_size, "sample_batch_size": sample_batch_size, "steps": steps}
+    sizes |= {"measured_steps": measured_steps}
+    for key, value in sizes.items():
+        if value < 1:
+            raise UserError(f"what.{key}={value}: at least one")
+    network = _network(model).to(device)
+    sampler = Sampler(Linear(steps), guidance=guidance, guidance_interval=tuple(guidance_interval))
+    variants = [variant for variant in VARIANTS if compile or not variant.compile]
+    rates = measure_matmul(variants, device, repeats)
+    rows = {
+        "training": measure_training(network, variants, device, repeats, batch_size=batch_size),
+        "sampling": measure_sampling(
+            network, variants, device, repeats, batch_size=sample_batch_size, sampler=sampler, steps=measured_steps
+        ),
+    }
+    for row in (row for measured in rows.values() for row in measured):
+        row["flop_per_second"] = row["flop_per_image"] * row["images_per_second"]
+        row["limit_images_per_second"] = rates[row["dtype"]] / row["flop_per_image"]
+        row["share_of_matmul"] = row["flop_per_second"] / rates[row["dtype"]]
+        peak = get_available_flops(device, getattr(torch, row["dtype"]))
+        row["mfu"] = row["flop_per_second"] / peak if peak else None
+    console = Console()
+    console.print(_table(rows, device))
+    console.print(
+        f"training: batch {batch_size}, {_three_digits(rows['training'][0]['flop_per_image'] / 1e9)} GFLOP an image; "
+        f"sampling: batch {sample_batch_size}, {measured_steps} of {steps} steps measured, "
+        f"{_three_digits(rows['sampling'][0]['flop_per_image'] / 1e9)} GFLOP an image; matrix products: "
+        + ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
+    )
+    return {
+        "matmul_flop_per_second": rates,
+        "sizes": sizes
+        | {
+            "guidance_interval": list(guidance_interval),
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
+        "memory_method": machine.memory_method(device),
+        **rows,
+    }
+
+
+def _network(model: DictConfig) -> ClassRefiner:
+    """Random weights, none of them zero: a new network would predict the same for all inputs."""
+    network = build_network(model)
+    if not isinstance(network, ClassRefiner):
+        raise UserError("what=c2i measures class-conditional refiners: size=B, or model=class_refiner")
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for module in (*network.blocks, network.head):
+            module.modulation.weight.normal_(std=0.02, generator=generator)
+        network.head.out.weight.normal_(std=0.02, generator=generator)
+    return network
+
+
+def measure_matmul(variants: list[Variant], device: torch.device, repeats: int) -> dict[str, float]:
+    """FLOP/s of large matrix products by the dtypes of `variants`, the best of `repeats` (at least 3)."""
+    products = {_name(variant.dtype): machine.matmul(device, variant.dtype) for variant in variants}
+    for product, _ in products.values():
+        product()
+    return {
+        name: flop / min(machine.seconds(product, device) for _ in range(max(repeats, 3)))
+        for name, (product, flop) in products.items()
+    }
+
+
+def measure_training(
+    network: ClassRefiner, variants: list[Variant], device: torch.device, repeats: int, *, batch_size: int
+) -> list[dict[str, Any]]:
+    """Whole steps as the trainer takes them: corruption, forward, backward, clipping, AdamW, two EMAs; a row a variant.
+
+    `error`: of the logits against those of the first variant, norm over norm. The learning rate is 0, so that all
+    variants see the same weights.
+    """
+    averages = [[p.detach().clone() for p in network.parameters()] for _ in DECAYS]
+    batch = _inputs(network, batch_size, device)
+    flop = training_flop(network, lambda hollow: hollow(*_inputs(network, 1, torch.device("meta"))))
+    optimizers = {
+        "plain": torch.optim.AdamW(network.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, foreach=False),
+        "fused": adamw(network, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.0),
+    }
+    calls, rows, reference = [], [], None
+    for variant in (variant for variant in variants if "training" in variant.tasks):
+        predict, kind = _predict(network, variant), "plain" if "updates" in variant.without else "fused"
+        logits = _running_as(variant, device, predict)(*batch).detach()
+        reference = logits if reference is None else reference
+        error = ((logits - reference).norm() / reference.norm()).item()
+        call = _running_as(variant, device, _step(network, predict, optimizers[kind], kind, averages, batch))
+        call()  # compiles, and makes the optimiser's state
+        state = [value for values in optimizers[kind].state.values() for value in values.values()]
+        held = [*network.parameters(), *(p for average in averages for p in average), *state, *batch]
+        _, peak = machine.peak_memory(call, device, held=held)
+        calls.append(call)
+        rows.append(_row(variant, device, flop, peak) | {"error": error})
+    _fill_in(rows, [batch_size / seconds for seconds in machine.median_seconds(calls, device, repeats)])
+    return rows
+
+
+def _step(
+    network: ClassRefiner,
+    predict: Callable,
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+    averages: list[list[Tensor]],
+    batch: tuple[Tensor, Tensor, Tensor],
+) -> Callable[[], None]:
+    tokens, _, labels = batch
+    ids = torch.arange(len(labels), device=labels.device)
+    weights = [p.detach() for p in network.parameters()]
+
+    def step() -> None:
+        t = refinement.signal_ratio(SEED, ids, 0, mean=-0.8, std=0.8)
+        noisy = refinement.corrupt(tokens, t, network.classes, seed=SEED, ids=ids, step=0)
+        refinement.token_loss(predict(noisy, t, labels), tokens).backward()
+        clip_gradients(network.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        for decay, average in zip(DECAYS, averages):
+            if kind == "fused":
+                get_ema_multi_avg_fn(decay)(average, weights, 1)
+            else:
+                for ema, weight in zip(average, weights):
+                    ema.mul_(decay).add_(weight * (1 - decay))
+
+    return step
+
+
+def measure_sampling(
+    network: ClassRefiner,
+    variants: list[Variant],
+    device: torch.device,
+    repeats: int,
+    *,
+    batch_size: int,
+    sampler: Sampler,
+    steps: int,
+) -> list[dict[str, Any]]:
+    """`refine` to tokens; a row a variant. `steps` are taken, and their time is scaled to all by passes of the network.
+
+    FLOP are those that the schedule needs, whatever a variant computes. `equal_tokens`: with the first variant.
+    """
+    short = replace(sampler, schedule=Linear(steps))
+    forward = forward_flop(network, lambda hollow: hollow(*_inputs(network, 1, torch.device("meta"))))
+    _, _, labels = _inputs(network, batch_size, device)
+    ids = torch.arange(batch_size, device=device)
+    calls, scales, rows, reference = [], [], [], None
+    for variant in (variant for variant in variants if "sampling" in variant.tasks):
+        predict = _predict(network, variant)
+
+        def sample(predict: Callable = predict) -> Tensor:
+            return refine(
+                lambda given, t, condition: predict(given, t, condition.index),
+                Labels(labels, network.num_labels),
+                short,
+                shape=(network.channels, 1, network.size, network.size),
+                classes=network.classes,
+                seed=SEED,
+                ids=ids,
+            ).tokens
+
+        call = _running_as(variant, device, sample)
+        if variant.compile:
+            call()
+        tokens, peak = machine.peak_memory(call, device, held=[*network.parameters(), labels, ids])
+        reference = tokens if reference is None else reference
+        calls.append(call)
+        equal = (tokens == reference).double().mean().item()
+        rows.append(_row(variant, device, forward * passes(sampler), peak) | {"equal_tokens": equal})
+        always = "one pass" in variant.without  # then both halves run at every step
+        scales.append(sampler.schedule.steps / steps if always else passes(sampler) / passes(short))
+    times = machine.median_seconds(calls, device, repeats)
+    _fill_in(rows, [batch_size / (seconds * scale) for seconds, scale in zip(times, scales)])
+    return rows
+
+
+def passes(sampler: Sampler) -> int:
+    """How often a sample runs through the network: once a step, and once more where guidance acts."""
+    schedule, (low, high) = sampler.schedule, sampler.guidance_interval
+    total = torch.tensor([schedule.max_steps])
+    ratios = [schedule.signal_ratio(step, total).item() for step in range(schedule.max_steps)]
+    return len(ratios) + sum(low < t < high for t in ratios if sampler.guidance != 1.0)
+
+
+def _inputs(network: ClassRefiner, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random (tokens, t, labels)."""
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (batch_size, network.channels, 1, network.size, network.size)
+    tokens = torch.randint(network.classes, shape, generator=generator)
+    t = torch.rand(batch_size, generator=generator)
+    labels = torch.randint(network.num_labels, (batch_size,), generator=generator)
+    return tokens.to(device), t.to(device), labels.to(device)
+
+
+def _predict(network: ClassRefiner, variant: Variant) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(network) if variant.compile else network
+
+
+def _running_as(variant: Variant, device: torch.device, function: Callable) -> Callable:
+    autocast = {"dtype": torch.bfloat16, "enabled": variant.dtype == torch.bfloat16}
+
+    def call(*arguments: Any) -> Any:
+        with without(*variant.without), torch.autocast(device.type, **autocast):
+            return function(*arguments)
+
+    return call
+
+
+def _row(variant: Variant, device: torch.device, flop: int, peak: int) -> dict[str, Any]:
+    unseen = variant.compile and device.type == "cpu"  # no way to see a compiled call's temporaries there
+    return {
+        "variant": variant.name,
+        "dtype": _name(variant.dtype),
+        "flop_per_image": flop,
+        "peak_bytes": None if unseen else peak,
+    }
+
+
+def _fill_in(rows: list[dict[str, Any]], speeds: list[float]) -> None:
+    for row, speed in zip(rows, speeds):
+        row |= {"images_per_second": speed, "ratio": speed / speeds[0]}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table(tasks: dict[str, list[dict[str, Any]]], device: torch.device) -> Table:
+    caption = (
+        f"MB: what is held, and {machine.memory_method(device)}; limit: images/s at this machine's rate of matrix "
+        "products in that dtype, share: of that rate; MFU: of the maker's figure; off: error of the logits (training), "
+        "tokens that differ (sampling), against the first row"
+    )
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("variant", no_wrap=True)
+    for column in ("img/s", "ratio", "MB", "TFLOP/s", "limit", "share", "MFU", "off"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for task, rows in tasks.items():
+        table.add_section()
+        table.add_row(task)
+        for row in rows:
+            table.add_row(
+                f"  {row['variant']}",
+                _three_digits(row["images_per_second"]),
+                f"{row['ratio']:.2f}",
+                "-" if row["peak_bytes"] is None else _three_digits(row["peak_bytes"] / 1e6),
+                _three_digits(row["flop_per_second"] / 1e12),
+                _three_digits(row["limit_images_per_second"]),
+                f"{row['share_of_matmul']:.0%}",
+                "-" if row["mfu"] is None else f"{row['mfu']:.0%}",
+                f"{row['error']:.0e}" if "error" in row else f"{1 - row['equal_tokens']:.1%}",
+            )
+    return table
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
