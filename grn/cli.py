@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from grn.checkpoints.exported import is_exported_refiner
 from grn.data.shards import read_manifest
 from grn.errors import UserError
+from grn.launch import place
 from grn.networks.pretrained import HUB, is_pretrained
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -48,7 +49,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], 
             try:
                 command()
             except MISTAKES as error:
-                sys.exit(f"error: {explain(error)}")
+                # Before the task starts, what is wrong is wrong for every process: the first one says it.
+                sys.exit(f"error: {explain(error)}" if place()[0] == 0 else 1)
 
         return main
 

@@ -1,14 +1,20 @@
-"""python -m grn.evaluate ckpt=runs/digits_c2i: scores a checkpoint, writes metrics.json (conf/evaluate.yaml)."""
+"""python -m grn.evaluate ckpt=runs/digits_c2i: scores a checkpoint, writes metrics.json (conf/evaluate.yaml).
+
+Also as several processes, by `torchrun --nproc-per-node N -m grn.evaluate ...` or srun (with --kill-on-bad-exit, for
+when a process is killed): the images are dealt to them, and the first one writes and prints the same metrics.
+"""
 
 import logging
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
@@ -17,69 +23,120 @@ from rich.table import Table
 from grn import pictures
 from grn.checkpoints.exported import is_exported_refiner
 from grn.checkpoints.native import load_tokenizer, read_checkpoint
-from grn.cli import entry_point
-from grn.data.streaming import report_skipped
+from grn.cli import MISTAKES, entry_point
+from grn.data.streaming import rank_and_world_size, report_skipped
 from grn.errors import UserError
 from grn.evaluation import build_scores, score_reconstructions, score_samples
 from grn.files import write_json
-from grn.generation import best_device
+from grn.generation import Batch, best_device, equal_labels
+from grn.launch import place
 from grn.metrics.nearest import NearestTrainingDistance
 from grn.modules import build_sampler, load_refiner, module_from_checkpoint
 from grn.networks.pretrained import is_pretrained
 from grn.networks.tokenizer import for_inference
-from grn.training import TokenizerModule
+from grn.processes import gather, join, together
+from grn.sample_archive import SampleArchive
+from grn.training import RefinerModule, TokenizerModule
 
 log = logging.getLogger(__name__)
+
+SHOWN = 100  # samples in the grid
 
 
 @entry_point("evaluate")
 def main(config: DictConfig) -> None:
     config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
-    evaluate(config)
+    try:
+        evaluate(config)
+    except MISTAKES:
+        if place()[0] == 0:
+            raise
+        sys.exit(1)  # all processes end with the same mistake, or tell the first one of theirs: it says it for all
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
-    """Scores a refiner's samples or a tokenizer's reconstructions; writes `metrics.json` into `out`."""
-    device = best_device(config.device)
-    module, trained, subject = _load(config)
-    module = module.to(device)
-    if isinstance(module, TokenizerModule):
-        for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
-    elif config.compile:
-        module.network.compile()
-    datamodule = instantiate(config.data if "_target_" in config.data else _merged(trained.data, config.data))
-    partials = instantiate(trained.scores if config.scores is None else config.scores)
+    """Scores a refiner's samples or a tokenizer's reconstructions; writes `metrics.json` into `out`.
+
+    Returns:
+        The metrics, on every process; their number changes none but `seconds`.
+    """
+    device = join(best_device(config.device))
+    rank, _ = rank_and_world_size()
+    with together():
+        module, trained, subject = _load(config)
+        module = module.to(device)
+        if isinstance(module, TokenizerModule):
+            if config.images:
+                raise UserError("images=true keeps the samples of a refiner: leave it out for a tokenizer")
+            for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
+        elif config.compile:
+            module.network.compile()
+        datamodule = instantiate(config.data if "_target_" in config.data else _merged(trained.data, config.data))
+        partials = instantiate(trained.scores if config.scores is None else config.scores)
     start = time.perf_counter()
-    with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+    with (
+        Progress(transient=True, disable=rank > 0) as progress,
+        torch.autocast(device.type, torch.bfloat16, enabled=config.bf16),
+    ):
         if isinstance(module, TokenizerModule):
             metrics, settings = {}, {}
             # Of a mixture, each data set is scored for itself.
             for prefix, part in getattr(datamodule, "parts", {"": datamodule}).items():
                 task = progress.add_task(f"reconstructing {prefix}", total=None)
-                scores = build_scores(partials, part, device=device, cache_dir=Path(config.cache_dir))
+                with together():
+                    scores = build_scores(partials, part, device=device, cache_dir=Path(config.cache_dir))
                 scored = score_reconstructions(module, scores, part, lambda n, task=task: progress.advance(task, n))
                 metrics |= {f"{prefix}/{key}" if prefix else key: value for key, value in scored.items()}
             report_skipped(datamodule.skipped())
         else:
-            scores = build_scores(partials, datamodule, device=device, cache_dir=Path(config.cache_dir))
-            sampler = build_sampler(config.sampler, module.sampler)
-            task = progress.add_task("sampling and scoring", total=config.num)
-            metrics, images = score_samples(
-                module,
-                scores,
-                num=config.num,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                sampler=sampler,
-                advance=lambda n: progress.advance(task, n),
-            )
-            settings = {"num": config.num, "seed": config.seed, "sampler": repr(sampler)}
-            _pictures(images, scores, datamodule, Path(config.out))
+            metrics, settings = _score_refiner(config, module, datamodule, partials, progress)
     metrics["seconds"] = round(time.perf_counter() - start, 2)
     metrics = {name: value if isinstance(value, int) else round(float(value), 6) for name, value in metrics.items()}
-    write_json(Path(config.out) / "metrics.json", {**subject, **settings, "metrics": metrics})
-    _print(metrics, subject, Path(config.out))
+    if rank == 0:
+        write_json(Path(config.out) / "metrics.json", {**subject, **settings, "metrics": metrics})
+        _print(metrics, subject, Path(config.out))
     return metrics
+
+
+def _score_refiner(
+    config: DictConfig,
+    module: RefinerModule,
+    datamodule: LightningDataModule,
+    partials: dict[str, Any],
+    progress: Progress,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Samples and scores; also writes the pictures and, where asked for, the samples: (metrics, settings)."""
+    out, (rank, world_size) = Path(config.out), rank_and_world_size()
+    with together():
+        scores = build_scores(partials, datamodule, device=module.device, cache_dir=Path(config.cache_dir))
+        sampler = build_sampler(config.sampler, module.sampler)
+    archive = SampleArchive(out / "samples.npz", rank=rank, world_size=world_size) if config.images else None
+    task = progress.add_task("sampling and scoring", total=len(range(rank, config.num, world_size)))
+    shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(batch: Batch) -> None:
+        progress.advance(task, len(batch.ids))
+        first = batch.ids < SHOWN
+        shown.append((batch.ids[first], batch.images.cpu()[first]))
+        if archive is not None:
+            archive.add(batch.images)
+
+    with archive or nullcontext():
+        metrics = score_samples(
+            module,
+            scores,
+            num=config.num,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            sampler=sampler,
+            rank=rank,
+            world_size=world_size,
+            watch=watch,
+        )
+        if archive is not None:
+            archive.save(equal_labels(config.num, range(module.network.num_labels)))
+    _pictures(shown, scores, datamodule, out)
+    return metrics, {"num": config.num, "seed": config.seed, "sampler": repr(sampler)}
 
 
 def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[str, Any]]:
@@ -113,15 +170,23 @@ def _merged(trained: DictConfig, overrides: DictConfig) -> DictConfig:
     return OmegaConf.merge(trained, {"parts": dict.fromkeys(trained.parts, given)})
 
 
-def _pictures(images: torch.Tensor, scores: dict, datamodule, out: Path) -> None:
-    """`samples.png`; and `nearest.png`, samples beside the training images that come nearest, where that is scored."""
-    shown = images[:100]
-    pictures.save(pictures.grid(shown, 10, pictures.scale_for(images.shape[-1])), out / "samples.png")
-    for score in scores.values():
-        if isinstance(score, NearestTrainingDistance):
-            training = torch.cat([batch["pixels"][:, :, 0] for batch in datamodule.split_dataloader("train")])
-            pairs = torch.cat([images[:20], training[score.neighbours()[:20].cpu()]])
-            pictures.save(pictures.grid(pairs, 20, 2), out / "nearest.png")
+def _pictures(shown: list[tuple[torch.Tensor, torch.Tensor]], scores: dict, datamodule, out: Path) -> None:
+    """`samples.png`; and `nearest.png`, samples beside the training images that come nearest, where that is scored.
+
+    Every rank must call it.
+
+    Args:
+        shown: (ids int64 [B], images uint8 [B, 3, H, W]) of this rank's share of the first samples, on the CPU.
+    """
+    neighbours = [s.neighbours()[:20] for s in scores.values() if isinstance(s, NearestTrainingDistance)]
+    ids, images = map(torch.cat, zip(*(pair for share in gather(shown) for pair in share)))
+    if rank_and_world_size()[0] > 0:
+        return
+    images = images[ids.argsort()]
+    pictures.save(pictures.grid(images, 10, pictures.scale_for(images.shape[-1])), out / "samples.png")
+    for places in neighbours:
+        training = torch.cat([batch["pixels"][:, :, 0] for batch in datamodule.split_dataloader("train")])
+        pictures.save(pictures.grid(torch.cat([images[:20], training[places]]), 20, 2), out / "nearest.png")
 
 
 def _print(metrics: dict[str, float], subject: dict[str, Any], out: Path) -> None:

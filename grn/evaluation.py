@@ -1,24 +1,23 @@
 """Feeding scores: a generator's samples, or a tokenizer's reconstructions, to every configured score."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
 
 from grn.errors import UserError
-from grn.generation import equal_labels, generate
+from grn.generation import Batch, equal_labels, generate
 from grn.metrics.quantization import QuantizationScores
 from grn.metrics.ranks import Rows
 from grn.metrics.reconstruction import LPIPSScore, ReconstructionScores
 from grn.metrics.splits import as_images
 from grn.pixels import from_uint8, to_uint8
+from grn.processes import gather, together
 from grn.sampler import Sampler
 from grn.training import RefinerModule, TokenizerModule
-
-Advance = Callable[[int], None]
 
 
 def build_scores(
@@ -46,38 +45,40 @@ def score_samples(
     sampler: Sampler | None = None,
     rank: int = 0,
     world_size: int = 1,
-    advance: Advance | None = None,
-) -> tuple[dict[str, float], Tensor]:
+    watch: Callable[[Batch], None] | None = None,
+) -> dict[str, float]:
     """Samples `num` images, an equal number a class, each rank its share, and scores them all.
 
+    Args:
+        watch: is shown every batch of this rank; no image is kept here.
+
     Returns:
-        (metrics of all scores and `steps_mean`, `steps_min`, `steps_max`, the same on every rank; this rank's images,
-        uint8 [n, 3, H, W] on the CPU).
+        The metrics of all scores and `steps_mean`, `steps_min`, `steps_max`, the same on every rank.
 
     Raises:
-        UserError: `num` is not a multiple of the number of classes.
+        UserError: `num` is not a multiple of the number of classes, or another rank failed.
     """
     num_labels = module.network.num_labels
-    if num % num_labels:
+    if num < 1 or num % num_labels:
         raise UserError(f"num={num} is not a multiple of the {num_labels} classes: every class must come up equally")
     for score in scores.values():
         score.reset()
-    images, steps = [], Rows(dtype=torch.int64).to(module.device)
-    for batch in generate(
-        module,
-        equal_labels(num, range(num_labels)),
-        batch_size=batch_size,
-        seed=seed,
-        sampler=sampler,
-        rank=rank,
-        world_size=world_size,
-    ):
-        for score in scores.values():
-            score.update(batch.images, batch.labels.to(batch.images.device))
-        images.append(batch.images.cpu())
-        steps.update(batch.refined.steps.to(module.device))
-        if advance is not None:
-            advance(len(batch.ids))
+    steps = Rows(dtype=torch.int64).to(module.device)
+    with together():
+        for batch in generate(
+            module,
+            equal_labels(num, range(num_labels)),
+            batch_size=batch_size,
+            seed=seed,
+            sampler=sampler,
+            rank=rank,
+            world_size=world_size,
+        ):
+            for score in scores.values():
+                score.update(batch.images, batch.labels.to(batch.images.device), batch.ids)
+            steps.update(batch.refined.steps, batch.ids)
+            if watch is not None:
+                watch(batch)
     steps = steps.compute()
     metrics = {key: value for score in scores.values() for key, value in score.compute().items()}
     metrics |= {
@@ -85,14 +86,19 @@ def score_samples(
         "steps_min": steps.min().item(),
         "steps_max": steps.max().item(),
     }
-    return metrics, torch.cat(images)
+    return metrics
 
 
 @torch.no_grad()
 def score_reconstructions(
-    module: TokenizerModule, scores: Mapping[str, Any], datamodule: LightningDataModule, advance: Advance | None = None
+    module: TokenizerModule,
+    scores: Mapping[str, Any],
+    datamodule: LightningDataModule,
+    advance: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Reconstructs the held-out split, images or clips frame by frame, and tells what each round of HBQ is worth.
+
+    Each rank of a process group takes its share, and gets the metrics of all.
 
     Returns:
         PSNR, SSIM and L1; LPIPS where `scores` has it; every other score of the reconstructions as `r<name>` (rFID);
@@ -104,19 +110,27 @@ def score_reconstructions(
     of_images = [score for score in scores.values() if not isinstance(score, LPIPSScore)]
     quantization = QuantizationScores(network.latent_channels, network.rounds).to(module.device)
     bits = 0
-    for batch in datamodule.split_dataloader("heldout"):
-        pixels = batch["pixels"].to(module.device)
-        reconstruction, features = network(from_uint8(pixels))
-        real, reconstructed = as_images(pixels), as_images(to_uint8(reconstruction))
-        for score in of_pairs:
-            score.update(real, reconstructed)
-        labels = batch["label"].repeat_interleave(pixels.shape[2]).to(module.device) if "label" in batch else None
-        for score in of_images:
-            score.update(reconstructed, labels)
-        quantization.update(features)
-        bits = features[0].numel() * network.rounds
-        if advance is not None:
-            advance(len(pixels))
+    with together():
+        for batch in datamodule.split_dataloader("heldout", share=True):
+            pixels = batch["pixels"].to(module.device)
+            reconstruction, features = network(from_uint8(pixels))
+            real, reconstructed = as_images(pixels), as_images(to_uint8(reconstruction))
+            for score in of_pairs:
+                score.update(real, reconstructed)
+            frames = pixels.shape[2]
+            labels = batch["label"].repeat_interleave(frames).to(module.device) if "label" in batch else None
+            ids = torch.tensor([_id(key) for key in batch["key"]]).repeat_interleave(frames)
+            for score in of_images:
+                score.update(reconstructed, labels, ids)
+            quantization.update(features)
+            bits = features[0].numel() * network.rounds
+            if advance is not None:
+                advance(len(pixels))
     metrics = {key: value for score in of_pairs for key, value in score.compute().items()}
     metrics |= {f"r{key}": value for score in of_images for key, value in score.compute().items()}
-    return metrics | quantization.compute() | {"bits_per_image": bits}
+    return metrics | quantization.compute() | {"bits_per_image": max(gather(bits))}
+
+
+def _id(key: str) -> int:
+    """An int64 by which samples have one order, however they were dealt to ranks, workers and batches."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)

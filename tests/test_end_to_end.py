@@ -29,7 +29,7 @@ REFINER += " callbacks.last.every_n_train_steps=3 callbacks.scores.num=20 callba
 NAN = " training.learning_rate=1e30 training.gradient_clip=null training.warmup_steps=0"
 
 
-def grn(workspace, verb, arguments, *, background=False, environment=None):
+def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1):
     environment = (
         os.environ
         | (environment or {})
@@ -40,7 +40,8 @@ def grn(workspace, verb, arguments, *, background=False, environment=None):
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
     )
-    command = [sys.executable, "-m", f"grn.{verb}", *arguments.split()]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", f"grn.{verb}", *arguments.split()]
     if background:
         return subprocess.Popen(
             command, env=environment, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -48,8 +49,8 @@ def grn(workspace, verb, arguments, *, background=False, environment=None):
     return subprocess.run(command, env=environment, cwd=workspace, capture_output=True, text=True, timeout=300)
 
 
-def succeed(workspace, verb, arguments):
-    done = grn(workspace, verb, arguments)
+def succeed(workspace, verb, arguments, **keywords):
+    done = grn(workspace, verb, arguments, **keywords)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -174,6 +175,53 @@ def test_evaluate_writes_metrics(workspace):
     assert {"psnr", "ssim", "l1", "rfid"} <= report["metrics"].keys()
 
 
+OPTIONS = " scores.fid.isc=true scores.fid.kid=true scores.fid.kid_subset_size=20 scores.fid.prc=true"
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [
+        # Of 20 samples, three processes get 7, 7 and 6; of 297 held-out digits in 4 shards, two get 2 shards each.
+        (3, "ckpt=runs/digits_c2i num=20 batch_size=4 images=true sampler=entropy scores=digits" + OPTIONS),
+        (2, "ckpt=runs/digits_tokenizer scores=digits_reconstruction" + OPTIONS),
+    ],
+)
+def test_several_processes_score_as_one(workspace, tmp_path, processes, arguments):
+    succeed(workspace, "evaluate", f"{arguments} out={tmp_path}/one")
+    done = succeed(workspace, "evaluate", f"{arguments} out={tmp_path}/several", processes=processes)
+    assert done.stdout.count("bits_per_image") + done.stdout.count("steps_mean") == 1  # one table
+    one, several = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "several"))
+    numbers = [report.pop("metrics") for report in (one, several)]
+    assert one == several
+    assert [report.pop("seconds") > 0 for report in numbers] == [True, True]
+    assert any("kid_mean" in key for key in numbers[0])
+    # The sums are in float64; what is left is float32 of the networks, whose last bits depend on the size of a batch.
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=2e-6)
+    written = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "several").iterdir()} == written
+    for name in written & {"samples.npz", "samples.png", "nearest.png"}:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
+    assert ("samples.npz" in written) == ("images=true" in arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("ckpt=runs/digits_c2i num=15", "error: num=15 is not"),  # of every process
+        ("ckpt=runs/digits_c2i nmu=20", "error: no config key 'nmu'"),  # before there is a group
+        ("ckpt=runs/digits_c2i num=20 images=true out=blocked", "error: rank 1: images=true: "),  # of one alone
+    ],
+)
+def test_mistakes_of_several_processes_take_one_line(workspace, arguments, line):
+    (workspace / "blocked" / ".samples.npz.1").mkdir(parents=True, exist_ok=True)
+    done = grn(workspace, "evaluate", arguments + " sampler=linear sampler.schedule.steps=2", processes=2)
+    assert done.returncode != 0
+    (error,) = [said for said in done.stderr.splitlines() if said.startswith("error: ")]
+    assert error.startswith(line)
+    # What the others had kept is gone.
+    assert {path.name for path in (workspace / "blocked").iterdir()} <= {".samples.npz.1", "evaluate.log"}
+
+
 def differences(a, b, path=""):
     """Paths at which two checkpoints differ, tensors compared bit by bit."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -267,6 +315,8 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("sample", "ckpt=runs/digits_c2i ema=0.5 out=o", "it holds"),
         ("sample", "ckpt=runs/digits_c2i sampler.temperature=-1 out=o", "sampler.temperature"),
         ("evaluate", "ckpt=runs/digits_c2i num=15 out=o", "num=15"),
+        ("evaluate", "ckpt=runs/digits_tokenizer images=true out=o", "images=true keeps the samples of a refiner"),
+        ("evaluate", "ckpt=runs/digits_c2i scores=imagenet scores.fid.kid=true out=o", "scores.fid.kid compares"),
         ("prepare", "data=nothing", "digits"),
         ("prepare", "data=imagenet", "root"),
         ("prepare", "data=imagenet root=/nowhere", "/nowhere"),

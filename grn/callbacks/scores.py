@@ -40,7 +40,7 @@ class EvaluateSamples(Callback):
             self.scores = build_scores(
                 self.configured, trainer.datamodule, device=pl_module.device, cache_dir=self.cache_dir
             )
-        metrics, _ = score_samples(
+        metrics = score_samples(
             pl_module,
             self.scores,
             num=self.num,

@@ -159,9 +159,13 @@ class ShardsDataModule(LightningDataModule):
         batch_size = self.eval_batch_size or self.rank_batch_size
         return DataLoader(stream, **self._loader_arguments(batch_size), persistent_workers=self.num_workers > 0)
 
-    def split_dataloader(self, split: str) -> DataLoader:
-        """One pass over all of "train" or "heldout" for scores: in its own order, unflipped, the same on every rank."""
-        stream = self._stream(split, endless=False, shuffle=False, split_by_rank=False)
+    def split_dataloader(self, split: str, *, share: bool = False) -> DataLoader:
+        """One pass over all of "train" or "heldout" for scores: in its own order, unflipped, the same on every rank.
+
+        Args:
+            share: this rank's share alone, so that each sample comes once over all ranks.
+        """
+        stream = self._stream(split, endless=False, shuffle=False, split_by_rank=share)
         self._streams[f"all of {split}"] = stream
         return DataLoader(stream, **self._loader_arguments(self.eval_batch_size or self.rank_batch_size))
 

@@ -142,8 +142,8 @@ class TokenShardsDataModule(ShardsDataModule):
                 f"{self.tokenizer['sha256'][:12]}, not {sha256[:12]}): give that one as tokenizer.ckpt, or encode anew"
             )
 
-    def split_dataloader(self, split: str) -> DataLoader:
-        """The *pixels* of a split, for scores: those that were encoded."""
+    def split_dataloader(self, split: str, *, share: bool = False) -> DataLoader:
+        """The *pixels* of a split, for scores: those that were encoded; `share` as in `ShardsDataModule`."""
         source = self.manifest["source"]
         if source is None:
             raise UserError("scores compare with real images, which these token shards were not made of: scores=none")
@@ -161,7 +161,7 @@ class TokenShardsDataModule(ShardsDataModule):
             heldout=None if self.pixels else source["heldout"],
         )
         try:
-            return images.split_dataloader(split)
+            return images.split_dataloader(split, share=share)
         except UserError:
             raise UserError(
                 f"data.pixels: scores need the images that were encoded, and {root} has not their {split} shards: give "

@@ -1,6 +1,7 @@
-"""Frechet inception distance and inception score (DESIGN 1.4, issue 2), with torch-fidelity's numbers.
+"""FID, inception score, KID, precision and recall (DESIGN 1.4, issues 2 and 4), with torch-fidelity's numbers.
 
-FID: Heusel et al., arXiv 1706.08500. Inception score: Salimans et al., arXiv 1606.03498.
+FID: Heusel et al., arXiv 1706.08500. Inception score: Salimans et al., arXiv 1606.03498. KID: Binkowski et al., arXiv
+1801.01401. Precision and recall: Kynkaanniemi et al., arXiv 1904.06991.
 """
 
 import hashlib
@@ -15,6 +16,13 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import (
+    KEY_METRIC_F_SCORE,
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    prc_features_to_metric,
+)
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 import grn.metrics.digits_classifier  # noqa: F401  registers `digits-classifier`
@@ -28,11 +36,12 @@ Statistics = dict[str, np.ndarray]  # mu float64 [width], sigma float64 [width, 
 
 
 class GenerationScores:
-    """FID and inception score of generated images, from one pass of one feature extractor.
+    """FID and the like of generated images, from one pass of one feature extractor.
 
-    `compute` gives `fid` and, where asked for, `isc_mean`, `isc_std` and `fid_heldout`. They are what
-    `torch_fidelity.calculate_metrics` reports for the same images in the same order, and do not depend on how the
-    images are cut into batches or dealt to ranks (see `Rows` for the order over ranks).
+    `compute` gives `fid` and, where asked for, `isc_mean` and `isc_std`, `kid_mean` and `kid_std`, `precision`,
+    `recall` and `f_score`, and `fid_heldout`. They are what `torch_fidelity.calculate_metrics` reports for the same
+    images in the same order, and do not depend on how the images are cut into batches or dealt to ranks (but for what
+    the size of a batch does to the last bits of the extractor's float32; see `Rows` for the order over ranks).
 
     Args:
         train, heldout: the splits (`grn.metrics.splits`), read only where a key asks for them.
@@ -40,12 +49,17 @@ class GenerationScores:
         cache_dir: where the statistics of a split and trained weights are kept; None keeps them in memory.
         reference: path of an npz with `mu` [width] and `sigma` [width, width], or the split `train` or `heldout`.
         extractor: a feature extractor registered with torch-fidelity.
-        features: its features for the FID; None takes the extractor's default.
+        features: its features for FID, KID, precision and recall; None takes the extractor's default for FID.
         weights: local path of its weights; None downloads them; or a callable that makes them out of the training
             split: (images uint8 [N, 3, H, W], labels int64 [N], cache_dir) -> path.
         isc: whether to report the inception score.
         isc_splits: into how many parts the images, shuffled with torch-fidelity's seed, are cut for its mean and std.
         heldout_fid: whether to report, for scale, `fid_heldout`: the FID of the real held-out images.
+        kid: whether to report the kernel inception distance; for it, and for `prc`, the features of all images of
+            `reference`, which must be a split, and all generated ones are kept: 4 bytes a feature.
+        kid_subsets, kid_subset_size: it is the mean over so many random subsets of so many images.
+        prc: whether to report precision and recall.
+        prc_neighborhood: an image's ball reaches to its neighbour of this number.
 
     Raises:
         UserError: naming the key, for an extractor, weights or a reference that cannot be had or do not fit together.
@@ -65,12 +79,31 @@ class GenerationScores:
         isc: bool = True,
         isc_splits: int = 10,
         heldout_fid: bool = False,
+        kid: bool = False,
+        kid_subsets: int = 100,
+        kid_subset_size: int = 1000,
+        prc: bool = False,
+        prc_neighborhood: int = 3,
     ):
-        if isc_splits < 1:
-            raise UserError(f"scores.fid.isc_splits must be at least 1, got {isc_splits}")
+        splits = {"train": (train, "training"), "heldout": (heldout, "held-out")}
+        for key, value, least in (
+            ("isc_splits", isc_splits, 1),
+            ("kid_subsets", kid_subsets, 1),
+            ("kid_subset_size", kid_subset_size, 2),
+            ("prc_neighborhood", prc_neighborhood, 1),
+        ):
+            if value < least:
+                raise UserError(f"scores.fid.{key} must be at least {least}, got {value}")
+        if (kid or prc) and reference not in splits:
+            raise UserError(
+                f"scores.fid.{'kid' if kid else 'prc'} compares with real images, which scores.fid.reference="
+                f"{reference} does not hold: give a split (train, heldout), or leave it out"
+            )
         self.fid_features = features if features is not None else _default_features(extractor, "fid")
         self.isc_features = _default_features(extractor, "isc") if isc else None
         self.isc_splits = isc_splits
+        self.kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size} if kid else None
+        self.prc = {"prc_neighborhood": prc_neighborhood} if prc else None
         wanted = [self.fid_features] + ([self.isc_features] if isc and self.isc_features != self.fid_features else [])
         # Weights that are made here are read into the extractor at once, so a scratch folder does for them.
         with tempfile.TemporaryDirectory() as scratch:
@@ -81,46 +114,81 @@ class GenerationScores:
         width = widths(self.extractor)
         self.statistics = FeatureStatistics(width[self.fid_features]).to(device)
         self.logits = Rows(width[self.isc_features]).to(device) if isc else None
-        splits = {"train": (train, "training"), "heldout": (heldout, "held-out")}
         if reference in splits:
             self.reference = self._split_statistics(*splits[reference], cache_dir)
         else:
             self.reference = load_statistics(reference, width[self.fid_features])
+        self.features = self.real_features = None
+        if kid or prc:
+            self.features = Rows(width[self.fid_features]).to(device)
+            self.real_features = self._split_features(*splits[reference])
+            self._check_sizes(len(self.real_features), "real")
         self.heldout_fid = None
         if heldout_fid:
             self.heldout_fid = _fid(self._split_statistics(heldout, "held-out", cache_dir), self.reference)
 
-    def update(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Adds generated images uint8 [B, 3, H, W]; their labels are not read."""
+    def update(self, images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> None:
+        """Adds generated images uint8 [B, 3, H, W]; their labels are not read; ids: `Rows.update`."""
         features = extract(self.extractor, images)
         self.statistics.update(features[self.fid_features])
         if self.logits is not None:
-            self.logits.update(features[self.isc_features])
+            self.logits.update(features[self.isc_features], ids)
+        if self.features is not None:
+            self.features.update(features[self.fid_features], ids)
 
     def compute(self) -> dict[str, float]:
         """The scores of all images given since the last `reset`, over all ranks; every rank must call it.
 
         Raises:
-            UserError: too few images for a covariance or for `isc_splits`.
+            UserError: too few images for a covariance, `isc_splits`, `kid_subset_size` or `prc_neighborhood`.
         """
         sums = self.statistics.compute()
         n, statistics = int(sums["n"]), _as_numpy(sums)
         least = 2 if self.logits is None else max(2, self.isc_splits)
         if n < least:
             raise UserError(f"scores.fid needs at least {least} images (2, and scores.fid.isc_splits), got {n}")
+        self._check_sizes(n, "generated")
         scores = {"fid": _fid(statistics, self.reference)}
         if self.logits is not None:
             isc = isc_features_to_metric(self.logits.gathered().cpu(), splits=self.isc_splits)
             scores |= {"isc_mean": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
+        if self.features is not None:
+            features = self.features.gathered()
+            if self.kid is not None:
+                kid = kid_features_to_metric(features, self.real_features, verbose=False, **self.kid)
+                scores |= {"kid_mean": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
+            if self.prc is not None:
+                # In parts, as all distances of 50 000 images to as many would be 10 GB.
+                options = {"save_cpu_ram": True, "verbose": False, **self.prc}
+                with torch.autocast(features.device.type, enabled=False):
+                    prc = prc_features_to_metric(features, self.real_features, **options)
+                keys = {"precision": KEY_METRIC_PRECISION, "recall": KEY_METRIC_RECALL, "f_score": KEY_METRIC_F_SCORE}
+                scores |= {name: prc[key] for name, key in keys.items()}
         if self.heldout_fid is not None:
             scores["fid_heldout"] = self.heldout_fid
         return scores
 
     def reset(self) -> None:
         """Forgets the generated images; the reference stays."""
-        self.statistics.reset()
-        if self.logits is not None:
-            self.logits.reset()
+        for state in (self.statistics, self.logits, self.features):
+            if state is not None:
+                state.reset()
+
+    def _check_sizes(self, n: int, which: str) -> None:
+        if self.kid is not None and n < self.kid["kid_subset_size"]:
+            raise UserError(
+                f"scores.fid.kid_subset_size={self.kid['kid_subset_size']} is more than there are {which} images: {n}"
+            )
+        if self.prc is not None and n <= self.prc["prc_neighborhood"]:
+            raise UserError(
+                f"scores.fid.prc_neighborhood={self.prc['prc_neighborhood']} needs more {which} images than {n}"
+            )
+
+    def _split_features(self, split: Split, name: str) -> Tensor:
+        """Features of a whole split, float32 [N, width]."""
+        return torch.cat(
+            [extract(self.extractor, batch)[self.fid_features] for batch in image_batches(split, name=name)]
+        )
 
     def _split_statistics(self, split: Split, name: str, cache_dir: str | Path | None) -> Statistics:
         """Statistics of a whole split, out of the cache where it has them."""

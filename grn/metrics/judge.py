@@ -52,8 +52,8 @@ class DigitsJudge:
         """The classes read off images uint8 [B, 3, H, W]: int64 [B], on the CPU."""
         return torch.from_numpy(self.svc.predict(_cell_means(images))).to(torch.int64)
 
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        """Adds generated images uint8 [B, 3, H, W] and the labels int64 [B] that were asked for.
+    def update(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
+        """Adds generated images uint8 [B, 3, H, W] and the labels int64 [B] that were asked for; ids are not read.
 
         Raises:
             UserError: a label that the training split does not have.

@@ -49,11 +49,11 @@ class NearestTrainingDistance:
         self._distances = Rows(dtype=torch.float64).to(device)
         self._neighbours = Rows(dtype=torch.int64).to(device)
 
-    def update(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Adds generated images uint8 [B, 3, H, W]; their labels are not read."""
+    def update(self, images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> None:
+        """Adds generated images uint8 [B, 3, H, W]; their labels are not read; ids: `Rows.update`."""
         distances, neighbours = self._nearest(images.to(self.train.device))
-        self._distances.update(distances)
-        self._neighbours.update(neighbours)
+        self._distances.update(distances, ids)
+        self._neighbours.update(neighbours, ids)
 
     def distances(self) -> Tensor:
         """Distances of the generated images, float64 [N], on the CPU, in their order. Every rank must call it."""

@@ -5,12 +5,14 @@ import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from grn.data.streaming import rank_and_world_size
+
 
 class Rows(torchmetrics.Metric):
-    """Collects rows [B, *shape] and gives back those of all ranks, [N, *shape].
+    """Collects rows [B, *shape] and gives back those of all ranks, [N, *shape], in the order of their images.
 
-    Image i of a set is taken to be scored by rank i mod ranks, as a DistributedSampler deals them; so the order of the
-    rows, which the splits of the inception score depend on, is that of one process whatever the number of ranks.
+    So that order, which the splits of the inception score depend on, is that of one process whatever the number of
+    ranks. Rows of one id stay in the order in which they were given.
     """
 
     full_state_update = False
@@ -20,7 +22,7 @@ class Rows(torchmetrics.Metric):
         self.shape = shape
         self.row_dtype = dtype
         self.add_state("rows", default=[], dist_reduce_fx="cat")
-        self.add_state("count", default=torch.zeros(1, dtype=torch.int64), dist_reduce_fx="cat")
+        self.add_state("ids", default=[], dist_reduce_fx="cat")
         self.reset()
 
     def reset(self) -> None:
@@ -28,19 +30,26 @@ class Rows(torchmetrics.Metric):
         super().reset()
         # A rank that gets no image must still take part in the gathering, with rows of this width and dtype.
         self.rows.append(torch.empty(0, *self.shape, dtype=self.row_dtype, device=self.device))
+        self.ids.append(torch.empty(0, dtype=torch.int64, device=self.device))
+        self._count = 0
 
-    def update(self, rows: Tensor) -> None:
-        """Adds rows [B, *shape]."""
+    def update(self, rows: Tensor, ids: Tensor | None = None) -> None:
+        """Adds rows [B, *shape].
+
+        Args:
+            ids: int64 [B], by which the rows of all ranks are ordered; None: image i is scored by rank i mod ranks, as
+                a DistributedSampler deals them.
+        """
+        if ids is None:
+            rank, world_size = rank_and_world_size()
+            ids = torch.arange(self._count, self._count + len(rows)) * world_size + rank
         self.rows.append(rows.detach().to(self.device, self.row_dtype))
-        # Not in place, here and in `Totals`: the state may have been made in inference mode, by a validation epoch.
-        self.count = self.count + len(rows)
+        self.ids.append(ids.to(self.device))
+        self._count += len(rows)
 
     def compute(self) -> Tensor:
         """As `gathered`, but a single element comes as a scalar (torchmetrics squeezes it)."""
-        counts = self.count.flatten()
-        position = torch.cat([torch.arange(int(count), device=self.device) for count in counts])
-        rank = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
-        return dim_zero_cat(self.rows)[torch.argsort(position * len(counts) + rank)]
+        return dim_zero_cat(self.rows)[torch.argsort(dim_zero_cat(self.ids), stable=True)]
 
     def gathered(self) -> Tensor:
         """All rows, [N, *shape]. Every rank must call it."""
@@ -58,6 +67,7 @@ class Totals(torchmetrics.Metric):
 
     def update(self, summand: Tensor) -> None:
         """Adds a tensor [*shape]."""
+        # Not in place: the state may have been made in inference mode, by a validation epoch.
         self.total = self.total + summand.detach().to(self.total.device, self.total.dtype)
 
     def compute(self) -> Tensor:

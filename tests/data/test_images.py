@@ -67,6 +67,19 @@ def test_validation_gives_each_sample_once_over_ranks(root, monkeypatch):
     assert len(keys) == len(set(keys)) == 297
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_split_is_shared_by_the_ranks(root, monkeypatch, num_workers):
+    """More readers than the four shards held out, too."""
+    keys = []
+    for rank in range(3):
+        as_rank(monkeypatch, rank, 3)
+        data = datamodule(root, eval_batch_size=100, num_workers=num_workers)
+        own = [key for batch in data.split_dataloader("heldout", share=True) for key in batch["key"]]
+        assert 0 < len(own) < 297
+        keys += own
+    assert len(keys) == len(set(keys)) == 297
+
+
 def test_the_batch_is_shared_by_the_ranks(root, monkeypatch):
     as_rank(monkeypatch, 0, 4)
     assert len(next(iter(datamodule(root).train_dataloader()))["key"]) == 5

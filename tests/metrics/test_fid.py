@@ -25,9 +25,12 @@ class Images(Dataset):
 @pytest.fixture(scope="module")
 def generated(digits):
     """Noisy held-out digits, uint8 [297, 3, 32, 32]."""
-    images = digits["heldout"][0].float()
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 40
-    return (images + noise).clamp(0, 255).to(torch.uint8)
+    return noisy(digits["heldout"][0])
+
+
+def noisy(images, size=40):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * size
+    return (images.float() + noise).clamp(0, 255).to(torch.uint8)
 
 
 @pytest.fixture
@@ -61,6 +64,62 @@ def test_equals_torch_fidelity(make_scores, generated, digits, classifier_weight
     assert ours["isc_mean"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert ours["isc_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-6)
     assert ours["fid"] > 10  # else the agreement would say little
+
+
+def test_kid_precision_and_recall_equal_torch_fidelity(make_scores, generated, digits, classifier_weights):
+    """Issue 4, point 4: with its defaults and with keys of ours, whose names are its own."""
+    real = digits["train"][0]
+    many = noisy(real, 80)  # enough for the default size of a subset
+    for images, keys in ((many, {}), (generated, {"kid_subsets": 7, "kid_subset_size": 100, "prc_neighborhood": 5})):
+        theirs = torch_fidelity.calculate_metrics(
+            input1=Images(images),
+            input2=Images(real),
+            cuda=False,
+            kid=True,
+            prc=True,
+            feature_extractor="digits-classifier",
+            feature_extractor_weights_path=str(classifier_weights),
+            verbose=False,
+            **keys,
+        )
+        scores = make_scores(isc=False, kid=True, prc=True, **keys)
+        for batch in images.split(50):
+            scores.update(batch, None)
+        ours = scores.compute()
+        assert ours.keys() == {"fid", "kid_mean", "kid_std", "precision", "recall", "f_score"}
+        assert ours["kid_mean"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+        assert ours["kid_std"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-5)
+        # At most one image may lie so near the edge of a ball that the rounding of its distance decides.
+        assert ours["precision"] == pytest.approx(theirs["precision"], abs=1.1 / len(images))
+        assert ours["recall"] == pytest.approx(theirs["recall"], abs=1.1 / len(real))
+        assert ours["f_score"] == pytest.approx(theirs["f_score"], abs=0.01)
+        assert 0.1 < ours["precision"] < 1  # else the agreement would say little
+        assert ours["kid_mean"] > 0.01
+
+
+@pytest.mark.parametrize("key", ["kid", "prc"])
+def test_statistics_alone_hold_no_real_images(make_scores, key):
+    with pytest.raises(UserError, match=rf"scores\.fid\.{key} .*reference=stats\.npz .*train, heldout"):
+        make_scores(reference="stats.npz", **{key: True})
+
+
+@pytest.mark.parametrize("key", ["kid_subsets", "kid_subset_size", "prc_neighborhood", "isc_splits"])
+def test_numbers_that_are_too_small(make_scores, key):
+    with pytest.raises(UserError, match=rf"scores\.fid\.{key} must be at least"):
+        make_scores(**{key: 0})
+
+
+def test_too_few_images_for_kid_or_balls(make_scores, generated):
+    with pytest.raises(UserError, match=r"kid_subset_size=1501 .* real images: 1500"):
+        make_scores(kid=True, kid_subset_size=1501)
+    for keys, message in (
+        ({"kid": True, "kid_subset_size": 11}, r"kid_subset_size=11 .* generated images: 10"),
+        ({"prc": True, "prc_neighborhood": 10}, r"prc_neighborhood=10 .* generated images than 10"),
+    ):
+        scores = make_scores(**keys)
+        scores.update(generated[:10])
+        with pytest.raises(UserError, match=message):
+            scores.compute()
 
 
 @pytest.mark.parametrize("batch", [1, 37, 297])

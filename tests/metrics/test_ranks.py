@@ -26,6 +26,14 @@ def test_rows_keep_their_order_and_reset():
     torch.testing.assert_close(rows.gathered(), values[:1])
 
 
+def test_rows_are_ordered_by_their_ids():
+    """Frames of a clip share an id and keep their order."""
+    rows, values = Rows(), torch.arange(6.0)
+    rows.update(values[:4], torch.tensor([7, 7, -1, 5]))
+    rows.update(values[4:], torch.tensor([7, -3]))
+    assert rows.gathered().tolist() == [5, 2, 3, 0, 1, 4]
+
+
 def test_a_single_scalar_row_stays_a_row():
     rows = Rows(dtype=torch.int64)
     rows.update(torch.tensor([2**60 + 1]))
@@ -47,9 +55,8 @@ def build(weights, data):
         return lambda: [{"pixels": images, "label": labels}]
 
     splits = {"train": split("train"), "heldout": split("heldout")}
-    fid = GenerationScores(
-        **splits, reference="train", extractor="digits-classifier", weights=weights, heldout_fid=True
-    )
+    options = {"kid": True, "kid_subset_size": 50, "prc": True, "heldout_fid": True}
+    fid = GenerationScores(**splits, reference="train", extractor="digits-classifier", weights=weights, **options)
     return {"fid": fid, "judge": DigitsJudge(**splits), "nearest": NearestTrainingDistance(**splits)}
 
 
