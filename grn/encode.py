@@ -33,11 +33,24 @@ def encode(config: DictConfig) -> bool:
     source = {
         "path": str(config.tokenizer.ckpt),
         "official": None if official is None else OmegaConf.to_container(official, resolve=True),
-        "ema": config.ema,
+        "ema": config.tokenizer.ema,
         "key": "ckpt",
     }
     tokenizer, record = load_tokenizer(**source, embed=False)
-    token_shape = _token_shape(tokenizer, datamodule)
+    facts = {
+        "tokenizer": {
+            "sha256": record["sha256"],
+            "latent_channels": tokenizer.latent_channels,
+            "rounds": tokenizer.rounds,
+            "source": record["path"],
+        },
+        "views": 1 + bool(config.flip),
+        "token_shape": _token_shape(tokenizer, datamodule),
+        "source": _source(datamodule),
+        "image_size": datamodule.image_size,
+        "num_labels": datamodule.num_labels,
+        "label_names": datamodule.label_names,
+    }
     rank, local_rank, world_size = place()
     encoder = ShardEncoder(
         tokenizer=source,
@@ -52,6 +65,7 @@ def encode(config: DictConfig) -> bool:
     )
     if not config.num_workers:
         encoder.start_worker(0, tokenizer)
+    del tokenizer  # workers read their own, and this process does not hold another beside them
     urls = {split: datamodule.urls(split) for split in config.splits}
     return write_shards(
         Path(config.out),
@@ -65,20 +79,7 @@ def encode(config: DictConfig) -> bool:
         },
         shards=urls,
         write=encoder,
-        facts={
-            "tokenizer": {
-                "sha256": record["sha256"],
-                "latent_channels": tokenizer.latent_channels,
-                "rounds": tokenizer.rounds,
-                "source": record["path"],
-            },
-            "views": 1 + bool(config.flip),
-            "token_shape": token_shape,
-            "source": _source(datamodule),
-            "image_size": datamodule.image_size,
-            "num_labels": datamodule.num_labels,
-            "label_names": datamodule.label_names,
-        },
+        facts=facts,
         num_workers=config.num_workers,
         overwrite=config.overwrite,
         rank=rank,

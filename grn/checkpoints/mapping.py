@@ -99,12 +99,15 @@ def _backwards(rule: Rule) -> tuple[re.Pattern, str]:
     return re.compile(pattern + re.escape(rule.ours[end:])), template
 
 
+RIGHT_SIZES = "give the model.* sizes it was trained with"  # what mends most misfits
+
+
 def load_strict(
     network: nn.Module,
     state: dict[str, Tensor],
     *,
     source: str,
-    remedy: str = "give the model.* sizes it was trained with",
+    remedy: str = RIGHT_SIZES,
 ) -> None:
     """Loads `state` into `network`, every name and shape fitting.
 
@@ -123,7 +126,7 @@ def check_state(
     state: dict[str, Tensor],
     *,
     source: str,
-    remedy: str = "give the model.* sizes it was trained with",
+    remedy: str = RIGHT_SIZES,
 ) -> None:
     """Raises:
     UserError: `state` is not of this network; one line with the first misfit, how many there are, and the `remedy`.

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -133,7 +134,7 @@ class ClassFolders:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionedFiles:
+class CaptionedFiles(ABC):
     """What `CaptionedImages` and `Clips` share: files, however deep in a folder, with captions beside them.
 
     The caption of `x.jpg` is the text of `x.txt`, or "caption" of the JSON object in `x.json`.
@@ -184,9 +185,9 @@ class CaptionedFiles:
         """For the manifest."""
         return {}
 
+    @abstractmethod
     def media(self, path: Path) -> dict[str, bytes]:
         """{suffix: bytes} of a file; raises `Skip` where it cannot be used."""
-        raise NotImplementedError
 
     def _splits(self, folder: Path) -> dict[str, list[File]]:
         if os.path.isdir(folder / "train") and os.path.isdir(folder / "val"):
