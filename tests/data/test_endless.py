@@ -4,7 +4,7 @@ import io
 import multiprocessing
 import tarfile
 from collections import Counter
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grn.data import endless
-from grn.data.endless import GlobalBatches, ResumableLoader
+from grn.data.endless import GlobalBatches, Place, ResumableLoader
 from grn.data.samples import Reason, Skip
 from grn.errors import UserError
 
@@ -131,6 +131,13 @@ def test_streams_do_not_fall_behind_one_another(shards):
         for stream in range(4):
             read[stream] += len(data._shards(stream, number))
     assert set(read.values()) == {7}
+
+
+def test_streams_take_turns_where_a_batch_does_not_divide_over_them(shards, monkeypatch):
+    data = make(shards, batch_size=4).dataset  # over two rows of six
+    monkeypatch.setattr(data, "_stream", lambda stream: ((stream, Place()) for _ in count()))
+    taken = Counter(stream for batch, _ in islice(data, 12) for stream in batch)
+    assert taken == dict.fromkeys(range(12), 4)
 
 
 @pytest.fixture(scope="module")
