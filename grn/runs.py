@@ -14,7 +14,10 @@ from grn.checkpoints.native import read_checkpoint
 from grn.errors import UserError
 from grn.files import write_json, write_text
 
-PACKAGES = ("grn", "torch", "lightning", "hydra-core", "webdataset", "torchdata", "torch-fidelity", "wandb", "numpy")
+PACKAGES = ("grn", "torch", "lightning", "hydra-core", "webdataset", "torch-fidelity", "wandb", "numpy")
+
+# What the order of training is a function of, beside the shards and the seed.
+DATA_ORDER = ("batch_size", "rank_streams", "worker_streams", "shuffle_buffer")
 
 
 def record(folder: Path, config: DictConfig) -> None:
@@ -74,7 +77,7 @@ def _same_keys(config: DictConfig, trained: DictConfig) -> Iterable[str]:
     yield from (f"model.{key}" for key in sorted(models))
     yield from ("training._target_", "training.labeling", "training.discriminator", "seed")
     parts = [f"data.parts.{part}" for part in config.data.get("parts", {})]
-    yield from (f"{data}.{key}" for data in ("data", *parts) for key in ("batch_size", "num_workers"))
+    yield from (f"{data}.{key}" for data in ("data", *parts) for key in DATA_ORDER)
 
 
 def check_top_level(config: DictConfig, known: Iterable[str]) -> None:

@@ -1,6 +1,8 @@
 """python -m grn.train +experiment=digits_c2i: trains a tokenizer or a refiner (config: conf/train.yaml)."""
 
 import logging
+import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from grn import runs
@@ -17,6 +20,8 @@ from grn.errors import UserError
 from grn.modules import check_fits, module_from_config
 
 log = logging.getLogger(__name__)
+
+TERMINATED = 128 + signal.SIGTERM  # the exit status, as a shell has it
 
 KEYS = [
     "model",
@@ -44,7 +49,10 @@ def main(config: DictConfig) -> None:
 
 
 def train(config: DictConfig) -> Trainer:
-    """Trains as `config` says, in the run folder `paths.run`; returns the trainer when its steps are done."""
+    """Trains as `config` says, in the run folder `paths.run`; returns the trainer when its steps are done.
+
+    After a SIGTERM it saves instead (`SaveOnSigterm`), and exits with the status `TERMINATED`.
+    """
     runs.check_top_level(config, KEYS)
     if not isinstance(config.cluster.compile, bool):
         raise UserError(f"cluster.compile must be true or false, got {config.cluster.compile!r}")
@@ -68,7 +76,13 @@ def train(config: DictConfig) -> Trainer:
     for logger in loggers:
         logger.log_hyperparams(module.checkpoint_extras["config"])
     log.info("run folder: %s (%.2f M parameters)", config.paths.run, _millions(module.network))
-    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    except SIGTERMException:
+        if trainer.global_rank > 0:
+            sys.exit(0)  # Lightning kills rank 0, which may still be closing its logs, where another fails
+        log.warning("stopped by SIGTERM after step %d: ckpt_path=last goes on from there", trainer.global_step)
+        sys.exit(TERMINATED)
     trainer.save_checkpoint(Path(config.paths.run) / "checkpoints" / "last.ckpt", weights_only=False)
     return trainer
 

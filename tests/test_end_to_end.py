@@ -29,6 +29,9 @@ REFINER += " callbacks.last.every_n_train_steps=3 callbacks.scores.num=20 callba
 NAN = " training.learning_rate=1e30 training.gradient_clip=null training.warmup_steps=0"
 
 
+TWO_RANKS = " cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.precision=32-true"
+
+
 def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1):
     environment = (
         os.environ
@@ -43,8 +46,13 @@ def grn(workspace, verb, arguments, *, background=False, environment=None, proce
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", f"grn.{verb}", *arguments.split()]
     if background:
-        return subprocess.Popen(
-            command, env=environment, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        return subprocess.Popen(  # with its workers and ranks in a process group of their own
+            command,
+            env=environment,
+            cwd=workspace,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
     return subprocess.run(command, env=environment, cwd=workspace, capture_output=True, text=True, timeout=300)
 
@@ -237,40 +245,106 @@ def differences(a, b, path=""):
         yield path
 
 
-@pytest.mark.parametrize("kind", ["refiner", "tokenizer"])
-def test_killed_and_resumed_ends_with_the_same_bits(workspace, kind):
-    """SIGKILL at some step after the first checkpoint, then the same command with ckpt_path=last."""
-    command = (REFINER if kind == "refiner" else TOKENIZER + " callbacks.last.every_n_train_steps=3") + " logger=csv"
-    command += " trainer.max_steps=40 scores=none name="
-    succeed(workspace, "train", command + f"whole_{kind}")
-    process = grn(workspace, "train", command + f"killed_{kind}", background=True)
-    last = workspace / "runs" / f"killed_{kind}" / "checkpoints" / "last.ckpt"
+def checkpoint(workspace, name):
+    return torch.load(workspace / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def broken_off(workspace, command, name, send):
+    """Starts a run, and after its first checkpoint ends it by `send(pid)`; returns the exit status."""
+    process = grn(workspace, "train", command + name, background=True)
+    last = workspace / "runs" / name / "checkpoints" / "last.ckpt"
     while not last.exists():
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < torch.load(last, weights_only=True)["global_step"] < 40
-    succeed(workspace, "train", command + f"killed_{kind} ckpt_path=last")
-    whole, resumed = (
-        torch.load(workspace / "runs" / f"{name}_{kind}" / "checkpoints" / "last.ckpt", weights_only=True)
-        for name in ("whole", "killed")
-    )
+    send(process.pid)
+    return process.wait(timeout=120)
+
+
+def assert_same_bits(whole, resumed):
     for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step"):
         assert list(differences(whole[part], resumed[part])) == []
     data = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (whole, resumed)]
     assert list(differences(*data)) == []
 
 
-def test_two_processes_train_as_ddp(workspace):
-    succeed(
-        workspace,
-        "train",
-        REFINER
-        + " name=ddp cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.precision=32-true logger=csv",
-    )
-    ddp = torch.load(workspace / "runs/ddp/checkpoints/last.ckpt", weights_only=True)
-    assert ddp["global_step"] == 12
+@pytest.mark.parametrize("kind", ["refiner", "tokenizer"])
+def test_killed_and_resumed_ends_with_the_same_bits(workspace, kind):
+    """SIGKILL at some step after the first checkpoint, then the same command with ckpt_path=last."""
+    command = (REFINER if kind == "refiner" else TOKENIZER + " callbacks.last.every_n_train_steps=3") + " logger=csv"
+    command += " trainer.max_steps=40 scores=none name="
+    succeed(workspace, "train", command + f"whole_{kind}")
+    broken_off(workspace, command, f"killed_{kind}", lambda pid: os.kill(pid, signal.SIGKILL))
+    assert 0 < checkpoint(workspace, f"killed_{kind}")["global_step"] < 40
+    succeed(workspace, "train", command + f"killed_{kind} ckpt_path=last")
+    assert_same_bits(checkpoint(workspace, f"whole_{kind}"), checkpoint(workspace, f"killed_{kind}"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "send"),
+    [
+        pytest.param(1, os.killpg, id="one rank and its workers, as SLURM does"),
+        pytest.param(2, os.killpg, id="two ranks and their workers"),
+        pytest.param(2, os.kill, id="one of two ranks"),
+    ],
+)
+def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(workspace, ranks, send):
+    command = REFINER + (TWO_RANKS if ranks == 2 else "")
+    command += " logger=csv trainer.max_steps=60 scores=none callbacks.last.every_n_train_steps=10 name="
+    whole, name = f"whole_{ranks}", f"stopped_{ranks}_{send.__name__}"
+    if not (workspace / "runs" / whole).exists():
+        succeed(workspace, "train", command + whole)
+    status = broken_off(workspace, command, name, lambda pid: send(pid, signal.SIGTERM))
+    assert status == 128 + signal.SIGTERM
+    step = checkpoint(workspace, name)["global_step"]
+    assert 10 <= step < 60
+    log = (workspace / "runs" / name / "train.log").read_text()
+    assert log.splitlines()[-1] == f"stopped by SIGTERM after step {step}: ckpt_path=last goes on from there"
+    assert "Traceback" not in log
+    succeed(workspace, "train", command + name + " ckpt_path=last")
+    assert_same_bits(checkpoint(workspace, whole), checkpoint(workspace, name))
+
+
+def curves(workspace, name, *keys):
+    """Step -> the values of `keys`, in all the times that a run was started."""
+    values = {}
+    for path in sorted((workspace / "runs" / name / "csv").rglob("metrics.csv")):
+        with open(path) as file:
+            for row in csv.DictReader(file):
+                for key in keys:
+                    if row.get(key):
+                        values.setdefault(int(row["step"]), {})[key] = float(row[key])
+    return values
+
+
+def test_any_number_of_ranks_gives_one_curve_and_goes_on_from_the_others(workspace):
+    """The same to rounding: one process, two, two that go on as one, one (without workers) that goes on as two."""
+    command = REFINER + " logger=csv trainer.accumulate_grad_batches=2 trainer.log_every_n_steps=1 scores=none"
+    command += " trainer.max_steps=40 trainer.val_check_interval=40"
+    one, two = command + " data.num_workers=0 name=", command + TWO_RANKS + " name="
+    succeed(workspace, "train", one + "one")
+    succeed(workspace, "train", two + "two")
+    for first, second, name in ((two, one, "two_to_one"), (one, two, "one_to_two")):
+        broken_off(workspace, first, name, lambda pid: os.kill(pid, signal.SIGTERM))
+        assert 3 <= checkpoint(workspace, name)["global_step"] < 40
+        succeed(workspace, "train", second + name + " ckpt_path=last")
+
+    keys = ("train/loss", "train/accuracy/mean", "train/grad_norm")
+    expected, whole = curves(workspace, "one", *keys), checkpoint(workspace, "one")
+    assert sorted(expected) == list(range(40))
+    for name in ("two", "two_to_one", "one_to_two"):
+        found, ended = curves(workspace, name, *keys), checkpoint(workspace, name)
+        assert found.keys() == expected.keys()
+        for step in expected:
+            assert found[step] == pytest.approx(expected[step], abs=1e-5), (name, step)
+        for key, weight in whole["state_dict"].items():
+            torch.testing.assert_close(ended["state_dict"][key], weight, rtol=0, atol=1e-5)
+        data = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (whole, ended)]
+        assert data[0] == data[1]
+
+
+def test_two_processes_sample_and_score(workspace):
+    succeed(workspace, "train", REFINER + TWO_RANKS + " name=ddp logger=csv")
+    assert checkpoint(workspace, "ddp")["global_step"] == 12
     (path,) = (workspace / "runs" / "ddp" / "csv").rglob("metrics.csv")
     assert "eval/fid" in path.read_text()
 
@@ -300,6 +374,8 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("train", REFINER, "ckpt_path=last"),
         ("train", REFINER + " ckpt_path=last name=nothing", "there is no"),
         ("train", REFINER + " ckpt_path=last model.depth=3", "model.depth=2"),
+        ("train", REFINER + " ckpt_path=last data.rank_streams=4", "data.rank_streams=8"),
+        ("train", REFINER + " name=x data.num_workers=2", "data.worker_streams=1"),
         ("train", REFINER + " name=x data.root=/nowhere", "data"),
         ("train", REFINER + " name=x tokenizer.ckpt=/nowhere", "tokenizer.ckpt"),
         ("train", REFINER + " name=x tokenizer.ckpt=runs/digits_c2i", "not a tokenizer"),
@@ -433,7 +509,8 @@ JOINT = "+experiment=tokenizer_joint training.gan_start=2 training.discriminator
 JOINT += " data.parts.clips.image_size=32 data.parts.clips.frames=5 data.parts.clips.batch_size=2"
 JOINT += " data.parts.clips.num_workers=1 data.parts.images.root=data/digits data.parts.images.image_size=32"
 JOINT += " data.parts.images.num_labels=10 data.parts.images.batch_size=8 data.parts.images.num_workers=1"
-JOINT += " data.parts.images.train_samples=1500"
+JOINT += " data.parts.images.train_samples=1500 data.parts.images.rank_streams=4 data.parts.images.worker_streams=1"
+JOINT += " data.parts.clips.rank_streams=2 data.parts.clips.worker_streams=1"
 
 
 def test_images_and_videos_train_one_tokenizer(workspace, moving_digits):
@@ -474,8 +551,7 @@ def test_images_and_videos_train_one_tokenizer(workspace, moving_digits):
 def test_a_gan_trains_in_two_processes(workspace):
     """Though images leave the temporal convolutions, and either loss the other network, without a gradient."""
     arguments = "+experiment=tokenizer_image training.gan_start=2 name=gan data=digits data.flip=false" + TINY
-    arguments += " cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.precision=32-true data.batch_size=20"
-    succeed(workspace, "train", arguments)
+    succeed(workspace, "train", arguments + TWO_RANKS + " data.batch_size=20")
     contents = torch.load(workspace / "runs" / "gan" / "checkpoints" / "last.ckpt", weights_only=True)
     assert contents["global_step"] == 8
     assert len(contents["optimizer_states"]) == 2

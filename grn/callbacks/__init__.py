@@ -2,6 +2,7 @@
 
 from grn.callbacks.ema import EMA
 from grn.callbacks.pictures import ReconstructionGrid, RefinementFilm, SampleGrid
+from grn.callbacks.preemption import SaveOnSigterm
 from grn.callbacks.progress import Progress
 from grn.callbacks.scores import EvaluateSamples
 from grn.callbacks.throughput import SkippedSamples, Throughput
@@ -13,6 +14,7 @@ __all__ = [
     "ReconstructionGrid",
     "RefinementFilm",
     "SampleGrid",
+    "SaveOnSigterm",
     "SkippedSamples",
     "Throughput",
 ]

@@ -66,7 +66,7 @@ TRANSPOSITIONS = {  # signs of the display matrix's (a, b, c, d): x' = ax + cy, 
 
 @dataclass(frozen=True)
 class ClipDecoder:
-    """Raw webdataset sample -> one clip with its label, caption and key (a callable for `ShardStream`).
+    """Raw webdataset sample -> one clip with its label, caption and key (a callable for `ShardDataset`).
 
     Args:
         image_size: height and width of what comes out, in pixels; frames are brought to it by `center_crop`.

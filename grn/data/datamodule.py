@@ -12,9 +12,11 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from grn.data.endless import GlobalBatches, ResumableLoader
 from grn.data.samples import collate
 from grn.data.shards import read_manifest, shard_paths
-from grn.data.streaming import ResumableLoader, ShardStream, rank_and_world_size, resolve_urls
+from grn.data.streaming import ShardDataset, ShardStream, rank_and_world_size, resolve_urls
+from grn.data.workers import outlive_sigterm
 from grn.errors import UserError
 
 SPLITS = ("train", "heldout")
@@ -35,13 +37,15 @@ class ShardsDataModule(LightningDataModule):
         num_labels: labels lie in [0, num_labels); None: no labels.
         train_samples: size of the training split, where there is no manifest to tell it.
         eval_batch_size: samples a batch and rank in evaluation; None: as in training.
-        num_workers: worker processes a rank; each needs a training shard.
-        shuffle_buffer: undecoded samples that each worker draws from.
+        num_workers: worker processes a rank.
+        rank_streams, worker_streams: streams of training samples, in columns that the ranks share out and in rows that
+            the workers do (`GlobalBatches`); the order is a function of them and of the seed, and each needs a shard.
+        shuffle_buffer: undecoded samples that each stream holds to shuffle.
         seed: of the order, and of what the decoder draws.
         key: where the config has all this, for messages.
 
     Raises:
-        UserError: `batch_size` does not divide over the ranks, shards are missing, empty or too few, or the manifest
+        UserError: `batch_size` or the streams do not divide, shards are missing, empty or too few, or the manifest
             contradicts `num_labels`; from the methods.
     """
 
@@ -57,12 +61,15 @@ class ShardsDataModule(LightningDataModule):
         train_samples: int | None = None,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
+        rank_streams: int = 1,
+        worker_streams: int = 1,
         shuffle_buffer: int = 1000,
         seed: int = 0,
         key: str = "data",
     ):
         super().__init__()
-        for name_, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name_, value in (sizes | {"rank_streams": rank_streams, "worker_streams": worker_streams}).items():
             if value is not None and value < 1:
                 raise UserError(f"{key}.{name_}={value} must be at least 1")
         if num_workers < 0:
@@ -80,19 +87,20 @@ class ShardsDataModule(LightningDataModule):
         self.train_samples = train_samples
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        self.rank_streams, self.worker_streams = rank_streams, worker_streams
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self._streams: dict[str, ShardStream] = {}
+        self._datasets: dict[str, ShardDataset] = {}
 
     @abstractmethod
     def decoder(self, *, training: bool) -> Callable[[dict, int], dict]:
-        """(raw sample, number of the pass) -> sample, for `ShardStream`; with random augmentation where `training`."""
+        """(raw sample, number of the pass) -> sample, for `ShardDataset`; with random augmentation where `training`."""
 
     def setup(self, stage: str | None = None) -> None:
         """Checks that the shards are there, before any worker starts."""
         for split in SPLITS if stage in (None, "fit") else SPLITS[1:]:
             self.urls(split)
-        _ = self.rank_batch_size
+        _ = self._global_batches() if stage in (None, "fit") else self.rank_batch_size
 
     @functools.cached_property
     def manifest(self) -> dict | None:
@@ -145,19 +153,15 @@ class ShardsDataModule(LightningDataModule):
         return resolve_urls([str(self.root / f"{split}-*.tar")], key=key, remedy=remedy)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Endless and shuffled; as long as the trainer's run, where there is one."""
-        # The stream gives each worker its own samples and has no end, so its length is exact.
+        """Endless and shuffled, the same on any number of ranks and workers; as long as the trainer's run, if any."""
+        # Each worker has its own batches and they have no end, so their length is exact.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-        batch_size = self.rank_batch_size
-        stream = self._stream("train", endless=True, shuffle=True, length=self._train_length())
-        self._streams["train"] = stream
-        return ResumableLoader(stream, **self._loader_arguments(batch_size), persistent_workers=self.num_workers > 0)
+        self._datasets["train"] = batches = self._global_batches()
+        return ResumableLoader(batches, **self._loader_arguments())
 
     def val_dataloader(self) -> DataLoader:
         """One pass over the held-out split, in its own order, each sample once over all ranks."""
-        self._streams["heldout"] = stream = self._stream("heldout", endless=False, shuffle=False)
-        batch_size = self.eval_batch_size or self.rank_batch_size
-        return DataLoader(stream, **self._loader_arguments(batch_size), persistent_workers=self.num_workers > 0)
+        return self._evaluation_loader("heldout", self._stream("heldout"), persistent_workers=self.num_workers > 0)
 
     def split_dataloader(self, split: str, *, share: bool = False) -> DataLoader:
         """One pass over all of "train" or "heldout" for scores: in its own order, unflipped, the same on every rank.
@@ -165,43 +169,58 @@ class ShardsDataModule(LightningDataModule):
         Args:
             share: this rank's share alone, so that each sample comes once over all ranks.
         """
-        stream = self._stream(split, endless=False, shuffle=False, split_by_rank=share)
-        self._streams[f"all of {split}"] = stream
-        return DataLoader(stream, **self._loader_arguments(self.eval_batch_size or self.rank_batch_size))
+        return self._evaluation_loader(f"all of {split}", self._stream(split, split_by_rank=share))
 
     def skipped(self) -> dict[str, int]:
         """Reason -> samples skipped so far on this rank, by the newest loader of each kind; {} where all were good."""
-        return dict(sum((Counter(stream.skipped()) for stream in self._streams.values()), Counter()))
+        return dict(sum((Counter(dataset.skipped()) for dataset in self._datasets.values()), Counter()))
 
-    def _stream(self, split: str, *, endless: bool, shuffle: bool, **arguments) -> ShardStream:
-        return ShardStream(
-            self.urls(split),
-            self.decoder(training=shuffle),
-            endless=endless,
-            shuffle=shuffle,
+    def _global_batches(self) -> GlobalBatches:
+        _ = self.rank_batch_size
+        return GlobalBatches(
+            self.urls("train"),
+            self.decoder(training=True),
+            collate=collate,
+            batch_size=self.batch_size,
+            rank_streams=self.rank_streams,
+            worker_streams=self.worker_streams,
             shuffle_buffer=self.shuffle_buffer,
             seed=self.seed,
+            length=self._train_length(),
             num_workers=self.num_workers,
+            key=self.key,
+        )
+
+    def _stream(self, split: str, **arguments) -> ShardStream:
+        decoder = self.decoder(training=False)
+        return ShardStream(self.urls(split), decoder, num_workers=self.num_workers, **arguments)
+
+    def _evaluation_loader(self, kind: str, stream: ShardStream, **arguments) -> DataLoader:
+        self._datasets[kind] = stream
+        return DataLoader(
+            stream,
+            batch_size=self.eval_batch_size or self.rank_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            **self._loader_arguments(),
             **arguments,
         )
 
-    def _loader_arguments(self, batch_size: int) -> dict:
+    def _loader_arguments(self) -> dict:
         return {
-            "batch_size": batch_size,
-            "num_workers": self.num_workers,
-            "collate_fn": collate,
+            "worker_init_fn": outlive_sigterm,
             "pin_memory": torch.cuda.is_available(),
             # A loader draws a seed for its workers, which must not shift the global generator.
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
     def _train_length(self) -> int | None:
-        """Samples of this rank in the trainer's run (without a number of steps: in one pass over the data).
+        """Batches in the trainer's run (without a number of steps: in one pass over the data).
 
         Lightning fetches a batch ahead where a loader has no length, and its state would run ahead by as much.
         """
         if self.trainer is None:
             return None
         if self.trainer.max_steps and self.trainer.max_steps > 0:
-            return self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.rank_batch_size
-        return self.num_train_samples // self.batch_size * self.rank_batch_size
+            return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return self.num_train_samples // self.batch_size

@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from grn.data.datamodule import ShardsDataModule
-from grn.data.streaming import ResumableLoader
+from grn.data.endless import ResumableLoader
 from grn.errors import UserError
 
 

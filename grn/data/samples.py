@@ -59,7 +59,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """Raw webdataset sample -> one image with its label, caption and key (a callable for `ShardStream`).
+    """Raw webdataset sample -> one image with its label, caption and key (a callable for `ShardDataset`).
 
     Args:
         image_size: height and width of what comes out, in pixels.

@@ -32,7 +32,7 @@ from grn.errors import UserError
 
 @dataclass(frozen=True)
 class TokenDecoder:
-    """Raw webdataset sample -> packed tokens with label, caption and key (a callable for `ShardStream`).
+    """Raw webdataset sample -> packed tokens with label, caption and key (a callable for `ShardDataset`).
 
     Args:
         shape: (T, h, w) that every sample must have.

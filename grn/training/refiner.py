@@ -130,17 +130,21 @@ class RefinerModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         tokens, labels = self.tokenize(batch), batch["label"]
-        accumulated = batch_idx % self.trainer.accumulate_grad_batches
-        first = (accumulated * self.trainer.world_size + self.global_rank) * len(labels)
-        ids = torch.arange(first, first + len(labels), device=labels.device)
+        ids = self._positions(batch_idx, len(labels))
         dropped = philox.uniform(self.seed, Stream.CONDITION_DROPOUT, ids, self.global_step) < self.label_dropout
         labels = torch.where(dropped, self.network.num_labels, labels)
         t, logits = self.predict_corrupted(tokens, labels, seed=self.seed, ids=ids, step=self.global_step)
         loss = refinement.token_loss(logits, tokens)
         self.finite_loss.watch(loss)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self._log_accuracy(refinement.token_accuracy(logits.detach(), tokens), t)
         return loss
+
+    def _positions(self, batch_idx: int, count: int) -> Tensor:
+        """int64 [count]: where this rank's samples stand in the step's global batch (`grn.data.endless`)."""
+        ranks = self.trainer.world_size
+        accumulated = batch_idx % self.trainer.accumulate_grad_batches * ranks * count
+        return accumulated + self.global_rank + ranks * torch.arange(count, device=self.device)
 
     def _log_accuracy(self, accuracy: Tensor, t: Tensor) -> None:
         """Sums over the steps between two logged ones, so that every bin of t has something to show."""
@@ -150,6 +154,7 @@ class RefinerModule(LightningModule):
         self._accuracy = sums, counts
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.finite_loss.check(self)
+            sums, counts = self.trainer.strategy.reduce(torch.stack([sums, counts]), reduce_op="sum")
             curves = {"train/accuracy/mean": (sums.sum() / counts.sum()).item()}
             for i, (total, count) in enumerate(zip(sums.tolist(), counts.tolist())):
                 if count:

@@ -104,9 +104,9 @@ class TokenizerModule(LightningModule):
             self.manual_backward(discriminator_loss)
             self.log("train/discriminator", discriminator_loss)
 
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         for name, value in losses.items():
-            self.log(f"train/{name}", value)
+            self.log(f"train/{name}", value, sync_dist=True)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.finite_loss.check(self)
         self._step(adversarial)

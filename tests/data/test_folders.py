@@ -137,7 +137,7 @@ def test_shards_are_even_and_mix_the_classes(classes, tmp_path):
 def test_the_stream_of_training_reads_them(classes, tmp_path):
     class_folders(classes).write(tmp_path / "d")
     urls = shard_paths(tmp_path / "d", read_manifest(tmp_path / "d"), "train")
-    stream = ShardStream(urls, ImageDecoder(image_size=16, num_labels=3), endless=False, shuffle=True)
+    stream = ShardStream(urls, ImageDecoder(image_size=16, num_labels=3))
     samples = list(stream)
     assert len(samples) == 21
     assert stream.skipped() == {}
@@ -306,9 +306,7 @@ def test_captioned_images_keep_their_bytes(tmp_path):
     assert samples["b/two+jpeg"]["txt"] == samples["b/two+png"]["txt"] == b"both"
     assert rejected(tmp_path / "d") == {}
     decoder = ImageDecoder(image_size=8, center_crop=True)
-    stream = ShardStream(
-        shard_paths(tmp_path / "d", read_manifest(tmp_path / "d"), "train"), decoder, endless=False, shuffle=False
-    )
+    stream = ShardStream(shard_paths(tmp_path / "d", read_manifest(tmp_path / "d"), "train"), decoder)
     assert {sample["key"]: sample["caption"] for sample in stream}.items() <= {
         **{f"a/{i}": f"number {i}" for i in range(6)},
         "b/x%2Ey": "a json",

@@ -31,7 +31,7 @@ def datamodule(root=None, **arguments):
 
 
 def as_rank(monkeypatch, rank, world_size):
-    for module in ("streaming", "datamodule"):
+    for module in ("streaming", "endless", "datamodule"):
         monkeypatch.setattr(f"grn.data.{module}.rank_and_world_size", lambda: (rank, world_size))
 
 
@@ -81,8 +81,10 @@ def test_a_split_is_shared_by_the_ranks(root, monkeypatch, num_workers):
 
 
 def test_the_batch_is_shared_by_the_ranks(root, monkeypatch):
-    as_rank(monkeypatch, 0, 4)
-    assert len(next(iter(datamodule(root).train_dataloader()))["key"]) == 5
+    whole = next(iter(datamodule(root, rank_streams=4).train_dataloader()))["key"]
+    for rank in range(4):
+        as_rank(monkeypatch, rank, 4)
+        assert next(iter(datamodule(root, rank_streams=4).train_dataloader()))["key"] == whole[rank::4]
     as_rank(monkeypatch, 0, 3)
     with pytest.raises(UserError, match=r"data\.batch_size=20 does not divide over 3 ranks"):
         datamodule(root).setup("fit")
@@ -101,7 +103,9 @@ def test_loaders_leave_the_global_generator_alone(root):
     [
         ({"batch_size": 0}, r"data\.batch_size=0"),
         ({"num_workers": -1}, r"data\.num_workers=-1"),
-        ({"num_workers": 11}, r"data\.num_workers=11 on 1 ranks needs 11 shards"),
+        ({"rank_streams": 0}, r"data\.rank_streams=0"),
+        ({"num_workers": 2}, r"data\.num_workers=2 cannot share data\.worker_streams=1: .*data\.worker_streams=2"),
+        ({"rank_streams": 11}, r"data\.rank_streams=11 .*needs 11 training shards, there are only 10"),
         ({"num_labels": 9}, r"data\.num_labels=9, but .* has 10 labels"),
         ({"root": None}, r"data\.train and data\.root are both null"),
         (
@@ -165,7 +169,7 @@ def test_somebody_elses_shards(foreign):
 
 def test_all_bad_is_one_error_through_a_worker(foreign):
     data = datamodule(root=foreign, image_size=8, num_workers=1)
-    with pytest.raises(UserError, match=r"no usable sample \(.*image of another size: 12") as caught:
+    with pytest.raises(UserError, match=r"no usable sample \(.*image of another size: 96") as caught:
         next(iter(data.train_dataloader()))
     assert "\n" not in str(caught.value)
 
@@ -200,9 +204,12 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+DATA = {"batch_size": 100, "rank_streams": 2, "worker_streams": 2}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_lightning_run_goes_on_where_it_broke_off(root, tmp_path, workers):
-    def run(max_steps, total, ckpt_path=None):
+    def run(max_steps, total, ckpt_path=None, workers=workers):
         module = Recorder()
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -219,7 +226,7 @@ def test_a_lightning_run_goes_on_where_it_broke_off(root, tmp_path, workers):
             enable_model_summary=False,
             default_root_dir=tmp_path,
         )
-        trainer.fit(module, datamodule=datamodule(root, num_workers=workers, batch_size=100), ckpt_path=ckpt_path)
+        trainer.fit(module, datamodule=datamodule(root, num_workers=workers, **DATA), ckpt_path=ckpt_path)
         return trainer, module
 
     class StopAt(lightning.Callback):
@@ -235,7 +242,7 @@ def test_a_lightning_run_goes_on_where_it_broke_off(root, tmp_path, workers):
     assert len(unbroken.keys) == 24
     _, first = run(5, 12)
     assert len(first.keys) == 10
-    trainer, second = run(12, 12, ckpt_path=tmp_path / "broken.ckpt")
+    trainer, second = run(12, 12, ckpt_path=tmp_path / "broken.ckpt", workers=2 - workers)
     assert trainer.global_step == 12
     assert first.keys + second.keys == unbroken.keys
     assert torch.equal(second.weight, unbroken.weight)
@@ -266,4 +273,5 @@ def test_digits_config_writes_what_the_digits_config_reads(tmp_path):
     for key in ("image_size", "num_labels", "name"):
         assert manifest[key] == values["data"][key]
     assert manifest["splits"]["train"]["samples"] == values["data"]["train_samples"]
-    assert len(manifest["splits"]["train"]["shards"]) >= values["data"]["num_workers"]
+    streams = values["data"]["rank_streams"] * values["data"]["worker_streams"]
+    assert len(manifest["splits"]["train"]["shards"]) >= streams

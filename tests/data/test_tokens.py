@@ -76,7 +76,7 @@ def refiner(folder, **sizes):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_refiner_sees_the_same_tokens_in_the_same_order(folder, flip, workers):
     module = refiner(folder)
-    arguments = {"flip": flip, "num_workers": workers, "seed": 3, "shuffle_buffer": 100}
+    arguments = {"flip": flip, "num_workers": workers, "worker_streams": 2, "seed": 3, "shuffle_buffer": 100}
     from_pixels, from_tokens = (make(folder, **arguments).train_dataloader() for make in (pixels, tokens))
     steps = 30  # more than one pass
     for _, real, packed in zip(range(steps), from_pixels, from_tokens):

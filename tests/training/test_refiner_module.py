@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -55,6 +57,19 @@ def test_generation_is_a_function_of_seed_and_id(labeling):
 def test_misfit_with_the_tokenizer_names_the_keys():
     with pytest.raises(UserError, match=r"model\.channels=4 .* needs model\.channels=3 model\.classes=4"):
         build(channels=4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_position_of_a_step_is_drawn_for_once(ranks):
+    """And rank after rank has those of its samples (`grn.data.endless`)."""
+    module = build()
+    for batch_idx in range(3, 6):
+        of_ranks = []
+        for rank in range(ranks):
+            module._trainer = SimpleNamespace(world_size=ranks, global_rank=rank, accumulate_grad_batches=3)
+            of_ranks.append(module._positions(batch_idx, 8 // ranks))
+        first = (batch_idx - 3) * 8
+        assert torch.stack(of_ranks, dim=1).flatten().tolist() == list(range(first, first + 8))
 
 
 def test_checkpoint_leaves_the_tokenizer_out_and_puts_it_back():

@@ -1,0 +1,22 @@
+"""Worker processes of loaders when a run is told to end."""
+
+import os
+import signal
+import threading
+
+
+def outlive_sigterm(worker_id: int) -> None:
+    """For `worker_init_fn`: from now on only the parent's SIGTERM ends this worker, as loaders send it at their end.
+
+    SLURM sends SIGTERM to every process of a job, and a worker that died of it would take the run with it before the
+    step is saved. A worker whose parent is gone ends by itself.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where there is no SLURM either
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_parent, daemon=True).start()
+
+
+def _await_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
