@@ -1,5 +1,6 @@
 """The class-conditional refiner: training from ready tokens and sampling, each thing that makes them fast by itself."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from grn.errors import UserError
 from grn.flops import forward_flop, training_flop
 from grn.networks.class_refiner import ClassRefiner
 from grn.sampler import Condition, Labels, Linear, Sampler, refine
+from grn.training.activations import Mode, checkpoint_activations
 from grn.training.optimization import adamw, clip_gradients
 
 DECAYS = (0.9999, 0.9996)
@@ -39,9 +41,10 @@ class Variant:
     tasks: tuple[str, ...] = ("training", "sampling")
     dtype: torch.dtype = torch.float32
     compile: bool = False
+    activations: Mode = "none"
 
 
-# Each adds one thing to the one before.
+# Each adds one thing to the one before, up to `compiled`.
 VARIANTS = (
     Variant("plain", without=("attention", "updates", "one pass")),
     Variant("attention", without=("updates", "one pass")),  # fused, no matrix of float32 weights
@@ -49,6 +52,10 @@ VARIANTS = (
     Variant("one pass", tasks=("sampling",)),  # both halves of guidance in one batch, and inside its interval alone
     Variant("bfloat16", dtype=torch.bfloat16),
     Variant("compiled", dtype=torch.bfloat16, compile=True),
+    # For less memory: cluster.activation_checkpointing, without and with torch.compile.
+    Variant("selective", dtype=torch.bfloat16, tasks=("training",), activations="selective"),
+    Variant("selective, compiled", dtype=torch.bfloat16, tasks=("training",), compile=True, activations="selective"),
+    Variant("full", dtype=torch.bfloat16, tasks=("training",), activations="full"),
 )
 
 
@@ -298,6 +305,10 @@ def _inputs(network: ClassRefiner, batch_size: int, device: torch.device) -> tup
 
 
 def _predict(network: ClassRefiner, variant: Variant) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if variant.activations != "none":
+        shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+        network = copy.deepcopy(network, shared)
+        checkpoint_activations(network, variant.activations)
     return torch.compile(network) if variant.compile else network
 
 

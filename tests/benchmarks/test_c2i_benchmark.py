@@ -40,7 +40,7 @@ def test_report_is_complete(tmp_path, capsys):
     assert report["matmul_flop_per_second"].keys() == {"float32", "bfloat16"}
     measured = {"images_per_second", "ratio", "peak_bytes", "flop_per_image", "flop_per_second", "share_of_matmul"}
     for task, names in (
-        ("training", ["plain", "attention", "updates", "bfloat16"]),
+        ("training", ["plain", "attention", "updates", "bfloat16", "selective", "full"]),
         ("sampling", ["plain", "attention", "one pass", "bfloat16"]),
     ):
         rows = report[task]
