@@ -73,6 +73,8 @@ def train(config: DictConfig) -> Trainer:
     sharded = isinstance(trainer.strategy, FSDP)
     module = module_from_config(config, hollow=sharded)
     check_fits(module, datamodule)
+    if sharded:
+        trainer.strategy.check(module.network)
     checkpoint_activations(module.network, config.cluster.activation_checkpointing)
     if config.cluster.compile:  # in place: the names in checkpoints stay
         for part in module.network.blocks if sharded else [module.network]:  # a sharded block gathers its weights first

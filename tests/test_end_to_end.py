@@ -364,7 +364,7 @@ def test_a_sharded_run_is_scored_exported_and_made_one_file(workspace, tmp_path)
     whole = torch.load(tmp_path / "whole.ckpt", weights_only=True)
     assert list(differences(whole, checkpoint(workspace, "sharded"))) == []
     for ckpt, out in ((last, "a"), (tmp_path / "whole.ckpt", "b")):
-        succeed(workspace, "sample", f"ckpt={ckpt} out={tmp_path}/{out} num=3 sampler.schedule.steps=2")
+        succeed(workspace, "sample", f"ckpt={ckpt} out={tmp_path}/{out} num=3 sampler=linear sampler.schedule.steps=2")
     assert (tmp_path / "a" / "samples.png").read_bytes() == (tmp_path / "b" / "samples.png").read_bytes()
     succeed(workspace, "train", f"{REFINER} logger=none name=from_one_file ckpt_path={tmp_path}/whole.ckpt")
 
@@ -392,7 +392,7 @@ def test_sweeps_leave_a_folder_a_point(workspace):
 @pytest.mark.parametrize(
     ("verb", "arguments", "expected"),
     [
-        ("train", "+experiment=digits_c2i cluster.activation_checkpointing=some", "none, selective, full"),
+        ("train", "+experiment=digits_c2i cluster.activation_checkpointing=some name=x", "none, selective, full"),
         ("train", TOKENIZER + TWO_SHARDS + " cluster.activation_checkpointing=none name=x", "cluster=ddp"),
         ("train", REFINER + TWO_SHARDS + " cluster.strategy.shard_size=3 name=x", "divide the 2 ranks"),
         ("consolidate", "ckpt=runs/digits_c2i", "a single file already"),

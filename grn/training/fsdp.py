@@ -29,8 +29,6 @@ class FSDP(ModelParallelStrategy):
         shard_size: ranks that share one copy of the network; None: all. A smaller number (hybrid sharding, say the
             GPUs of a node) keeps weights from travelling between nodes, for the memory of a copy on each.
 
-    Raises:
-        UserError: `shard_size` does not divide the number of ranks; when ranks are known.
     """
 
     def __init__(self, shard_size: int | None = None, **arguments: Any):
@@ -39,13 +37,23 @@ class FSDP(ModelParallelStrategy):
 
     # --- ranks --------------------------------------------------------------------------------------------------------
 
+    def check(self, network: nn.Module) -> None:
+        """Before any process is started.
+
+        Raises:
+            UserError: `shard_size` does not divide the number of ranks, or such a network cannot be sharded.
+        """
+        if not hasattr(network, "initializers"):
+            raise UserError("cluster=fsdp shards refiners; a tokenizer fits any GPU: train it with cluster=ddp")
+        ranks = self.num_nodes * self.num_processes
+        if self.shard_size is not None and (self.shard_size < 1 or ranks % self.shard_size):
+            raise UserError(f"cluster.strategy.shard_size={self.shard_size} does not divide the {ranks} ranks")
+
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
-        shards = self.shard_size or ranks
-        if shards < 1 or ranks % shards:
-            raise UserError(f"cluster.strategy.shard_size={self.shard_size} does not divide the {ranks} ranks")
         # The mesh's dimensions, by Lightning's names; the ranks of a copy are neighbours.
-        self._data_parallel_size, self._tensor_parallel_size = ranks // shards, shards
+        self._tensor_parallel_size = self.shard_size or ranks
+        self._data_parallel_size = ranks // self._tensor_parallel_size
         super().setup_environment()
 
     @property

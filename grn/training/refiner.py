@@ -216,18 +216,22 @@ class RefinerModule(LightningModule):
         callback: Callable[[Step], None] | None = None,
     ) -> Refined:
         """Samples tokens of the classes `labels` (int64 [B], on this module's device); see `grn.sampler.refine`."""
-        # Callbacks ask for samples outside of Lightning's steps, and so of the trainer's precision.
-        with self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext():
-            return refine(
-                lambda tokens, t, condition: self.network(tokens, t, condition.index),
-                Labels(labels, self.network.num_labels),
-                sampler or self.sampler,
-                shape=self.token_shape,
-                classes=self.network.classes,
-                seed=seed,
-                ids=ids,
-                callback=callback,
-            )
+
+        def predict(tokens: Tensor, t: Tensor, condition: Labels) -> Tensor:
+            # Callbacks ask for samples outside of Lightning's steps, and so of the trainer's precision.
+            with self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext():
+                return self.network(tokens, t, condition.index)
+
+        return refine(
+            predict,
+            Labels(labels, self.network.num_labels),
+            sampler or self.sampler,
+            shape=self.token_shape,
+            classes=self.network.classes,
+            seed=seed,
+            ids=ids,
+            callback=callback,
+        )
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -90,8 +90,12 @@ def test_two_ranks_hold_the_network_of_one(tmp_path):
     torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
 
 
-def test_shards_must_divide_the_ranks():
+def test_mistakes_are_found_before_processes_start():
     made = FSDP(shard_size=3)
     made.parallel_devices = [torch.device("cpu")] * 4
     with pytest.raises(UserError, match=r"cluster\.strategy\.shard_size=3 does not divide the 4 ranks"):
-        made.setup_environment()
+        made.check(single())
+    with pytest.raises(UserError, match="train it with cluster=ddp"):
+        made.check(torch.nn.Linear(1, 1))
+    made.shard_size = 2
+    made.check(single())
