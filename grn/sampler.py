@@ -301,31 +301,30 @@ def refine_queue(
         predict = _padded(predict, math.ceil(batch_size / 8))
     device, schedule = ids.device, sampler.schedule
     t_start = 0.0 if start is None else 1 - start.strength
-    first = int(_steps_until(t_start, schedule, torch.tensor([schedule.max_steps])))
-    first = min(first, first if schedule.decide_at is None else schedule.decide_at)
+    first, decided = int(_steps_until(t_start, schedule, torch.tensor([schedule.max_steps]))), 0
+    if schedule.decide_at is not None:
+        first = min(first, schedule.decide_at)
+        decided = schedule.decide_at - first
 
     def enter(rows: Tensor) -> _Slots:
-        sent = _sent(rows, device)
-        noise = philox.integers(seed, Stream.INITIAL_TOKENS, ids[sent], 0, shape, classes)
+        entering = ids[_sent(rows, device)]
+        noise = philox.integers(seed, Stream.INITIAL_TOKENS, entering, 0, shape, classes)
         tokens, free = noise, torch.ones(len(rows), 1, 1, 1, 1, device=device)
         if start is not None:
-            given = start.tokens[sent]
-            keep = philox.uniform(seed, Stream.INITIAL_KEEP, ids[sent], 0, shape) < t_start
-            tokens = torch.where(keep, given, noise)
+            given = _rows(start.tokens, rows)
+            known = philox.uniform(seed, Stream.INITIAL_KEEP, entering, 0, shape) < t_start
+            tokens = torch.where(known, given, noise)
             if start.redraw is not None:
-                redraw = start.redraw[sent]
-                tokens, noise, free = (
-                    torch.where(redraw, tokens, given),
-                    torch.where(redraw, noise, given),
-                    redraw.float(),
-                )
+                redraw = _rows(start.redraw, rows)
+                tokens, noise = torch.where(redraw, tokens, given), torch.where(redraw, noise, given)
+                free = redraw.float()
         return _Slots(
             rows=rows,
             taken=torch.zeros_like(rows),
             step=torch.full_like(rows, first),
             total=torch.full_like(rows, schedule.max_steps),
             condition=condition.select(rows),
-            ids=ids[sent],
+            ids=entering,
             noise=noise,
             free=free,
             tokens=tokens,
@@ -333,20 +332,18 @@ def refine_queue(
         )
 
     advance = partial(_advance, predict, sampler, seed, t_start)
-    decided = 0 if schedule.decide_at is None else schedule.decide_at - first
-    for rows, steps, tokens, trace in _groups(_finishing(enter, advance, len(ids), batch_size, callback), batch_size):
+    finishing = _finishing(enter, advance, len(ids), batch_size, callback)
+    for rows, steps, tokens, trace in _groups(finishing, batch_size):
         order = rows.argsort()
         steps, trace = steps[order], trace.cpu()[order]
-        yield (
-            rows[order],
-            Refined(
-                tokens=tokens[_sent(order, device)],
-                steps=steps,
-                entropy=trace.gather(1, steps[:, None] - 1).squeeze(1),
-                decision_entropy=trace[:, decided],
-                trace=trace,
-            ),
+        refined = Refined(
+            tokens=_rows(tokens, order),
+            steps=steps,
+            entropy=trace.gather(1, steps[:, None] - 1).squeeze(1),
+            decision_entropy=trace[:, decided],
+            trace=trace,
         )
+        yield rows[order], refined
 
 
 @dataclass
