@@ -119,7 +119,7 @@ def _score_refiner(
         first = batch.ids < SHOWN
         shown.append((batch.ids[first], batch.images.cpu()[first]))
         if archive is not None:
-            archive.add(batch.images)
+            archive.add(batch.images, batch.ids)
 
     with archive or nullcontext():
         metrics = score_samples(

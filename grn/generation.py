@@ -1,19 +1,21 @@
-"""Sampling many images from a trained refiner, batch by batch: for `grn.sample`, `grn.evaluate` and the callbacks."""
+"""Sampling many images from a trained refiner, the batch always full: for `grn.sample`, `grn.evaluate`, callbacks."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from grn.sampler import Refined, Sampler, Step
+from grn.sampler import Refined, Sampler, Start, Step
 from grn.training import RefinerModule
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids int64 [B]; labels int64 [B]; images uint8 [B, 3, H, W] on the module's device; what the sampler said."""
+    """ids int64 [B], ascending; labels int64 [B]; images uint8 [B, 3, H, W] on the module's device; what the sampler
+    said."""
 
     ids: Tensor
     labels: Tensor
@@ -28,21 +30,42 @@ def generate(
     batch_size: int,
     seed: int,
     sampler: Sampler | None = None,
+    start: Start | None = None,
     rank: int = 0,
     world_size: int = 1,
     watch_first: Callable[[Step], None] | None = None,
 ) -> Iterator[Batch]:
-    """Samples image i of class `labels[i]` for all i, this rank its share.
+    """Samples image i of class `labels[i]` for all i, this rank its share, in the order in which they are done.
 
-    Image i depends on the seed and i alone, not on `batch_size` or `world_size`. `watch_first` is called after every
-    step of the first batch.
+    Image i depends on the seed and i alone, not on `batch_size` or `world_size`.
+
+    Args:
+        batch_size: samples refined at a time, and images decoded at a time.
+        start: given tokens to start from, one map (B = 1) for all images.
+        watch_first: called after every step of the first `batch_size` samples, of what is left of them.
     """
-    callback = watch_first
-    for chunk in torch.arange(rank, len(labels), world_size).split(batch_size):
-        ids, chosen = chunk.to(module.device), labels[chunk].to(module.device)
-        refined = module.generate(chosen, seed=seed, ids=ids, sampler=sampler, callback=callback)
-        callback = None
+    ids = torch.arange(len(labels))[rank::world_size]
+    if start is not None:
+        start = start.expand(len(ids))
+    finished = module.generate_queue(
+        labels[ids].to(module.device),
+        seed=seed,
+        ids=ids.to(module.device),
+        batch_size=batch_size,
+        sampler=sampler,
+        start=start,
+        callback=None if watch_first is None else partial(_watch, watch_first, batch_size),
+    )
+    for rows, refined in finished:
+        chunk = ids[rows]
         yield Batch(chunk, labels[chunk], module.decode(refined.tokens)[:, :, 0], refined)
+
+
+def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:
+    """Calls back with what a step does to the first `number` samples, while it does anything to them."""
+    rows = torch.nonzero(step.rows < number).squeeze(1)
+    if len(rows):
+        callback(step.select(rows))
 
 
 def equal_labels(num: int, labels: list[int] | range) -> Tensor:

@@ -14,6 +14,7 @@ from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
 from grn.generation import best_device, equal_labels, generate
+from grn.initial_image import start_from_image
 from grn.modules import build_sampler, load_refiner
 
 log = logging.getLogger(__name__)
@@ -32,20 +33,29 @@ def sample(config: DictConfig) -> Path:
     device = best_device(config.device)
     module = module.to(device)
     labels = _labels(config, module.network.num_labels)
+    start = start_from_image(module, config.init, strength=config.strength, mask=config.mask)
 
-    start, batches = time.perf_counter(), []
+    started, batches = time.perf_counter(), []
     film = pictures.FilmRecorder() if config.film else None
     with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         task = progress.add_task("sampling", total=len(labels))
         for batch in generate(
-            module, labels, batch_size=config.batch_size, seed=config.seed, sampler=sampler, watch_first=film
+            module,
+            labels,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            sampler=sampler,
+            start=start,
+            watch_first=film,
         ):
-            batches.append((batch.refined, batch.images.cpu()))
+            said = batch.refined
+            batches.append((batch.ids, batch.images.cpu(), said.steps, said.entropy, said.decision_entropy))
             progress.advance(task, len(batch.ids))
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - started
 
     out = Path(config.out)
-    images = torch.cat([pixels for _, pixels in batches])
+    ids, *columns = map(torch.cat, zip(*batches))
+    images, steps, entropy, decision_entropy = (column[ids.argsort()] for column in columns)
     pictures.save(pictures.grid(images, config.columns, pictures.scale_for(images.shape[-1])), out / "samples.png")
     if film is not None:
         frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=config.columns)
@@ -56,7 +66,6 @@ def sample(config: DictConfig) -> Path:
                 pictures.grid(image[None], 1).crop((2, 2, 2 + image.shape[2], 2 + image.shape[1])),
                 out / "images" / f"{i:05d}-{int(labels[i])}.png",
             )
-    refined = [refined for refined, _ in batches]
     write_json(
         out / "samples.json",
         {
@@ -65,9 +74,12 @@ def sample(config: DictConfig) -> Path:
             "seed": config.seed,
             "seconds": round(seconds, 2),
             "labels": labels.tolist(),
-            "steps": [n for r in refined for n in r.steps.tolist()],
-            "entropy": [round(e, 5) for r in refined for e in r.entropy.tolist()],
-            "entropy_at_decision": [round(e, 5) for r in refined for e in r.decision_entropy.tolist()],
+            "init": config.init,
+            "mask": config.mask,
+            "strength": None if start is None else start.strength,
+            "steps": steps.tolist(),
+            "entropy": [round(e, 5) for e in entropy.tolist()],
+            "entropy_at_decision": [round(e, 5) for e in decision_entropy.tolist()],
         },
     )
     log.info("%d samples in %.1f s: %s", len(labels), seconds, out)

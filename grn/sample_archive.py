@@ -41,15 +41,17 @@ class SampleArchive:
             self._part.close()
             self.parts[self.rank].unlink(missing_ok=True)
 
-    def add(self, images: Tensor) -> None:
-        """Adds this rank's next images, uint8 [B, 3, H, W]."""
+    def add(self, images: Tensor, ids: Tensor) -> None:
+        """Adds some of this rank's images, uint8 [B, 3, H, W], numbers `ids` int64 [B] of all, in any order."""
         pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         self.shape = pixels.shape[1:]
         try:
             if self._part is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._part = self.parts[self.rank].open("wb")
-            self._part.write(pixels.tobytes())
+            for place, image in zip((ids // len(self.parts)).tolist(), pixels):
+                self._part.seek(place * image.nbytes)
+                self._part.write(image.tobytes())
         except OSError as error:
             raise UserError(f"images=true: {self.parts[self.rank]} cannot be written: {error.strerror}") from error
 

@@ -376,6 +376,22 @@ def test_two_processes_sample_and_score(workspace):
     assert "eval/fid" in path.read_text()
 
 
+def test_samples_from_an_image(workspace, tmp_path):
+    picture = workspace / "runs" / "digits_c2i" / "pictures" / "samples-step0000012.png"
+    Image.open(picture).convert("RGB").resize((48, 48)).save(tmp_path / "init.png")
+    mask = Image.new("L", (48, 48))
+    mask.paste(255, (0, 0, 24, 48))
+    mask.save(tmp_path / "mask.png")
+    arguments = f"ckpt=runs/digits_c2i num=12 sampler=entropy init={tmp_path}/init.png strength=0.6"
+    for size in (5, 12):
+        succeed(workspace, "sample", f"{arguments} mask={tmp_path}/mask.png batch_size={size} out={tmp_path}/{size}")
+    few, whole = (json.loads((tmp_path / size / "samples.json").read_text()) for size in ("5", "12"))
+    assert few | {"seconds": 0} == whole | {"seconds": 0}
+    assert few["strength"] == 0.6
+    assert all(steps <= 18 for steps in few["steps"])  # of 30
+    assert (tmp_path / "5" / "samples.png").read_bytes() == (tmp_path / "12" / "samples.png").read_bytes()
+
+
 def test_sweeps_leave_a_folder_a_point(workspace):
     short = " trainer.max_steps=2 logger=csv name=swept training.learning_rate=1e-3,2e-3"
     succeed(workspace, "train", "-m +experiment=digits_tokenizer model.dim=8 training.warmup_steps=1" + short)
@@ -421,6 +437,9 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("sample", "ckpt=runs/digits_c2i labels=[11] out=o", "labels of this checkpoint are 0..9"),
         ("sample", "ckpt=runs/digits_c2i ema=0.5 out=o", "it holds"),
         ("sample", "ckpt=runs/digits_c2i sampler.temperature=-1 out=o", "sampler.temperature"),
+        ("sample", "ckpt=runs/digits_c2i batch_size=0 out=o", "batch_size must be at least 1"),
+        ("sample", "ckpt=runs/digits_c2i mask=mask.png out=o", "init=image.png"),
+        ("sample", "ckpt=runs/digits_c2i init=/nowhere.png out=o", "no such file"),
         ("evaluate", "ckpt=runs/digits_c2i num=15 out=o", "num=15"),
         ("evaluate", "ckpt=runs/digits_tokenizer images=true out=o", "images=true keeps the samples of a refiner"),
         ("evaluate", "ckpt=runs/digits_c2i scores=imagenet scores.fid.kid=true out=o", "scores.fid.kid compares"),

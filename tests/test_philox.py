@@ -28,6 +28,15 @@ def test_rows_depend_on_their_id_alone():
     assert torch.equal(some, whole[[13, 2]])
 
 
+def test_steps_may_differ_by_sample():
+    ids, steps = torch.tensor([3, 3, 2**32 - 1, 0]), torch.tensor([0, 7, 2**32 - 1, 1])
+    mixed = philox.uniform(5, Stream.TOKENS, ids, steps, (3, 5))
+    for row, (sample, step) in enumerate(zip(ids, steps)):
+        assert torch.equal(mixed[row], philox.uniform(5, Stream.TOKENS, sample[None], step.item(), (3, 5))[0])
+    same = philox.integers(5, Stream.NOISE, ids, torch.full((4,), 9), (7,), 16)
+    assert torch.equal(same, philox.integers(5, Stream.NOISE, ids, 9, (7,), 16))
+
+
 def test_every_coordinate_matters():
     ids = torch.arange(4)
     base = philox.uniform(1, Stream.KEEP, ids, 0, (64,))

@@ -18,9 +18,9 @@ def test_holds_the_images_of_all_ranks_in_order(tmp_path, ranks):
     kept, labels = images(7), torch.arange(7) % 5
     archives = [SampleArchive(tmp_path / "out" / "samples.npz", rank=r, world_size=ranks) for r in range(ranks)]
     for rank, archive in reversed(list(enumerate(archives))):  # the first rank last: it waits for the others
-        for batch in kept[rank::ranks].split(2):
-            if len(batch):
-                archive.add(batch)
+        for ids in reversed(torch.arange(7)[rank::ranks].split(2)):  # samples are done in any order
+            if len(ids):
+                archive.add(kept[ids], ids)
         archive.save(labels)
     for archive in archives:
         archive.__exit__()
@@ -36,7 +36,7 @@ def test_holds_the_images_of_all_ranks_in_order(tmp_path, ranks):
 def test_leaves_nothing_behind_where_sampling_fails(tmp_path):
     def fail(archive):
         with archive:
-            archive.add(images(2))
+            archive.add(images(2), torch.arange(2))
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -46,7 +46,7 @@ def test_leaves_nothing_behind_where_sampling_fails(tmp_path):
 
 def test_ranks_that_do_not_share_the_folder(tmp_path):
     with SampleArchive(tmp_path / "samples.npz", world_size=2) as archive:
-        archive.add(images(2))
+        archive.add(images(2), torch.arange(2))
         with pytest.raises(UserError, match=r"all ranks must share the folder `out`.*\.samples\.npz\.1"):
             archive.save(torch.zeros(4, dtype=torch.int64))
     assert list(tmp_path.iterdir()) == []
@@ -56,4 +56,4 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     archive = SampleArchive(tmp_path / "file" / "samples.npz")
     with archive, pytest.raises(UserError, match="cannot be written"):
-        archive.add(images(2))
+        archive.add(images(2), torch.arange(2))

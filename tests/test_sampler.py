@@ -1,11 +1,26 @@
 import math
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
 import torch
 
+from grn.benchmarks.sampler import compacting
 from grn.errors import UserError
-from grn.sampler import Cosine, EntropyGuided, Labels, Linear, Sampler, normalized_entropy, refine, sample_tokens
+from grn.networks.class_refiner import ClassRefiner
+from grn.sampler import (
+    Cosine,
+    EntropyGuided,
+    Labels,
+    Linear,
+    Refined,
+    Sampler,
+    Start,
+    normalized_entropy,
+    refine,
+    refine_queue,
+    sample_tokens,
+)
 
 SHAPE, CLASSES, NULL = (3, 1, 4, 4), 5, 10
 
@@ -26,9 +41,17 @@ class Network:
         return self.table[condition.index] + seen * t.view(-1, 1, 1, 1, 1, 1)
 
 
-def run(sampler, labels, *, ids=None, seed=0, network=None, callback=None):
+def varied_network():
+    """Certain of high classes, not of low ones: under `entropy_guided` they take all numbers of steps."""
+    network = Network()
+    network.table[:NULL] *= torch.linspace(0.5, 2.2, NULL, dtype=torch.float64).view(-1, 1, 1, 1, 1, 1)
+    return network
+
+
+def run(sampler, labels, *, ids=None, seed=0, network=None, **others):
+    """By `refine`; with a `batch_size`, what `refine_queue` yields."""
     labels = torch.as_tensor(labels)
-    return refine(
+    return (refine_queue if "batch_size" in others else refine)(
         network or Network(),
         Labels(labels, NULL),
         sampler,
@@ -36,8 +59,22 @@ def run(sampler, labels, *, ids=None, seed=0, network=None, callback=None):
         classes=CLASSES,
         seed=seed,
         ids=torch.arange(len(labels)) if ids is None else ids,
-        callback=callback,
+        **others,
     )
+
+
+def joined(groups):
+    """What a queue gave, in its order."""
+    places, refined = zip(*groups)
+    order = torch.cat(places).argsort()
+    return Refined(*(torch.cat([vars(r)[field.name] for r in refined])[order] for field in fields(Refined)))
+
+
+def assert_same(a, b):
+    for field in fields(Refined):
+        torch.testing.assert_close(
+            getattr(a, field.name), getattr(b, field.name), rtol=0, atol=1e-6, equal_nan=True, msg=field.name
+        )
 
 
 def entropy_guided(**changes):
@@ -73,7 +110,7 @@ def test_linear_and_cosine_signal_ratios():
 def test_fixed_schedules_take_their_steps_and_end_on_the_samples(schedule):
     steps = []
     refined = run(Sampler(schedule), [0, 1], callback=steps.append)
-    assert [s.index for s in steps] == list(range(8))
+    assert [s.index.tolist() for s in steps] == [[i, i] for i in range(8)]
     assert refined.steps.tolist() == [8, 8]
     assert steps[-1].t_next.tolist() == [1, 1]
     assert torch.equal(refined.tokens, steps[-1].predicted)
@@ -149,6 +186,183 @@ def test_finished_samples_leave_the_batch_and_others_go_on():
         assert torch.equal(refined.tokens[row], mine[-1].predicted[last])
 
 
+def double_network(channels=3, classes=5, size=4):
+    torch.manual_seed(0)
+    network = ClassRefiner(
+        channels=channels,
+        classes=classes,
+        num_labels=NULL,
+        size=size,
+        depth=2,
+        width=16,
+        heads=2,
+        bottleneck=8,
+        context_start=1,
+        context_tokens=2,
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.3)
+    return network.double().eval()
+
+
+@pytest.fixture(scope="module")
+def refiner():
+    network = double_network()
+    return lambda tokens, t, condition: network(tokens, t, condition.index)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_samples_are_the_same_however_they_are_batched(refiner, schedule):
+    """In float64, where rounding cannot flip a draw: to the last token, with and without refill and compaction."""
+    sampler = Sampler(schedule, temperature=1.2, guidance=2.0, guidance_interval=(0.3, 1.0))
+    labels = torch.arange(80) % NULL
+    whole = run(sampler, labels, network=refiner)
+    logits = refiner(whole.tokens[:1], torch.ones(1), Labels(labels[:1], NULL))
+    assert logits.dtype == torch.float64
+    if schedule.decide_at is not None:
+        assert whole.steps.unique().numel() > 3  # or nothing would ever leave early
+    for batch_size in (1, 7, 64):
+        rows = slice(0, 5 if batch_size == 1 else 80)
+        queue = joined(run(sampler, labels[rows], network=refiner, batch_size=batch_size))
+        assert_same(queue, Refined(*(getattr(whole, field.name)[rows] for field in fields(Refined))))
+    assert_same(joined(run(sampler, labels, network=refiner, batch_size=21, bucketed=True)), whole)
+    chunks = torch.arange(80).split(32)
+    assert_same(joined((ids, run(sampler, labels[ids], ids=ids, network=refiner)) for ids in chunks), whole)
+    with compacting(False, 80):
+        assert_same(run(sampler, labels, network=refiner), whole)
+
+
+def test_the_batch_is_full_while_samples_wait():
+    network, steps = Network(), []
+    sampler = Sampler(entropy_guided(scale=30.0, offset=-10.0))
+    network.table[0] *= 20  # certain: four steps
+    network.table[1] *= 0.01
+    labels = torch.arange(12) % 2
+    groups = list(run(sampler, labels, network=network, batch_size=4, callback=steps.append))
+    assert [len(rows) for rows, _ in groups] == [4, 4, 4]
+    assert all(rows.tolist() == sorted(rows.tolist()) for rows, _ in groups)
+    assert torch.cat([rows for rows, _ in groups]).sort().values.tolist() == list(range(12))
+    assert groups[0][0].tolist() != [0, 1, 2, 3]  # who is done first comes first
+    taken = joined(groups).steps
+    for row in range(12):
+        assert [int(s.index[s.rows == row]) for s in steps if row in s.rows] == list(range(taken[row]))
+    waiting = [s for s in steps if s.rows.max() < 11]
+    assert len(waiting) > 8
+    assert all(len(s.rows) == 4 for s in waiting)
+    assert len(network.rows) == len(steps)
+
+
+def test_guidance_of_mixed_steps_asks_for_those_inside_the_interval_alone():
+    network, steps = varied_network(), []
+    sampler = Sampler(entropy_guided(), guidance=2.0, guidance_interval=(0.35, 0.75))
+    list(run(sampler, torch.arange(20) % NULL, network=network, batch_size=6, callback=steps.append))
+    inside = [int(((s.t > 0.35) & (s.t < 0.75)).sum()) for s in steps]
+    assert network.rows == [(len(s.t) + n, n) for s, n in zip(steps, inside)]
+    assert len(set(inside)) > 3
+
+
+def test_buckets_are_few():
+    """Any number of rows between 1 and twice the batch becomes a multiple of an eighth of the batch."""
+    sampler = Sampler(entropy_guided(), guidance=2.0, guidance_interval=(0.3, 1.0))
+    seen = {}
+    for bucketed in (False, True):
+        network = varied_network()
+        list(run(sampler, torch.arange(150) % NULL, network=network, batch_size=32, bucketed=bucketed))
+        seen[bucketed] = {rows for rows, _ in network.rows}
+    assert all(rows % 4 == 0 for rows in seen[True])
+    assert len(seen[True]) <= 16 < len(seen[False])
+
+
+def test_trace_holds_the_entropy_of_every_step():
+    steps = []
+    sampler = Sampler(entropy_guided())
+    refined = joined(run(sampler, torch.arange(9), batch_size=4, network=varied_network(), callback=steps.append))
+    assert refined.trace.shape == (9, 12)
+    for row in range(9):
+        seen = torch.cat([s.entropy[s.rows == row] for s in steps])
+        assert torch.equal(refined.trace[row, : refined.steps[row]], seen)
+        assert refined.trace[row, refined.steps[row] :].isnan().all()
+        assert refined.entropy[row] == seen[-1]
+        assert refined.decision_entropy[row] == seen[2]
+
+
+def test_a_queue_of_none_and_batches_of_none():
+    assert list(run(Sampler(Linear(3)), torch.empty(0, dtype=torch.long), batch_size=4)) == []
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        list(run(Sampler(Linear(3)), [0], batch_size=0))
+
+
+# --- from given tokens ----------------------------------------------------------------------------------------------
+
+
+def given(number):
+    return torch.randint(CLASSES, (1, *SHAPE), generator=torch.Generator().manual_seed(9)).expand(number, *SHAPE)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_full_strength_is_the_plain_run(schedule):
+    sampler, labels = Sampler(schedule, guidance=2.0), torch.arange(9)
+    plain = run(sampler, labels)
+    assert_same(run(sampler, labels, start=Start(given(9))), plain)
+    assert_same(run(sampler, labels, start=Start(given(9), redraw=torch.ones(9, 1, 1, 4, 4, dtype=torch.bool))), plain)
+
+
+def test_strength_starts_on_the_way():
+    steps, tokens = [], given(400)
+    refined = run(Sampler(Linear(10)), [0] * 400, start=Start(tokens, 0.65), callback=steps.append)
+    assert [s.t[0].item() for s in steps] == pytest.approx([0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert (refined.steps == 7).all()
+    assert refined.trace[:, 7:].isnan().all()
+    noise = run(Sampler(Linear(1)), [0] * 400, callback=steps.append) and steps[-1].tokens
+    known = steps[0].tokens != noise  # where the given token shows
+    assert torch.equal(steps[0].tokens[known], tokens[known])
+    assert known.float().mean().item() == pytest.approx(0.35 * (1 - 1 / CLASSES), abs=0.01)
+    assert (run(Sampler(Linear(10)), [0] * 2, start=Start(given(2), 0.9)).steps == 9).all()  # 1 - 0.9 < 0.1 by rounding
+    assert (run(Sampler(Linear(10)), [0] * 2, start=Start(given(2), 1e-3)).steps == 1).all()
+
+
+@pytest.mark.parametrize("strength", [0.95, 0.5])
+def test_strength_with_entropy_guidance(strength):
+    """t = 0.05 lies before the decision at 2/12, t = 0.5 behind it: then the first step decides."""
+    steps, sampler, network = [], Sampler(entropy_guided()), varied_network()
+    refined = run(sampler, torch.arange(9), start=Start(given(9), strength), network=network, callback=steps.append)
+    assert steps[0].t.tolist() == pytest.approx([1 - strength] * 9)
+    assert (steps[0].t_next > steps[0].t).all()
+    decided = 2 if strength > 0.9 else 0
+    assert torch.equal(refined.decision_entropy, steps[decided].entropy)
+    total = sampler.schedule.plan(refined.decision_entropy)
+    assert total.unique().numel() > 2
+    if decided:
+        assert torch.equal(refined.steps, total)  # 0.05 < 1/12: not one step less
+    else:
+        ratios = sampler.schedule.signal_ratio(torch.arange(1, 13), total[:, None])
+        assert torch.equal(refined.steps, total - (ratios <= 0.5).sum(1))
+    queue = joined(run(sampler, torch.arange(9), start=Start(given(9), strength), network=network, batch_size=2))
+    assert_same(queue, refined)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_masked_tokens_stay(schedule, strength):
+    steps, tokens = [], given(9)
+    redraw = torch.zeros(9, 1, 1, 4, 4, dtype=torch.bool)
+    redraw[..., 1:3] = True
+    kept = ~redraw.expand_as(tokens)
+    start = Start(tokens, strength, redraw)
+    network = varied_network()
+    refined = joined(
+        run(Sampler(schedule), torch.arange(9), network=network, start=start, batch_size=4, callback=steps.append)
+    )
+    for seen in (refined.tokens, *(s.tokens for s in steps)):
+        count = len(seen)
+        assert torch.equal(seen[kept[:count]], tokens[:count][kept[:count]])
+    assert (refined.tokens != tokens)[~kept].float().mean() > 0.4
+    assert torch.equal(
+        run(Sampler(schedule), [1, 2], start=Start(tokens[:2], strength, redraw[:2] & False)).tokens, tokens[:2]
+    )
+
+
 def test_sampling_follows_the_distribution():
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
     u = (torch.arange(10_000) + 0.5) / 10_000
@@ -172,6 +386,8 @@ def test_entropy_is_normalised():
         (lambda: EntropyGuided(warmup=30), "sampler.schedule.min_steps"),
         (lambda: EntropyGuided(max_steps=10), "sampler.schedule.max_steps"),
         (lambda: Sampler(temperature=0), "sampler.temperature"),
+        (lambda: Start(torch.zeros(1, 1, 1, 1, 1), strength=0.0), "strength"),
+        (lambda: Start(torch.zeros(1, 1, 1, 1, 1), strength=1.5), "strength"),
         (lambda: Sampler(guidance_interval=(0.5, 0.2)), "sampler.guidance_interval"),
     ],
 )

@@ -87,7 +87,7 @@ class ClassRefiner(Pretrained, nn.Module):
             labels: int64 [B] in 0..num_labels.
 
         Returns:
-            float32 [B, classes, D, 1, size, size].
+            float32 [B, classes, D, 1, size, size]; float64 of a network in float64.
         """
         batch, _, frames, height, width = tokens.shape
         if tokens.shape[1:] != (self.channels, 1, self.size, self.size):
@@ -105,7 +105,8 @@ class ClassRefiner(Pretrained, nn.Module):
                 rotation = self.context_cos, self.context_sin
             x = block(x, condition, *rotation)
         logits = self.head(x[:, -height * width :], condition)
-        return logits.view(batch, frames, height, width, self.classes, self.channels).permute(0, 4, 5, 1, 2, 3).float()
+        logits = logits.view(batch, frames, height, width, self.classes, self.channels).permute(0, 4, 5, 1, 2, 3)
+        return _at_least_float32(logits)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """(Re)initialises parameters and tables, also after `to_empty` on a module that was made on the meta device."""
@@ -179,8 +180,9 @@ class TimeEmbedding(nn.Module):
         self.second = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        steps = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device) / TIME_FREQUENCIES
-        angles = t[:, None].float() * torch.exp(-math.log(1e4) * steps)
+        dtype = torch.promote_types(self.first.weight.dtype, torch.float32)
+        steps = torch.arange(TIME_FREQUENCIES, dtype=dtype, device=t.device) / TIME_FREQUENCIES
+        angles = t[:, None].to(dtype) * torch.exp(-math.log(1e4) * steps)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(sinusoids)))
 
@@ -215,9 +217,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        # In float32 from norm to rotation: under bf16 autocast, RMSNorm has no kernel for two dtypes.
-        q = rotate(self.q_norm(q.float()), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(k.float()), cos, sin).to(v.dtype)
+        # In float32 (or float64) from norm to rotation: under bf16 autocast, RMSNorm has no kernel for two dtypes.
+        q = rotate(self.q_norm(_at_least_float32(q)), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(_at_least_float32(k)), cos, sin).to(v.dtype)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -244,6 +246,10 @@ class Head(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
         return self.out(self.norm(x) * (1 + scale) + shift)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sincos_position(size: int, width: int) -> Tensor:

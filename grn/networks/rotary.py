@@ -18,6 +18,9 @@ def rotary_2d(height: int, width: int, head_dim: int, *, base: float = 1e4) -> t
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns adjacent pairs of the last dimension: x [..., N, head_dim], cos and sin [N, head_dim/2] -> like x."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Turns adjacent pairs of the last dimension: x [..., N, head_dim], cos and sin [N, head_dim/2] -> like x.
+
+    At least in float32.
+    """
+    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)

@@ -1,6 +1,6 @@
 """Training a refiner (DESIGN 1.3, 1.4): pixels -> tokens -> corrupted tokens -> the network tells the true ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from grn.flops import forward_flop, training_flop
 from grn.networks.tokenizer import HBQTokenizer
 from grn.philox import Stream
 from grn.pixels import from_uint8, to_uint8
-from grn.sampler import Labels, Refined, Sampler, Step, refine
+from grn.sampler import Labels, Refined, Sampler, Start, Step, refine_queue
 from grn.training.fsdp import FSDP, gather_weights, release_weights
 from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
 
@@ -215,14 +215,35 @@ class RefinerModule(LightningModule):
         sampler: Sampler | None = None,
         callback: Callable[[Step], None] | None = None,
     ) -> Refined:
-        """Samples tokens of the classes `labels` (int64 [B], on this module's device); see `grn.sampler.refine`."""
+        """Samples tokens of the classes `labels` (int64 [B], on this module's device) in one batch."""
+        batches = self.generate_queue(
+            labels, seed=seed, ids=ids, batch_size=len(labels), sampler=sampler, callback=callback
+        )
+        ((_, refined),) = batches
+        return refined
+
+    def generate_queue(
+        self,
+        labels: Tensor,
+        *,
+        seed: int,
+        ids: Tensor,
+        batch_size: int,
+        sampler: Sampler | None = None,
+        start: Start | None = None,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Iterator[tuple[Tensor, Refined]]:
+        """Samples tokens of the classes `labels` (int64 [N], on this module's device); see `grn.sampler.refine_queue`.
+
+        Of a compiled network the rows of a call are bucketed.
+        """
 
         def predict(tokens: Tensor, t: Tensor, condition: Labels) -> Tensor:
             # Callbacks ask for samples outside of Lightning's steps, and so of the trainer's precision.
             with self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext():
                 return self.network(tokens, t, condition.index)
 
-        return refine(
+        return refine_queue(
             predict,
             Labels(labels, self.network.num_labels),
             sampler or self.sampler,
@@ -230,6 +251,10 @@ class RefinerModule(LightningModule):
             classes=self.network.classes,
             seed=seed,
             ids=ids,
+            batch_size=batch_size,
+            start=start,
+            # nn.Module.compile() leaves no public trace.
+            bucketed=any(module._compiled_call_impl is not None for module in self.network.modules()),
             callback=callback,
         )
 

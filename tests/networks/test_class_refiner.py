@@ -163,6 +163,18 @@ def test_bfloat16_autocast_is_close():
     assert (rounded - exact).norm() / exact.norm() < 1e-2
 
 
+@torch.no_grad()
+def test_float64_all_the_way():
+    network = shaken()
+    tokens, t, labels = torch.randint(4, (9, 3, 1, 4, 4)), torch.rand(9), torch.arange(9) % 6
+    in_float32 = network(tokens, t, labels)
+    logits = network.double()(tokens, t, labels)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits.float(), in_float32, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([network(tokens[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(9)])
+    torch.testing.assert_close(alone, logits, atol=1e-13, rtol=0)  # nothing was rounded to float32 on the way
+
+
 def test_meta_construction_then_init_is_a_normal_construction():
     with torch.device("meta"):
         network = ClassRefiner(**SMALL)

@@ -1,0 +1,234 @@
+"""Entropy-guided sampling beside a fixed schedule: does it take what its steps are worth, and what is that owed to?"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from grn import sampler as sampling
+from grn.benchmarks import machine
+from grn.checkpoints.native import build_network
+from grn.errors import UserError
+from grn.modules import load_refiner
+from grn.networks.class_refiner import ClassRefiner
+from grn.sampler import Condition, EntropyGuided, Labels, Linear, Sampler, refine_queue
+
+SEED = 0
+BAR = 1.15  # entropy-guided sampling in S steps in the mean takes at most this times S/N of what N fixed steps take
+SPREAD = 8.0  # standard deviation of the steps, before they are clipped
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to sample many images: who is done leaves the batch (`compaction`), and the next one enters (`refill`)."""
+
+    name: str
+    guided: bool = True
+    refill: bool = True
+    compaction: bool = True
+
+
+FIXED = Variant("fixed", guided=False)
+VARIANTS = (
+    FIXED,
+    Variant("entropy-guided"),
+    Variant("without refill", refill=False),
+    Variant("without compaction", refill=False, compaction=False),  # as the reference samples
+)
+
+
+def benchmark(
+    *,
+    model: DictConfig,
+    device: torch.device,
+    repeats: int,
+    ckpt: str | None,
+    num: int | None,
+    batch_size: int | None,
+    steps: int,
+    min_steps: int,
+    mean_steps: float,
+    bfloat16: bool,
+) -> dict[str, Any]:
+    """Measures all variants in turns and prints one table; the keys are explained in conf/what/sampler.yaml.
+
+    Returns:
+        `rows`, one for each dtype and variant, beside the sizes, the sampler and the schedule that was fitted.
+    """
+    on_cpu = device.type == "cpu"
+    num, batch_size = num or (256 if on_cpu else 2048), batch_size or (64 if on_cpu else 256)
+    for key, value in {"num": num, "batch_size": batch_size}.items():
+        if value < 1:
+            raise UserError(f"what.{key}={value}: at least one")
+    if not min_steps < mean_steps < steps:
+        raise UserError(f"what.mean_steps={mean_steps}: between what.min_steps={min_steps} and what.steps={steps}")
+    network, trained = _refiner(model, ckpt)
+    network = network.to(device).eval()
+    fixed = replace(trained, schedule=Linear(steps))
+    run = _Runs(network, num, batch_size, device)
+
+    dtypes = (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
+    # A fixed schedule's first steps are those of an entropy-guided one: it knows the entropies that would decide.
+    guided = EntropyGuided(min_steps=min_steps, max_steps=steps)
+    entropy = run(FIXED, fixed, dtypes[0]).trace[:, guided.warmup]
+    guided = replace(fixed, schedule=fitted(guided, entropy, mean_steps))
+    rows, calls = [], []
+    for dtype in dtypes:
+        others = {}  # the same samples in other batches, by `guided`
+        for variant in VARIANTS:
+            sampler = guided if variant.guided else fixed
+            if variant.guided not in others:
+                others[variant.guided] = run(variant, sampler, dtype, batch_size=batch_size // 2 + 1).tokens
+            found = run(variant, sampler, dtype)
+            rows.append(
+                {
+                    "variant": variant.name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "steps_mean": found.steps.double().mean().item(),
+                    "steps_min": found.steps.min().item(),
+                    "steps_max": found.steps.max().item(),
+                    "equal_tokens": (found.tokens == others[variant.guided]).double().mean().item(),
+                }
+            )
+            calls.append(lambda variant=variant, sampler=sampler, dtype=dtype: run(variant, sampler, dtype))
+    for row, seconds in zip(rows, machine.median_seconds(calls, device, repeats)):
+        row |= {"seconds": seconds, "images_per_second": num / seconds}
+    for row in rows:
+        reference = next(r for r in rows if r["dtype"] == row["dtype"])  # the fixed one
+        row["ratio"] = row["seconds"] / reference["seconds"]
+        row["ratio_per_step"] = row["ratio"] / (row["steps_mean"] / reference["steps_mean"])
+        row["within_bar"] = row["ratio_per_step"] <= BAR
+    sizes = {"num": num, "batch_size": batch_size, "parameters": sum(p.numel() for p in network.parameters())}
+    Console().print(_table(rows, sizes, device))
+    return {
+        "sizes": sizes,
+        "ckpt": ckpt,
+        "sampler": repr(guided),
+        "entropy": {"mean": entropy.mean().item(), "std": entropy.std().item()},
+        "bar": BAR,
+        "rows": rows,
+    }
+
+
+def _refiner(model: DictConfig, ckpt: str | None) -> tuple[ClassRefiner, Sampler]:
+    """A trained one with its sampler, or one of random weights whose predictions depend on all that it sees."""
+    if ckpt is not None:
+        try:
+            module, _ = load_refiner(ckpt)
+        except UserError as error:
+            raise UserError(f"what.{error}") from None
+        return module.network, module.sampler
+    network = build_network(model)
+    if not isinstance(network, ClassRefiner):
+        raise UserError("what=sampler measures class-conditional refiners: model=class_refiner, or what.ckpt=...")
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for module in (*network.blocks, network.head):
+            module.modulation.weight.normal_(std=0.3, generator=generator)
+        network.head.out.weight.normal_(std=0.1, generator=generator)
+        network.label_embedding.weight.normal_(generator=generator)
+    return network, Sampler(guidance=1.5, guidance_interval=(0.2, 1.0))
+
+
+def fitted(schedule: EntropyGuided, entropy: Tensor, mean_steps: float) -> EntropyGuided:
+    """Scale and offset for which samples of these entropies [N] take `mean_steps` in the mean (as near as clipping to
+    the schedule's limits lets them), and spread as `SPREAD` says."""
+    entropy = entropy.double()
+    scale = SPREAD / max(entropy.std().item(), 1e-9)
+    low, high = -scale * entropy.max().item(), schedule.max_steps - scale * entropy.min().item()
+    for _ in range(60):  # bisection: the mean grows with the offset
+        offset = (low + high) / 2
+        found = replace(schedule, scale=scale, offset=offset)
+        low, high = (offset, high) if found.plan(entropy).double().mean() < mean_steps else (low, offset)
+    return found
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Samples `num` images in a way, and says what became of all of them."""
+
+    network: ClassRefiner
+    num: int
+    batch_size: int
+    device: torch.device
+
+    def __call__(
+        self, variant: Variant, sampler: Sampler, dtype: torch.dtype, batch_size: int | None = None
+    ) -> sampling.Refined:
+        network, batch_size = self.network, batch_size or self.batch_size
+        labels, ids = torch.arange(self.num) % network.num_labels, torch.arange(self.num)
+        groups, places = [], []
+        for queue in (ids,) if variant.refill else ids.split(batch_size):
+            with (
+                torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+                compacting(variant.compaction, len(queue)),
+            ):
+                for rows, refined in refine_queue(
+                    lambda tokens, t, condition: network(tokens, t, condition.index),
+                    Labels(labels[queue].to(self.device), network.num_labels),
+                    sampler,
+                    shape=(network.channels, 1, network.size, network.size),
+                    classes=network.classes,
+                    seed=SEED,
+                    ids=queue.to(self.device),
+                    batch_size=batch_size,
+                ):
+                    groups.append(refined)
+                    places.append(queue[rows])
+        order = torch.cat(places).argsort()
+        whole = {key: torch.cat([vars(group)[key] for group in groups]) for key in vars(groups[0])}
+        return sampling.Refined(**{key: value[order.to(value.device)] for key, value in whole.items()})
+
+
+@contextmanager
+def compacting(compaction: bool, batch_size: int) -> Iterator[None]:
+    """Without compaction the network always sees a whole batch, in which others stand for the samples that are done."""
+    guided_logits = sampling._guided_logits
+
+    def whole(
+        predict: Callable, tokens: Tensor, t: Tensor, condition: Condition, sampler: Sampler
+    ) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(batch_size) % len(tokens)
+        sent = rows.to(tokens.device)
+        logits = guided_logits(predict, tokens[sent], t[rows], condition.select(rows), sampler)
+        return tuple(part[: len(tokens)] for part in logits)
+
+    with patch.object(sampling, "_guided_logits", guided_logits if compaction else whole):
+        yield
+
+
+def _table(rows: list[dict[str, Any]], sizes: dict[str, int], device: torch.device) -> Table:
+    table = Table(
+        caption=(
+            f"{sizes['num']} samples, {sizes['batch_size']} at a time, on {device}; ratio: of the time to that of the "
+            f"first row; per step: that to the ratio of the steps (bar: {BAR}); equal tokens: with the same samples in "
+            f"batches of {sizes['batch_size'] // 2 + 1}"
+        ),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("variant", no_wrap=True)
+    for column in ("steps", "s", "img/s", "ratio", "per\nstep", "equal\ntokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        if row["variant"] == FIXED.name:
+            table.add_section()
+            table.add_row(row["dtype"])
+        table.add_row(
+            f"  {row['variant']}",
+            f"{row['steps_mean']:.1f} ({row['steps_min']}-{row['steps_max']})",
+            f"{row['seconds']:.3g}",
+            f"{row['images_per_second']:.3g}",
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_per_step']:.3f}",
+            f"{row['equal_tokens']:.2%}",
+        )
+    return table

@@ -1,0 +1,83 @@
+"""A picture that samples start from, and a mask of what is drawn anew: image to image and inpainting, by `Start`."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from grn.data.folders import read_file
+from grn.data.samples import IMAGE_SUFFIXES, Skip, center_crop, decode_image, to_tensor
+from grn.errors import UserError
+from grn.sampler import Start
+from grn.training import RefinerModule
+
+STRENGTH = 0.6  # where nothing is masked: the picture is still to be seen, and yet another one
+
+
+def start_from_image(
+    module: RefinerModule, init: str | Path | None, *, strength: float | None = None, mask: str | Path | None = None
+) -> Start | None:
+    """One map, B = 1, on the module's device; None without `init`.
+
+    Args:
+        init: a PNG, JPEG or WebP of any size, brought to the size of the samples as training data are (DESIGN 1.4).
+        strength: of `Start`; None takes 1 with a mask, else 0.6.
+        mask: a picture of the size of `init`: white (at least half) is drawn anew, black is kept. Of a token, all is
+            drawn anew where any of its pixels is.
+
+    Raises:
+        UserError: a file that cannot be used, another size of mask, a mask or strength without `init`, or a strength
+            outside (0, 1].
+    """
+    if init is None:
+        for key, value in (("mask", mask), ("strength", strength)):
+            if value is not None:
+                raise UserError(f"{key}={value} is of an image to start from: give init=image.png, too")
+        return None
+    if strength is not None and not isinstance(strength, (int, float)):
+        raise UserError(f"strength={strength} must be a number above 0 and at most 1")
+    image = _read("init", init)
+    positions = module.network.size
+    try:
+        cropped = center_crop(image, positions * module.tokenizer.stride)
+    except Skip as skip:
+        raise UserError(f"init={init}: {skip}") from None
+    tokens = module.tokenize({"pixels": to_tensor(cropped)[None].to(module.device)})
+    if mask is None:
+        return Start(tokens, STRENGTH if strength is None else strength)
+    masked = _read("mask", mask)
+    if masked.size != image.size:
+        raise UserError(
+            f"mask={mask} is {masked.width}x{masked.height}, but init={init} is {image.width}x{image.height}: "
+            "make both of one size"
+        )
+    redraw = positions_to_redraw(masked, positions).to(module.device)
+    return Start(tokens, 1.0 if strength is None else strength, redraw)
+
+
+def positions_to_redraw(mask: Image.Image, size: int) -> Tensor:
+    """The positions of a `size` squared map whose pixels, in the centre square, are white anywhere.
+
+    Returns:
+        bool [1, 1, 1, size, size].
+    """
+    side = min(mask.size)
+    left, top = (mask.width - side) // 2, (mask.height - side) // 2
+    white = np.asarray(mask.convert("L").crop((left, top, left + side, top + side))) >= 128
+    # Its windows cover every pixel, also of sides that are no multiple of `size`.
+    return F.adaptive_max_pool2d(torch.from_numpy(white).float()[None, None], size)[:, :, None] > 0
+
+
+def _read(key: str, path: str | Path) -> Image.Image:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{key}={path}: there is no such file")
+    if path.suffix.lower().removeprefix(".") not in IMAGE_SUFFIXES:
+        raise UserError(f"{key}={path}: give one of {', '.join(IMAGE_SUFFIXES)}")
+    try:
+        return decode_image(read_file(path))
+    except Skip as skip:
+        raise UserError(f"{key}={path}: {skip}") from None

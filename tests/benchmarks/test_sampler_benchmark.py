@@ -1,0 +1,77 @@
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from grn.bench import bench
+from grn.benchmarks.sampler import VARIANTS, fitted
+from grn.cli import CONF
+from grn.errors import UserError
+from grn.sampler import EntropyGuided
+
+SMALL = (
+    "what=sampler",
+    "model.depth=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.context_start=0",
+    "device=cpu",
+    "repeats=1",
+    "what.num=12",
+    "what.batch_size=5",
+    "what.steps=8",
+    "what.min_steps=6",
+    "what.mean_steps=7",
+)
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("bench", list(overrides))
+
+
+def test_report_is_complete(tmp_path, capsys):
+    bench(composed(*SMALL, f"out={tmp_path}"))
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["what"] == "sampler"
+    assert report["sizes"]["num"] == 12
+    rows = report["rows"]
+    names = [variant.name for variant in VARIANTS]
+    assert [row["variant"] for row in rows] == names * 2
+    assert [row["dtype"] for row in rows] == ["float32"] * 4 + ["bfloat16"] * 4
+    for fixed in (rows[0], rows[4]):
+        assert (fixed["ratio"], fixed["ratio_per_step"], fixed["steps_mean"]) == (1, 1, 8)
+    for row in rows[1:4]:
+        assert row["steps_mean"] == pytest.approx(7, abs=0.3)
+        assert 6 <= row["steps_min"] < row["steps_max"] <= 8
+        assert row["ratio_per_step"] == pytest.approx(row["ratio"] * 8 / row["steps_mean"])
+        assert row["within_bar"] == (row["ratio_per_step"] <= report["bar"])
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(12 / row["seconds"])
+        assert row["equal_tokens"] > (0.99 if row["dtype"] == "float32" else 0.3)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*names, "equal", "1.15"])
+
+
+def test_fit_hits_the_mean_and_spreads():
+    entropy = 0.6 + 0.03 * torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    plan = fitted(EntropyGuided(), entropy, 30.0).plan(entropy).double()
+    assert plan.mean().item() == pytest.approx(30, abs=0.1)
+    assert 5 < plan.std() < 8
+    assert (plan.min(), plan.max()) == (20, 50)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["what.num=-1"], r"what\.num=-1"),
+        (["what.mean_steps=5"], r"what\.mean_steps=5"),
+        (["what.ckpt=/nowhere"], r"what\.ckpt: no such checkpoint"),
+        (["model=tokenizer_small"], "model=class_refiner"),
+    ],
+)
+def test_mistakes(overrides, complaint, tmp_path):
+    overrides = [*(o for o in SMALL if "tokenizer" not in overrides[0] or not o.startswith("model")), *overrides]
+    with pytest.raises(UserError, match=complaint):
+        bench(composed(*overrides, f"out={tmp_path}"))
