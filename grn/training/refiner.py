@@ -1,5 +1,6 @@
 """Training a refiner (DESIGN 1.3, 1.4): pixels -> tokens -> corrupted tokens -> the network tells the true ones."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -179,10 +180,11 @@ class RefinerModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         tokens, labels = self.tokenize(batch), batch["label"]
-        first = (batch_idx * self.trainer.world_size + self.global_rank) * len(labels)
-        ids = torch.arange(first, first + len(labels), device=labels.device)
+        # By their keys, so that a sample is corrupted alike on whatever rank and in whatever batch it is.
+        ids = torch.tensor([zlib.crc32(key.encode()) for key in batch["key"]], device=labels.device)
         _, logits = self.predict_corrupted(tokens, labels, seed=VALIDATION_SEED, ids=ids, step=0)
-        on_epoch = {"batch_size": len(labels), "sync_dist": True}
+        # A float: of whole numbers, Lightning's mean over ranks loses the fraction.
+        on_epoch = {"batch_size": float(len(labels)), "sync_dist": True}
         self.log("val/loss", refinement.token_loss(logits, tokens), prog_bar=True, **on_epoch)
         self.log("val/accuracy", refinement.token_accuracy(logits, tokens).mean(), **on_epoch)
 
