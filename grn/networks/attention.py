@@ -1,7 +1,7 @@
 """Which tokens attend to which in the text refiner (DESIGN 1.5).
 
-Every pattern here is called with queries, keys and values [B, heads, N, head_dim] (keys and values may have fewer heads,
-each shared by a group of queries' heads) and returns what attention makes of them, like the queries.
+Every pattern here is called with queries, keys and values [B, heads, N, head_dim] and returns what attention makes of
+them, like the queries; keys and values may have fewer heads, each shared by a group of the queries' heads.
 """
 
 from collections.abc import Callable, Sequence
