@@ -11,11 +11,13 @@ from grn.checkpoints.exported import is_exported_refiner, load_exported_refiner
 from grn.checkpoints.mapping import check_state, load_strict
 from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, read_checkpoint, restore_tokenizer
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
+from grn.checkpoints.official_text_refiner import load_official_text_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
 from grn.data.tokens import TokenShardsDataModule
 from grn.errors import UserError
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.pretrained import is_pretrained
+from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.sampler import Sampler
 from grn.training import RefinerModule
@@ -155,10 +157,12 @@ def _initial_weights(network: Any, path: str) -> tuple[dict[str, Tensor], dict[s
     """(Weights to start from, their averages by decay where the file has any)."""
     if isinstance(network, ClassRefiner) and is_exported_refiner(path):
         return ClassRefiner.from_pretrained(path, subfolder="refiner").state_dict(), {}
-    if isinstance(network, (HBQTokenizer, ClassRefiner)) and is_pretrained(path):
+    if isinstance(network, (HBQTokenizer, ClassRefiner, TextRefiner)) and is_pretrained(path):
         return type(network).from_pretrained(path).state_dict(), {}
     if isinstance(network, HBQTokenizer):
         return load_official_tokenizer(path), {}
+    if isinstance(network, TextRefiner):
+        return load_official_text_refiner(path), {}
     if isinstance(network, ClassRefiner):
         loaded = load_official_class_refiner(path)
         return loaded["model"], loaded["ema"]

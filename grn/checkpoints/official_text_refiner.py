@@ -71,7 +71,10 @@ def our_state(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
         match = _IN_CHUNK.fullmatch(name)
         return f"blocks.{order[int(match[1]), int(match[2])]}.{match[3]}" if match else name
 
-    return rename({joined(name): tensor for name, tensor in state.items()}, TEXT_REFINER_RULES, source=source)
+    numbered = {joined(name): tensor for name, tensor in state.items()}
+    if len(numbered) < len(state):
+        raise UserError(f"{source} is not an official text refiner: two of its names mean the same")
+    return rename(numbered, TEXT_REFINER_RULES, source=source)
 
 
 def official_state(state: Mapping[str, Tensor], *, chunks: int = CHUNKS) -> dict[str, Tensor]:

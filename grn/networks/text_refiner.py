@@ -250,7 +250,7 @@ class TextRefiner(Pretrained, nn.Module):
             raise ValueError(f"tokens must be [B, {self.channels}, T, H, W], got {list(tokens.shape)}")
         if not 0 <= context_frames < tokens.shape[2] <= MAX_FRAMES:
             raise ValueError(
-                f"{context_frames} context frames of {tokens.shape[2]}: some must be left, and {MAX_FRAMES} at most in all"
+                f"{context_frames} context frames of {tokens.shape[2]}: some must be left, of {MAX_FRAMES} at most"
             )
 
     def _check_text(self, text: Tensor, lengths: Sequence[int]) -> None:
