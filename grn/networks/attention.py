@@ -5,7 +5,7 @@ them, like the queries; keys and values may have fewer heads, each shared by a g
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -93,13 +93,16 @@ class WithText:
         return _attention(q, k, v, mask)
 
 
-@dataclass(frozen=True)
 class Recorder:
-    """Another pattern, whose keys and values are kept, call by call."""
+    """Another pattern, whose keys and values are kept, call by call.
 
-    pattern: Pattern
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    No dataclass: FSDP, which casts a block's inputs, would hand the block a copy of one.
+    """
+
+    def __init__(self, pattern: Pattern):
+        self.pattern = pattern
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.keys.append(k)
