@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from grn.checkpoints.exported import is_exported_refiner
+from grn.checkpoints.sharded import is_sharded_checkpoint
 from grn.data.shards import read_manifest
 from grn.errors import UserError
 from grn.launch import place
@@ -117,7 +118,7 @@ def _run_folder(ckpt: str) -> str:
     path = Path(ckpt)
     if is_pretrained(ckpt) or is_exported_refiner(ckpt):
         return f"{path}_results"  # what else an export's folder held would be in the way of exporting again
-    if path.is_dir():
+    if path.is_dir() and not is_sharded_checkpoint(path):
         return str(path)
     return str(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
 

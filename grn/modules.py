@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from hydra.utils import get_method, instantiate
 from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
@@ -23,17 +24,25 @@ from grn.sampler import Sampler
 from grn.training import RefinerModule
 
 
-def module_from_config(config: DictConfig) -> LightningModule:
+def module_from_config(config: DictConfig, *, hollow: bool = False) -> LightningModule:
     """The module that a training config describes; its tokenizer is loaded, `model.weights` too where given.
 
     Averages that come with those are left on the module as `initial_averages`, for `grn.callbacks.EMA` to go on with.
+
+    Args:
+        hollow: leaves the network on the meta device, for a strategy to shard and to fill with the module's
+            `initial_weights`, those of `model.weights`.
     """
-    network, averages = build_network(config.model), {}
+    with torch.device("meta" if hollow else "cpu"):
+        network, state, averages = build_network(config.model), None, {}
     if weights := config.model.get("weights"):
         state, averages = _initial_weights(network, weights)
-        for average in averages.values():
-            check_state(network, average, source=str(weights))
+        for initial in (state, *averages.values()):
+            check_state(network, initial, source=str(weights))
+    if state is not None and not hollow:
         load_strict(network, state, source=str(weights))
+    elif hasattr(network, "initializers") and not hollow:
+        network.init_weights(torch.Generator().manual_seed(config.seed))  # as a strategy that shards it does
     plain = OmegaConf.to_container(config, resolve=True)
     if config.tokenizer.ckpt is None:
         return _module(plain, network)
@@ -45,6 +54,7 @@ def module_from_config(config: DictConfig) -> LightningModule:
     )
     module = _module(plain, network, tokenizer, record)
     module.initial_averages = averages
+    module.initial_weights = state
     return module
 
 

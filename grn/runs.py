@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from grn.checkpoints.native import read_checkpoint
+from grn.checkpoints.native import is_checkpoint, read_checkpoint
 from grn.errors import UserError
 from grn.files import write_json, write_text
 
@@ -51,11 +51,11 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
     path = Path(wanted) if wanted not in ("last", "best", "auto") else folder / f"{wanted}.ckpt"
     if wanted == "auto":
         path = folder / "last.ckpt"
-        if not path.is_file():
+        if not is_checkpoint(path):
             return None
-    if not path.is_file():
+    if not is_checkpoint(path):
         raise UserError(f"ckpt_path={wanted}: there is no {path}; leave ckpt_path out to start afresh")
-    trained = read_checkpoint(path, key="ckpt_path").config
+    trained = read_checkpoint(path, key="ckpt_path", weights=False).config
     for key in _same_keys(config, trained):
         old, new = OmegaConf.select(trained, key), OmegaConf.select(config, key)
         if old != new:

@@ -18,6 +18,9 @@ from grn import runs
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.modules import check_fits, module_from_config
+from grn.training.activations import checkpoint_activations
+from grn.training.checkpoint_io import CheckpointIO
+from grn.training.fsdp import FSDP
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +67,16 @@ def train(config: DictConfig) -> Trainer:
     if "_target_" not in config.data:
         raise UserError("data=checkpoint is for grn.evaluate: choose data=digits, data=imagenet, data=tokens, ...")
     datamodule = instantiate(config.data)
-    module = module_from_config(config)
-    check_fits(module, datamodule)
-    if config.cluster.compile:
-        module.network.compile()  # in place: the names in checkpoints stay
     callbacks = [instantiate(callback) for callback in config.callbacks.values()]
     loggers = [instantiate(logger) for logger in config.logger.values()]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, plugins=[CheckpointIO()])
+    sharded = isinstance(trainer.strategy, FSDP)
+    module = module_from_config(config, hollow=sharded)
+    check_fits(module, datamodule)
+    checkpoint_activations(module.network, config.cluster.activation_checkpointing)
+    if config.cluster.compile:  # in place: the names in checkpoints stay
+        for part in module.network.blocks if sharded else [module.network]:  # a sharded block gathers its weights first
+            part.compile()
 
     rank_zero_only(runs.record)(Path(config.paths.run), config)
     for logger in loggers:
@@ -99,6 +105,8 @@ def _quieten() -> None:
         "module\\(s\\) in eval mode",
         "no pre-optimization state was saved",  # the state after the step is the one to go on from
         "isinstance\\(treespec, LeafSpec\\)",
+        "It is recommended to use `self.log",  # with sync_dist: every rank has the same scores
+        "returned a view tensor",  # logits, in which nothing is written
         "Grad strides do not match bucket view strides",  # of 1x1 kernels, where either order is the same memory
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

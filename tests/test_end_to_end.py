@@ -16,6 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from grn.checkpoints.native import is_checkpoint
+from grn.checkpoints.sharded import read_sharded
+
 pytestmark = pytest.mark.slow
 
 TOKENIZER = (
@@ -30,6 +33,7 @@ NAN = " training.learning_rate=1e30 training.gradient_clip=null training.warmup_
 
 
 TWO_RANKS = " cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.precision=32-true"
+TWO_SHARDS = TWO_RANKS.replace("ddp", "fsdp")
 
 
 def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1):
@@ -246,14 +250,16 @@ def differences(a, b, path=""):
 
 
 def checkpoint(workspace, name):
-    return torch.load(workspace / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
+    """What training goes on from, as a single file would have it."""
+    path = workspace / "runs" / name / "checkpoints" / "last.ckpt"
+    return read_sharded(path, "") if path.is_dir() else torch.load(path, weights_only=True)
 
 
 def broken_off(workspace, command, name, send):
     """Starts a run, and after its first checkpoint ends it by `send(pid)`; returns the exit status."""
     process = grn(workspace, "train", command + name, background=True)
     last = workspace / "runs" / name / "checkpoints" / "last.ckpt"
-    while not last.exists():
+    while not is_checkpoint(last):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
     send(process.pid)
@@ -282,13 +288,14 @@ def test_killed_and_resumed_ends_with_the_same_bits(workspace, kind):
 @pytest.mark.parametrize(
     ("ranks", "send"),
     [
-        pytest.param(1, os.killpg, id="one rank and its workers, as SLURM does"),
-        pytest.param(2, os.killpg, id="two ranks and their workers"),
-        pytest.param(2, os.kill, id="one of two ranks"),
+        pytest.param("one", os.killpg, id="one rank and its workers, as SLURM does"),
+        pytest.param("ddp", os.killpg, id="two ranks and their workers"),
+        pytest.param("ddp", os.kill, id="one of two ranks"),
+        pytest.param("fsdp", os.killpg, id="two ranks with shards"),
     ],
 )
 def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(workspace, ranks, send):
-    command = REFINER + (TWO_RANKS if ranks == 2 else "")
+    command = REFINER + {"one": "", "ddp": TWO_RANKS, "fsdp": TWO_SHARDS}[ranks]
     command += " logger=csv trainer.max_steps=60 scores=none callbacks.last.every_n_train_steps=10 name="
     whole, name = f"whole_{ranks}", f"stopped_{ranks}_{send.__name__}"
     if not (workspace / "runs" / whole).exists():
@@ -316,14 +323,17 @@ def curves(workspace, name, *keys):
     return values
 
 
-def test_any_number_of_ranks_gives_one_curve_and_goes_on_from_the_others(workspace):
+@pytest.mark.parametrize("ranks", [pytest.param(TWO_RANKS, id="ddp"), pytest.param(TWO_SHARDS, id="fsdp")])
+def test_any_number_of_ranks_gives_one_curve_and_goes_on_from_the_others(workspace, ranks):
     """The same to rounding: one process, two, two that go on as one, one (without workers) that goes on as two."""
     command = REFINER + " logger=csv trainer.accumulate_grad_batches=2 trainer.log_every_n_steps=1 scores=none"
     command += " trainer.max_steps=40 trainer.val_check_interval=40"
-    one, two = command + " data.num_workers=0 name=", command + TWO_RANKS + " name="
-    succeed(workspace, "train", one + "one")
-    succeed(workspace, "train", two + "two")
-    for first, second, name in ((two, one, "two_to_one"), (one, two, "one_to_two")):
+    kind = ranks.split()[0].removeprefix("cluster=")
+    one, two = command + " data.num_workers=0 name=", command + ranks + " name="
+    if not (workspace / "runs" / "one").exists():
+        succeed(workspace, "train", one + "one")
+    succeed(workspace, "train", two + kind)
+    for first, second, name in ((two, one, f"{kind}_to_one"), (one, two, f"one_to_{kind}")):
         broken_off(workspace, first, name, lambda pid: os.kill(pid, signal.SIGTERM))
         assert 3 <= checkpoint(workspace, name)["global_step"] < 40
         succeed(workspace, "train", second + name + " ckpt_path=last")
@@ -331,7 +341,7 @@ def test_any_number_of_ranks_gives_one_curve_and_goes_on_from_the_others(workspa
     keys = ("train/loss", "train/accuracy/mean", "train/grad_norm")
     expected, whole = curves(workspace, "one", *keys), checkpoint(workspace, "one")
     assert sorted(expected) == list(range(40))
-    for name in ("two", "two_to_one", "one_to_two"):
+    for name in (kind, f"{kind}_to_one", f"one_to_{kind}"):
         found, ended = curves(workspace, name, *keys), checkpoint(workspace, name)
         assert found.keys() == expected.keys()
         for step in expected:
@@ -340,6 +350,23 @@ def test_any_number_of_ranks_gives_one_curve_and_goes_on_from_the_others(workspa
             torch.testing.assert_close(ended["state_dict"][key], weight, rtol=0, atol=1e-5)
         data = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (whole, ended)]
         assert data[0] == data[1]
+
+
+def test_a_sharded_run_is_scored_exported_and_made_one_file(workspace, tmp_path):
+    """In bfloat16, its average sampled while it trains; it goes on from the single file, too."""
+    command = REFINER + TWO_SHARDS + " logger=csv cluster.precision=bf16-mixed cluster.activation_checkpointing=full"
+    succeed(workspace, "train", command + " name=sharded")
+    (path,) = (workspace / "runs" / "sharded" / "csv").rglob("metrics.csv")
+    assert "eval/fid" in path.read_text()
+    last = workspace / "runs" / "sharded" / "checkpoints" / "last.ckpt"
+    assert (last / "rest.pt").is_file()
+    succeed(workspace, "consolidate", f"ckpt={last} out={tmp_path}/whole.ckpt")
+    whole = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    assert list(differences(whole, checkpoint(workspace, "sharded"))) == []
+    for ckpt, out in ((last, "a"), (tmp_path / "whole.ckpt", "b")):
+        succeed(workspace, "sample", f"ckpt={ckpt} out={tmp_path}/{out} num=3 sampler.schedule.steps=2")
+    assert (tmp_path / "a" / "samples.png").read_bytes() == (tmp_path / "b" / "samples.png").read_bytes()
+    succeed(workspace, "train", f"{REFINER} logger=none name=from_one_file ckpt_path={tmp_path}/whole.ckpt")
 
 
 def test_two_processes_sample_and_score(workspace):
@@ -365,6 +392,10 @@ def test_sweeps_leave_a_folder_a_point(workspace):
 @pytest.mark.parametrize(
     ("verb", "arguments", "expected"),
     [
+        ("train", "+experiment=digits_c2i cluster.activation_checkpointing=some", "none, selective, full"),
+        ("train", TOKENIZER + TWO_SHARDS + " cluster.activation_checkpointing=none name=x", "cluster=ddp"),
+        ("train", REFINER + TWO_SHARDS + " cluster.strategy.shard_size=3 name=x", "divide the 2 ranks"),
+        ("consolidate", "ckpt=runs/digits_c2i", "a single file already"),
         ("train", "+experiment=digits_c2i modle.depth=3", "did you mean model"),
         ("train", "+experiment=digits_c2i model.dpeth=3", "did you mean depth"),
         ("train", "+experiment=digits_c2i +modle.depth=3", "no config key 'modle'"),
@@ -578,7 +609,7 @@ def test_official_weights_are_exported_and_scored(workspace, golden, tmp_path):
     )
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "sample", "evaluate", "encode", "export", "bench"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "sample", "evaluate", "encode", "export", "consolidate", "bench"])
 def test_help_says_what_to_type(workspace, verb):
     done = succeed(workspace, verb, "--help")
     assert f"python -m grn.{verb}" in done.stdout

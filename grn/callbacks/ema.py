@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from grn.errors import UserError
+from grn.training.fsdp import local, shard_like
 
 
 class EMA(Callback):
@@ -15,7 +17,7 @@ class EMA(Callback):
 
     Validation, and with it every picture and score of a run, sees the average of decay `use`. All of them are in the
     checkpoint, under `ema.<decay>.<parameter>`. An average starts from the weights, or from the one of its decay among
-    the module's `initial_averages` (of an official file), which are let go then.
+    the module's `initial_averages` (of an official file), which are let go then. They are sharded as the weights are.
 
     Args:
         decays: one average each.
@@ -46,7 +48,7 @@ class EMA(Callback):
                 )
             source = initial.get(decay, trained) if restored is None else restored
             self.averages[decay] = {
-                name: source[name].detach().to(parameter.device, torch.float32, copy=True)
+                name: shard_like(parameter, source[name]).detach().to(parameter.device, torch.float32, copy=True)
                 for name, parameter in trained.items()
             }
         self._restored = None
@@ -58,9 +60,9 @@ class EMA(Callback):
         if trainer.global_step == self._last_step:  # gradients are still being accumulated
             return
         self._last_step = trainer.global_step
-        weights = [p.detach().float() for p in _trained(pl_module).values()]
+        weights = [local(p.detach()).float() for p in _trained(pl_module).values()]
         for decay, average in self.decays.items():
-            average(list(self.averages[decay].values()), weights, trainer.global_step)
+            average([local(a) for a in self.averages[decay].values()], weights, trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.averages and self._own is None:
@@ -73,7 +75,8 @@ class EMA(Callback):
             self._own = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_validation_end(trainer, pl_module)
+        if not isinstance(pl_module.network, FSDPModule):  # which may have broken off within its forward pass
+            self.on_validation_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["ema"] = self.averages

@@ -1,6 +1,7 @@
-"""Our own checkpoints: Lightning files that know their config, their averages and their tokenizer.
+"""Our own checkpoints: Lightning's, that know their config, their averages and their tokenizer.
 
-A file holds what Lightning puts there (`state_dict`, optimiser, loops, data position) and beside it
+Such a file, or folder (grn/checkpoints/sharded.py), holds what Lightning puts there (`state_dict`, optimiser, loops,
+data position) and beside it
 
 - `config`: the resolved config of the run, plain containers;
 - `ema`: decay -> parameter name -> float32 tensor; `ema_use`: the decay to sample with;
@@ -21,6 +22,7 @@ from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.official_class_refiner import is_official_class_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
 from grn.checkpoints.reading import check_targets, read_untrusted
+from grn.checkpoints.sharded import is_sharded_checkpoint, read_sharded
 from grn.errors import UserError
 from grn.networks.pretrained import fetch, is_pretrained, read_config
 from grn.networks.tokenizer import HBQTokenizer
@@ -33,7 +35,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file as read: `path` (a file), `config` and the raw `contents`."""
+    """A checkpoint as read: its `path`, `config` and the raw `contents`."""
 
     path: Path
     config: DictConfig
@@ -74,31 +76,41 @@ class Checkpoint:
         return decay
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether something is there that may be one: a file, or the folder of a sharded one."""
+    return path.is_file() or is_sharded_checkpoint(path)
+
+
 def find_checkpoint(path: str | Path, *, key: str = "ckpt") -> Path:
-    """A checkpoint file, or the one to take of a run folder: `best` where there is one, else `last`.
+    """A checkpoint, or the one to take of a run folder: `best` where there is one, else `last`.
 
     Raises:
         UserError: neither is there; the line names `key`.
     """
     path = Path(path).expanduser()
-    if path.is_file():
-        return path
-    for name in ("best.ckpt", "last.ckpt"):
-        if (path / "checkpoints" / name).is_file():
-            return path / "checkpoints" / name
+    for place in (path, path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"):
+        if is_checkpoint(place):
+            return place
     what = f"no checkpoint in run folder {path}" if path.is_dir() else f"no such checkpoint or run folder: {path}"
     raise UserError(f"{key}: {what}; train one first, e.g. python -m grn.train +experiment=digits_c2i")
 
 
-def read_checkpoint(path: str | Path, *, key: str = "ckpt") -> Checkpoint:
+def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True) -> Checkpoint:
     """Reads one of our checkpoints onto the CPU; nothing in the file is executed.
+
+    Args:
+        weights: False for what wants to know the config alone: tensors are left out, or mapped from a single file.
 
     Raises:
         UserError: missing, damaged, or not a checkpoint of ours.
     """
     path = find_checkpoint(path, key=key)
-    contents = read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint")
-    known = isinstance(contents, dict) and {"state_dict", "config", "global_step"} <= contents.keys()
+    complaint = f"{key}: {path} cannot be read as a checkpoint"
+    if is_sharded_checkpoint(path):
+        contents = read_sharded(path, complaint, skip=("optimizer_states", *(() if weights else ("state_dict", "ema"))))
+    else:
+        contents = read_untrusted(path, complaint, mmap=not weights)
+    known = isinstance(contents, dict) and {"config", "global_step"} <= contents.keys()
     if is_official_class_refiner(contents):
         raise UserError(
             f"{key}: {path} is one of the authors' refiners: make it ours first, python -m grn.export ckpt={path} "

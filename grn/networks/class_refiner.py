@@ -1,6 +1,8 @@
 """The class-conditional refiner (DESIGN 1.4): a transformer that sees a corrupted token map, t and a class label."""
 
+import functools
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -105,28 +107,32 @@ class ClassRefiner(Pretrained, nn.Module):
         logits = self.head(x[:, -height * width :], condition)
         return logits.view(batch, frames, height, width, self.classes, self.channels).permute(0, 4, 5, 1, 2, 3).float()
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
         """(Re)initialises parameters and tables, also after `to_empty` on a module that was made on the meta device."""
+        for tensor, fill in self.initializers(generator):
+            fill(tensor)
+
+    def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
+        """Each parameter and table once, with what fills it, or another tensor of its shape, in place.
+
+        Somebody who keeps shards only can so have one whole parameter at a time; the draws are the same in this order.
+        """
+        normal = functools.partial(nn.init.normal_, std=0.02, generator=generator)
+        xavier = functools.partial(nn.init.xavier_uniform_, generator=generator)
+        time = self.time_embedding.first, self.time_embedding.second
+        # adaLN-zero: every block starts as the identity, the head at zero logits.
+        zero = {self.head.out, *(module.modulation for module in (*self.blocks, self.head))}
         for name, table in self._tables().items():
-            getattr(self, name).copy_(table)
+            yield getattr(self, name), functools.partial(Tensor.copy_, other=table)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                yield module.weight, nn.init.zeros_ if module in zero else normal if module in time else xavier
                 if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                    yield module.bias, nn.init.zeros_
             elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
-        nn.init.normal_(self.label_embedding.weight, std=0.02)
-        nn.init.normal_(self.context_position, std=0.02)
-        for layer in (self.time_embedding.first, self.time_embedding.second):
-            nn.init.normal_(layer.weight, std=0.02)
-        # adaLN-zero: every block starts as the identity, the head at zero logits.
-        for module in (*self.blocks, self.head):
-            nn.init.zeros_(module.modulation.weight)
-            nn.init.zeros_(module.modulation.bias)
-        nn.init.zeros_(self.head.out.weight)
-        nn.init.zeros_(self.head.out.bias)
+                yield module.weight, nn.init.ones_
+        yield self.label_embedding.weight, normal
+        yield self.context_position, normal
 
     def _tables(self) -> dict[str, Tensor]:
         """Fixed position tables; the context tokens are not rotated (cos 1, sin 0).

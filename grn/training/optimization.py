@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from grn.errors import UserError
@@ -51,7 +52,8 @@ def learning_rate_schedule(
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Clips to `max_norm` (None: only measures) and returns the norm before, a float32 scalar on the device."""
-    return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class FiniteLoss:

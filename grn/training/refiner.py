@@ -1,6 +1,7 @@
 """Training a refiner (DESIGN 1.3, 1.4): pixels -> tokens -> corrupted tokens -> the network tells the true ones."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from grn.networks.tokenizer import HBQTokenizer
 from grn.philox import Stream
 from grn.pixels import from_uint8, to_uint8
 from grn.sampler import Labels, Refined, Sampler, Step, refine
+from grn.training.fsdp import FSDP, gather_weights, release_weights
 from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
 
 VALIDATION_SEED = 0x5EED  # the corruption of held-out samples is the same at every validation and in every run
@@ -76,6 +78,7 @@ class RefinerModule(LightningModule):
         self.seed = seed
         self.finite_loss = FiniteLoss()
         self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
+        self.initial_weights: dict[str, Tensor] | None = None  # for `configure_model` to shard
         self.initial_averages: dict[str, dict[str, Tensor]] = {}  # decay -> state, for EMAs that start elsewhere
         self._accuracy: tuple[Tensor, Tensor] | None = None
         self._network_flop: int | None = None
@@ -96,6 +99,11 @@ class RefinerModule(LightningModule):
             tokens = torch.zeros(1, *self.token_shape, dtype=torch.long, device="meta")
             t, labels = torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
             self._network_flop = training_flop(self.network, lambda network: network(tokens, t, labels))
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDP):
+            self.trainer.strategy.shard(self.network, self.initial_weights, seed=self.seed)
+            self.initial_weights = None
 
     def flop_per_sample(self, batch: dict[str, Any]) -> int:
         """FLOP of training on one sample of such a batch: the network's, and the tokenizer's where it gets pixels."""
@@ -163,6 +171,12 @@ class RefinerModule(LightningModule):
                 logger.log_metrics(curves, self.global_step)
             self._accuracy = None
 
+    def on_validation_start(self) -> None:
+        gather_weights(self.network)  # of which callbacks have put the average in place
+
+    def on_validation_epoch_end(self) -> None:
+        release_weights(self.network)  # before they take it out again
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         tokens, labels = self.tokenize(batch), batch["label"]
         first = (batch_idx * self.trainer.world_size + self.global_rank) * len(labels)
@@ -202,16 +216,18 @@ class RefinerModule(LightningModule):
         callback: Callable[[Step], None] | None = None,
     ) -> Refined:
         """Samples tokens of the classes `labels` (int64 [B], on this module's device); see `grn.sampler.refine`."""
-        return refine(
-            lambda tokens, t, condition: self.network(tokens, t, condition.index),
-            Labels(labels, self.network.num_labels),
-            sampler or self.sampler,
-            shape=self.token_shape,
-            classes=self.network.classes,
-            seed=seed,
-            ids=ids,
-            callback=callback,
-        )
+        # Callbacks ask for samples outside of Lightning's steps, and so of the trainer's precision.
+        with self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext():
+            return refine(
+                lambda tokens, t, condition: self.network(tokens, t, condition.index),
+                Labels(labels, self.network.num_labels),
+                sampler or self.sampler,
+                shape=self.token_shape,
+                classes=self.network.classes,
+                seed=seed,
+                ids=ids,
+                callback=callback,
+            )
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

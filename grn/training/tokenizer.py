@@ -8,11 +8,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grn.errors import UserError
 from grn.flops import training_flop
 from grn.metrics.reconstruction import ReconstructionScores
 from grn.networks.discriminator import generator_loss, hinge_discriminator_loss
 from grn.networks.tokenizer import HBQTokenizer
 from grn.pixels import as_frames, from_uint8, to_uint8
+from grn.training.fsdp import FSDP
 from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
 
 
@@ -69,6 +71,8 @@ class TokenizerModule(LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, FSDP):
+            raise UserError("cluster=fsdp shards refiners; a tokenizer fits any GPU: train it with cluster=ddp")
         if isinstance(self.trainer.strategy, DDPStrategy):
             # Images leave the temporal convolutions without a gradient, and each backward pass is of one network alone.
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True

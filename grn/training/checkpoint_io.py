@@ -1,0 +1,30 @@
+"""How Lightning's strategies that keep the whole network on every rank read and write checkpoints."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from grn.checkpoints.reading import read_untrusted
+from grn.checkpoints.sharded import is_sharded_checkpoint, read_sharded
+from grn.files import write_atomically
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Single files that are whole or not there (Lightning's pass through $TMPDIR); reads what `FSDP` wrote, too."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        def write(temporary: Path) -> None:
+            torch.save(checkpoint, temporary)
+            if Path(path).is_dir():  # of a run that was sharded until now
+                os.replace(path, temporary.with_name("earlier"))
+
+        write_atomically(Path(path), write)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        complaint = f"ckpt_path: {path} cannot be read as a checkpoint"
+        if is_sharded_checkpoint(Path(path)):
+            return read_sharded(Path(path), complaint)
+        return read_untrusted(Path(path), complaint)
