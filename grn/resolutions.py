@@ -46,6 +46,11 @@ def resolution(template: float, budget: str, *, key: str = "data.pixels") -> tup
     return RESOLUTIONS[template][BUDGETS.index(budget)]
 
 
+def resolutions_at(budget: str, *, key: str = "data.pixels") -> dict[float, tuple[int, int]]:
+    """Each of `TEMPLATES` with its (height, width) in pixels; arguments and errors as of `resolution`."""
+    return {template: resolution(template, budget, key=key) for template in TEMPLATES}
+
+
 def rotary_span(template: float) -> tuple[int, int]:
     """(Uh, Uw): how many rotary positions the rows and columns of a template are spread over, whatever the budget."""
     width = math.sqrt(AREA / template)

@@ -3,7 +3,8 @@
 transformers takes seconds to import and is imported when an encoder is made.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,21 @@ class ByteT5(TextEncoder):
             dropout_rate=dropout,
             feed_forward_proj="gated-gelu",
         )
-        super().__init__(T5EncoderModel(config), tokenizer, max_length=max_length)
+        # The stack alone: T5EncoderModel has the embedding a second time, which sharding would take for another one.
+        super().__init__(T5EncoderModel(config).encoder, tokenizer, max_length=max_length)
+
+    def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
+        """Each parameter once, with what fills it or another tensor of its shape: T5's scheme, by fan-in."""
+        config = self.encoder.config
+        wide, inner = config.d_model**-0.5, config.d_ff**-0.5
+        queries, attended = wide * config.d_kv**-0.5, (config.num_heads * config.d_kv) ** -0.5
+        stds = {"q": queries, "o": attended, "wo": inner, "embed_tokens": 1.0}
+        for name, parameter in self.encoder.named_parameters():
+            if parameter.ndim == 1:
+                yield parameter, nn.init.ones_
+            else:
+                std = stds.get(name.split(".")[-2], wide)
+                yield parameter, functools.partial(nn.init.normal_, std=std, generator=generator)
 
 
 class PretrainedT5(TextEncoder):

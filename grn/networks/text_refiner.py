@@ -4,7 +4,8 @@ The same weights run in two forms. `forward` trains: samples of any sizes, packe
 `predict` samples: batches of one size, on keys and values of their texts that `text_cache` computes once.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,24 +217,28 @@ class TextRefiner(Pretrained, nn.Module):
             keys=tuple(map(padded, recorder.keys)), values=tuple(map(padded, recorder.values)), lengths=tuple(lengths)
         )
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
         """(Re)initialises all parameters, also after `to_empty` on a module that was made on the meta device."""
+        for tensor, fill in self.initializers(generator):
+            fill(tensor)
+
+    def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
+        """Each parameter once, with what fills it or another tensor of its shape, as `ClassRefiner.initializers`."""
+        normal = functools.partial(nn.init.normal_, std=0.02, generator=generator)
+        xavier = functools.partial(nn.init.xavier_uniform_, generator=generator)
+        # What all blocks add to the stream stays as large as the stream, however many they are.
+        gain = (2 * len(self.blocks)) ** -0.5
+        fills = dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal)
+        fills |= {self.head.out: nn.init.zeros_}
+        for block in self.blocks:
+            fills |= dict.fromkeys((block.attention.out, block.mlp.out), functools.partial(xavier, gain=gain))
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                yield module.weight, fills.get(module, xavier)
                 if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                    yield module.bias, nn.init.zeros_
             elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
-        for layer in (self.time_embedding.first, self.time_embedding.second):
-            nn.init.normal_(layer.weight, std=0.02)
-        # What all blocks add to the stream stays as large as the stream, however many they are.
-        for block in self.blocks:
-            for layer in (block.attention.out, block.mlp.out):
-                layer.weight.mul_((2 * len(self.blocks)) ** -0.5)
-        nn.init.zeros_(self.head.out.weight)
-        nn.init.zeros_(self.head.out.bias)
+                yield module.weight, nn.init.ones_
 
     def _run(self, x: Tensor, positions: Tensor, patterns: Iterable[Pattern]) -> Tensor:
         cos, sin = rotary_3d(positions, self.head_dim, device=x.device)

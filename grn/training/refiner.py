@@ -14,7 +14,7 @@ from grn.flops import forward_flop, training_flop
 from grn.networks.tokenizer import HBQTokenizer
 from grn.philox import Stream
 from grn.pixels import from_uint8, to_uint8
-from grn.sampler import Labels, Refined, Sampler, Step, refine
+from grn.sampler import Condition, Labels, Refined, Sampler, Step, refine
 from grn.training.fsdp import FSDP, gather_weights, release_weights
 from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
 
@@ -83,6 +83,11 @@ class RefinerModule(LightningModule):
         self._accuracy: tuple[Tensor, Tensor] | None = None
         self._network_flop: int | None = None
         self._encoding_flop: dict[torch.Size, int] = {}
+
+    @property
+    def num_labels(self) -> int:
+        """Among how many conditions samples are asked for, by number."""
+        return self.network.num_labels
 
     @property
     def token_shape(self) -> tuple[int, int, int, int]:
@@ -219,8 +224,8 @@ class RefinerModule(LightningModule):
         # Callbacks ask for samples outside of Lightning's steps, and so of the trainer's precision.
         with self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext():
             return refine(
-                lambda tokens, t, condition: self.network(tokens, t, condition.index),
-                Labels(labels, self.network.num_labels),
+                self.predict,
+                self.condition(labels),
                 sampler or self.sampler,
                 shape=self.token_shape,
                 classes=self.network.classes,
@@ -229,19 +234,34 @@ class RefinerModule(LightningModule):
                 callback=callback,
             )
 
+    def condition(self, labels: Tensor) -> Condition:
+        """What samples of the classes `labels`, int64 [B], are conditioned on."""
+        return Labels(labels, self.network.num_labels)
+
+    def predict(self, tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As `grn.sampler.refine` asks for it."""
+        return self.network(tokens, t, condition.index)
+
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """int64 tokens [B, D, T', h, w] -> uint8 pixels [B, 3, T, H, W]."""
         return to_uint8(self.tokenizer.detokenize(tokens, self.labeling))
 
-    # --- checkpoints: the frozen tokenizer is recorded beside the weights, not among them -----------------------------
+    # --- checkpoints: what is frozen is recorded beside the weights, not among them ----------------------------------
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        """The parts that checkpoints leave out, by name."""
+        return {"tokenizer": self.tokenizer}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check(self)
         checkpoint.update(self.checkpoint_extras)
+        frozen = self.frozen
         checkpoint["state_dict"] = {
-            name: tensor for name, tensor in checkpoint["state_dict"].items() if not name.startswith("tokenizer.")
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name.partition(".")[0] not in frozen
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] |= self.tokenizer.state_dict(prefix="tokenizer.")
+        for name, part in self.frozen.items():
+            checkpoint["state_dict"] |= part.state_dict(prefix=f"{name}.")
