@@ -217,7 +217,7 @@ class ResumableLoader(DataLoader):
             places = [None] * dist.get_world_size()
             dist.all_gather_object(places, self.dataset.places)
         # Of each stream, the rank that reads it is ahead of the others.
-        furthest = [list(max(of_ranks)) for of_ranks in zip(*places)]
+        furthest = [_plain(max(of_ranks)) for of_ranks in zip(*places)]
         data = self.dataset
         streams = [data.rank_streams, data.worker_streams]
         return {"batches": data.given, "shards": len(data.urls), "streams": streams, "places": furthest}
@@ -239,3 +239,8 @@ class ResumableLoader(DataLoader):
             )
         data.given = int(state["batches"])
         data.places = [data.place(place) for place in state["places"]]
+
+
+def _plain(place: Sequence[Any]) -> list[Any]:
+    """In lists and numbers alone, as checkpoints may hold them."""
+    return [_plain(part) if isinstance(part, tuple) else part for part in place]

@@ -126,7 +126,7 @@ class TextImageDataModule(ShardsDataModule):
     def __init__(
         self,
         *,
-        pixels: str | Mapping[str, float] | None,
+        pixels: str | Mapping[str, float] | None = None,
         resolutions: Sequence[Sequence[int]] | None = None,
         max_tokens: int,
         lookahead: int = 64,
