@@ -178,7 +178,7 @@ def _build_network(config: DictConfig, *, hollow: bool = False) -> nn.Module:
 
 
 def _trains_encoder(config: DictConfig) -> bool:
-    if not config.text_encoder:
+    if "_target_" not in config.text_encoder:
         raise UserError("text_encoder: a text refiner needs one, e.g. text_encoder=byt5_tiny")
     return issubclass(get_class(config.text_encoder._target_), ByteT5)
 
