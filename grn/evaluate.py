@@ -134,7 +134,7 @@ def _score_refiner(
             watch=watch,
         )
         if archive is not None:
-            archive.save(equal_labels(config.num, range(module.network.num_labels)))
+            archive.save(equal_labels(config.num, range(module.num_labels)))
     _pictures(shown, scores, datamodule, out)
     return metrics, {"num": config.num, "seed": config.seed, "sampler": repr(sampler)}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grn.data.folders import read_file
-from grn.data.samples import IMAGE_SUFFIXES, Skip, center_crop, decode_image, to_tensor
+from grn.data.samples import IMAGE_SUFFIXES, Skip, decode_image, resize_and_crop, to_tensor
 from grn.errors import UserError
 from grn.sampler import Start
 from grn.training import RefinerModule
@@ -40,12 +40,12 @@ def start_from_image(
     if strength is not None and not isinstance(strength, (int, float)):
         raise UserError(f"strength={strength} must be a number above 0 and at most 1")
     image = _read("init", init)
-    positions = module.network.size
+    positions, stride = module.token_shape[2:], module.tokenizer.stride
     try:
-        cropped = center_crop(image, positions * module.tokenizer.stride)
+        cropped = resize_and_crop(image, *(side * stride for side in positions))
     except Skip as skip:
         raise UserError(f"init={init}: {skip}") from None
-    tokens = module.tokenize({"pixels": to_tensor(cropped)[None].to(module.device)})
+    tokens = torch.stack(list(module.tokenize({"pixels": to_tensor(cropped)[None].to(module.device)})))
     if mask is None:
         return Start(tokens, STRENGTH if strength is None else strength)
     masked = _read("mask", mask)
@@ -58,17 +58,19 @@ def start_from_image(
     return Start(tokens, 1.0 if strength is None else strength, redraw)
 
 
-def positions_to_redraw(mask: Image.Image, size: int) -> Tensor:
-    """The positions of a `size` squared map whose pixels, in the centre square, are white anywhere.
+def positions_to_redraw(mask: Image.Image, positions: tuple[int, int]) -> Tensor:
+    """The positions of a map of (rows, columns) whose pixels, in the centre of its shape, are white anywhere.
 
     Returns:
-        bool [1, 1, 1, size, size].
+        bool [1, 1, 1, rows, columns].
     """
-    side = min(mask.size)
-    left, top = (mask.width - side) // 2, (mask.height - side) // 2
-    white = np.asarray(mask.convert("L").crop((left, top, left + side, top + side))) >= 128
-    # Its windows cover every pixel, also of sides that are no multiple of `size`.
-    return F.adaptive_max_pool2d(torch.from_numpy(white).float()[None, None], size)[:, :, None] > 0
+    rows, columns = positions
+    side = min(mask.height / rows, mask.width / columns)
+    width, height = max(1, round(columns * side)), max(1, round(rows * side))
+    left, top = (mask.width - width) // 2, (mask.height - height) // 2
+    white = np.asarray(mask.convert("L").crop((left, top, left + width, top + height))) >= 128
+    # Its windows cover every pixel, also of sides that are no multiple of the map's.
+    return F.adaptive_max_pool2d(torch.from_numpy(white).float()[None, None], positions)[:, :, None] > 0
 
 
 def _read(key: str, path: str | Path) -> Image.Image:

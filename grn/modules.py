@@ -3,23 +3,28 @@
 from typing import Any
 
 import torch
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_class, get_method, instantiate
 from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from grn.checkpoints.exported import is_exported_refiner, load_exported_refiner
 from grn.checkpoints.mapping import check_state, load_strict
 from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, read_checkpoint, restore_tokenizer
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
+from grn.checkpoints.official_text_refiner import load_official_text_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
+from grn.data.text_images import TextImageDataModule
 from grn.data.tokens import TokenShardsDataModule
 from grn.errors import UserError
+from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.pretrained import is_pretrained
+from grn.networks.text_encoder import ByteT5
+from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.sampler import Sampler
-from grn.training import RefinerModule
+from grn.training import RefinerModule, TextRefinerModule
 
 
 def module_from_config(config: DictConfig, *, hollow: bool = False) -> LightningModule:
@@ -31,16 +36,18 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> Lightning
         hollow: leaves the network on the meta device, for a strategy to shard and to fill with the module's
             `initial_weights`, those of `model.weights`.
     """
-    with torch.device("meta" if hollow else "cpu"):
-        network, state, averages = build_network(config.model), None, {}
+    network, state, averages = _build_network(config, hollow=hollow), None, {}
     if weights := config.model.get("weights"):
-        state, averages = _initial_weights(network, weights)
+        loaded = network.refiner if isinstance(network, CaptionedRefiner) else network
+        state, averages = _initial_weights(loaded, weights)
         for initial in (state, *averages.values()):
-            check_state(network, initial, source=str(weights))
-    if state is not None and not hollow:
-        load_strict(network, state, source=str(weights))
-    elif hasattr(network, "initializers") and not hollow:
+            check_state(loaded, initial, source=str(weights))
+    if hasattr(network, "initializers") and not hollow:
         network.init_weights(torch.Generator().manual_seed(config.seed))  # as a strategy that shards it does
+    if state is not None and not hollow:
+        load_strict(loaded, state, source=str(weights))
+    elif state is not None and loaded is not network:
+        state = _with_first_encoder(state, config)
     plain = OmegaConf.to_container(config, resolve=True)
     if config.tokenizer.ckpt is None:
         return _module(plain, network)
@@ -58,7 +65,7 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> Lightning
 
 def module_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = None) -> LightningModule:
     """The module of a checkpoint in evaluation mode; `ema` as in `Checkpoint.weights`."""
-    network = build_network(checkpoint.config.model)
+    network = _build_network(checkpoint.config)
     load_strict(network, checkpoint.weights(ema), source=str(checkpoint.path))
     plain = OmegaConf.to_container(checkpoint.config)
     if checkpoint.kind == "tokenizer":
@@ -82,7 +89,7 @@ def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerM
     """
     if not is_exported_refiner(ckpt):
         checkpoint = read_checkpoint(ckpt)
-        if checkpoint.kind != "refiner":
+        if checkpoint.kind == "tokenizer":
             raise UserError(f"ckpt: {checkpoint.path} is a {checkpoint.kind}; only refiners are sampled")
         module = module_from_checkpoint(checkpoint, ema=ema)
         return module, {"ckpt": str(checkpoint.path), "step": checkpoint.step}
@@ -97,9 +104,24 @@ def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerM
 
 
 def check_fits(module: LightningModule, datamodule: LightningDataModule) -> None:
-    """Raises:
-    UserError: token shards where pixels are needed, of another tokenizer, or of another size or labels than the model.
+    """Also tells data that are packed how.
+
+    Raises:
+        UserError: token shards where pixels are needed, of another tokenizer, or of another size or labels than the
+            model; packs for something else than a text refiner, or sizes that do not fit the tokenizer.
     """
+    parts = list(getattr(datamodule, "parts", {"": datamodule}).values())
+    if isinstance(module, TextRefinerModule):
+        if odd := [part.name for part in parts if not isinstance(part, TextImageDataModule)]:
+            raise UserError(f"data={odd[0]}: a text refiner trains from captioned images, e.g. data=text_image")
+        for part in parts:
+            part.packed_by(module.packed_tokens)
+        return
+    if any(isinstance(part, TextImageDataModule) for part in parts):
+        raise UserError(
+            f"data={datamodule.name}: packs are for text refiners; others train on images of one size, e.g. "
+            "data=imagenet data.num_labels=null data.root=..."
+        )
     if not isinstance(datamodule, TokenShardsDataModule):
         return
     if not isinstance(module, RefinerModule):
@@ -146,14 +168,45 @@ def _filled(values: dict[str, Any], fallback: dict[str, Any] | None = None) -> d
     return {key: value for key, value in merged.items() if value is not None}
 
 
+def _build_network(config: DictConfig, *, hollow: bool = False) -> nn.Module:
+    """The network of a training config, without weights; of a text refiner with its encoder, if that is trained."""
+    with torch.device("meta" if hollow else "cpu"):
+        network = build_network(config.model)
+        if not isinstance(network, TextRefiner):
+            return network
+        return CaptionedRefiner(network, instantiate(config.text_encoder) if _trains_encoder(config) else None)
+
+
+def _trains_encoder(config: DictConfig) -> bool:
+    if "_target_" not in config.text_encoder:
+        raise UserError("text_encoder: a text refiner needs one, e.g. text_encoder=byt5_tiny")
+    return issubclass(get_class(config.text_encoder._target_), ByteT5)
+
+
+def _with_first_encoder(state: dict[str, Tensor], config: DictConfig) -> dict[str, Tensor]:
+    """The weights of a refiner as those of a `CaptionedRefiner`, whose encoder starts as it would without them."""
+    state = {f"refiner.{name}": tensor for name, tensor in state.items()}
+    if _trains_encoder(config):
+        encoder: ByteT5 = instantiate(config.text_encoder)
+        generator = torch.Generator().manual_seed(config.seed)
+        with torch.no_grad():
+            for tensor, fill in encoder.initializers(generator):
+                fill(tensor)
+        state |= encoder.state_dict(prefix="encoder.")
+    return state
+
+
 def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record: Any = None) -> LightningModule:
-    """Instantiates `training`, and has every checkpoint of it carry the config and the tokenizer's record."""
+    """Instantiates `training` and a frozen text encoder, and has every checkpoint carry the config, which is all the
+    record of that encoder, and the tokenizer's record."""
     settings = dict(config["training"])
     if tokenizer is None:
         weights = {"discriminator": settings["gan_weight"], "perceptual": settings["perceptual_weight"]}
         settings |= {part: None for part, weight in weights.items() if weight == 0}  # nothing to build or download
         module = instantiate(settings, network=network)
     else:
+        if isinstance(network, CaptionedRefiner) and network.encoder is None:
+            settings["text_encoder"] = instantiate(config["text_encoder"])
         module = get_method(settings.pop("_target_"))(
             network=network, tokenizer=tokenizer, sampler=build_sampler(config["sampler"]), **settings
         )
@@ -165,10 +218,12 @@ def _initial_weights(network: Any, path: str) -> tuple[dict[str, Tensor], dict[s
     """(Weights to start from, their averages by decay where the file has any)."""
     if isinstance(network, ClassRefiner) and is_exported_refiner(path):
         return ClassRefiner.from_pretrained(path, subfolder="refiner").state_dict(), {}
-    if isinstance(network, (HBQTokenizer, ClassRefiner)) and is_pretrained(path):
+    if isinstance(network, (HBQTokenizer, ClassRefiner, TextRefiner)) and is_pretrained(path):
         return type(network).from_pretrained(path).state_dict(), {}
     if isinstance(network, HBQTokenizer):
         return load_official_tokenizer(path), {}
+    if isinstance(network, TextRefiner):
+        return load_official_text_refiner(path), {}
     if isinstance(network, ClassRefiner):
         loaded = load_official_class_refiner(path)
         return loaded["model"], loaded["ema"]

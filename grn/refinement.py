@@ -1,5 +1,7 @@
 """The refiner's task (DESIGN 1.3): tell the true tokens from a map in which only a share t of them is true."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,6 +51,21 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 def token_accuracy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Share of tokens whose most likely class is the true one, for each sample: float32 [B]."""
     return (logits.argmax(dim=1) == tokens).flatten(1).float().mean(dim=1)
+
+
+def per_sample(logits: Sequence[Tensor], tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(Mean cross-entropy, accuracy) of samples of any sizes, float32 [S] each; as `token_loss` and `token_accuracy`.
+
+    Args:
+        logits: S times [classes, D, ...].
+        tokens: S times int64 [D, ...].
+    """
+    flat = torch.cat([sample.float().flatten(1) for sample in logits], dim=1)[None]
+    target = torch.cat([sample.flatten() for sample in tokens])[None]
+    losses = F.cross_entropy(flat, target, reduction="none")[0]
+    right = (flat.detach().argmax(dim=1) == target)[0].float()
+    counts = [sample.numel() for sample in tokens]
+    return tuple(torch.stack([own.mean() for own in values.split(counts)]) for values in (losses, right))
 
 
 def bin_by_signal_ratio(values: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from grn.files import write_json, write_text
 PACKAGES = ("grn", "torch", "lightning", "hydra-core", "webdataset", "torch-fidelity", "wandb", "numpy")
 
 # What the order of training is a function of, beside the shards and the seed.
-DATA_ORDER = ("batch_size", "rank_streams", "worker_streams", "shuffle_buffer")
+DATA_ORDER = ("batch_size", "rank_streams", "worker_streams", "shuffle_buffer", "lookahead")
 
 
 def record(folder: Path, config: DictConfig) -> None:
@@ -75,7 +75,7 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
 def _same_keys(config: DictConfig, trained: DictConfig) -> Iterable[str]:
     models = {*config.model, *trained.model} - {"weights"}
     yield from (f"model.{key}" for key in sorted(models))
-    yield from ("training._target_", "training.labeling", "training.discriminator", "seed")
+    yield from ("text_encoder._target_", "training._target_", "training.labeling", "training.discriminator", "seed")
     parts = [f"data.parts.{part}" for part in config.data.get("parts", {})]
     yield from (f"{data}.{key}" for data in ("data", *parts) for key in DATA_ORDER)
 

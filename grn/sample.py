@@ -1,7 +1,11 @@
-"""python -m grn.sample ckpt=runs/digits_c2i labels=[3,7] num=16: pictures from a trained refiner (conf/sample.yaml)."""
+"""python -m grn.sample ckpt=runs/digits_c2i labels=[3,7] num=16: pictures from a trained refiner (conf/sample.yaml).
+
+Of a text refiner: python -m grn.sample ckpt=runs/digits_t2i prompts=["a three left of an eight"].
+"""
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +20,12 @@ from grn.files import write_json
 from grn.generation import best_device, equal_labels, generate
 from grn.initial_image import start_from_image
 from grn.modules import build_sampler, load_refiner
+from grn.training import TextRefinerModule
 
 log = logging.getLogger(__name__)
+
+TEXT_KEYS = ("prompts", "negative_prompt", "height", "width")
+MAX_PROMPTS_BYTES = 16 * 2**20
 
 
 @entry_point("sample")
@@ -32,7 +40,12 @@ def sample(config: DictConfig) -> Path:
     sampler = build_sampler(config.sampler, module.sampler)
     device = best_device(config.device)
     module = module.to(device)
-    labels = _labels(config, module.network.num_labels)
+    if isinstance(module, TextRefinerModule):
+        labels = _ask(config, module)
+    elif odd := next((key for key in TEXT_KEYS if config[key] is not None), None):
+        raise UserError(f"{odd} is for text refiners, {config.ckpt} is one of classes: give labels=[0,1,...] instead")
+    else:
+        labels = _labels(config, module.num_labels)
     start = start_from_image(module, config.init, strength=config.strength, mask=config.mask)
 
     started, batches = time.perf_counter(), []
@@ -74,6 +87,7 @@ def sample(config: DictConfig) -> Path:
             "seed": config.seed,
             "seconds": round(seconds, 2),
             "labels": labels.tolist(),
+            "prompts": [module.prompts[label] for label in labels] if isinstance(module, TextRefinerModule) else None,
             "init": config.init,
             "mask": config.mask,
             "strength": None if start is None else start.strength,
@@ -84,6 +98,48 @@ def sample(config: DictConfig) -> Path:
     )
     log.info("%d samples in %.1f s: %s", len(labels), seconds, out)
     return out
+
+
+def _ask(config: DictConfig, module: TextRefinerModule) -> torch.Tensor:
+    """Has the module sample as `config` asks; the numbers of the prompts, which take turns."""
+    if config.labels is not None:
+        raise UserError(f"labels={config.labels}: {config.ckpt} takes texts, prompts=[...] or prompts=file.txt")
+    if config.prompts is not None:
+        module.prompts = read_prompts(config.prompts)
+    if config.negative_prompt is not None:
+        module.negative_prompt = str(config.negative_prompt)
+    module.size = tuple(
+        own if asked is None else asked for asked, own in zip((config.height, config.width), module.size)
+    )
+    _ = module.token_shape  # whether the size will do
+    if config.num < 1:
+        raise UserError(f"num={config.num}: at least one sample")
+    return equal_labels(config.num, range(module.num_labels))
+
+
+def read_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as given, or those of a UTF-8 text file, one a line.
+
+    Raises:
+        UserError: no such file, not of text, too large, or no prompt at all.
+    """
+    if not isinstance(prompts, str):
+        found = [str(prompt) for prompt in prompts]
+    else:
+        path = Path(prompts).expanduser()
+        try:
+            with path.open("rb") as file:
+                data = file.read(MAX_PROMPTS_BYTES + 1)
+            found = [line.strip() for line in data.decode("utf-8").splitlines() if line.strip()]
+        except OSError:
+            raise UserError(f"prompts: no file {path}; prompts themselves are given as a list: prompts=[...]") from None
+        except UnicodeDecodeError:
+            raise UserError(f"prompts: {path} is no UTF-8 text") from None
+        if len(data) > MAX_PROMPTS_BYTES:
+            raise UserError(f"prompts: {path} has more than {MAX_PROMPTS_BYTES // 2**20} MiB")
+    if not found:
+        raise UserError(f"prompts={prompts}: at least one")
+    return found
 
 
 def _labels(config: DictConfig, num_labels: int) -> torch.Tensor:

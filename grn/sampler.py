@@ -189,6 +189,11 @@ class Start:
     def __post_init__(self):
         _check(0 < self.strength <= 1, "strength", "above 0 and at most 1", self.strength)
 
+    def select(self, rows: Tensor) -> "Start":
+        """Some of the B maps, by int64 on the CPU."""
+        redraw = None if self.redraw is None else _rows(self.redraw, rows)
+        return Start(_rows(self.tokens, rows), self.strength, redraw)
+
     def expand(self, number: int) -> "Start":
         """The one map of B = 1 for each of `number` samples."""
         redraw = None if self.redraw is None else self.redraw.expand(number, -1, -1, -1, -1)

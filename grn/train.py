@@ -28,6 +28,7 @@ TERMINATED = 128 + signal.SIGTERM  # the exit status, as a shell has it
 
 KEYS = [
     "model",
+    "text_encoder",
     "tokenizer",
     "training",
     "data",

@@ -634,3 +634,96 @@ def test_help_says_what_to_type(workspace, verb):
     assert f"python -m grn.{verb}" in done.stdout
     assert "data" in done.stdout
     assert succeed(workspace, verb, "--cfg job").stdout.strip()
+
+
+TEXT = "+experiment=digits_t2i model.depth=2 model.width=32 model.heads=2 model.mlp_ratio=8 text_encoder.depth=1"
+TEXT += " trainer.max_steps=6 trainer.val_check_interval=3 trainer.log_every_n_steps=1 training.warmup_steps=2"
+TEXT += " callbacks.last.every_n_train_steps=3 callbacks.scores.num=100 callbacks.grid.num=10 data.max_tokens=1024"
+TEXT += " sampler.schedule.max_steps=13 logger=csv"
+
+
+@pytest.fixture(scope="module")
+def captioned(workspace):
+    """In the workspace: prepared pairs of digits, and a text refiner that was trained for six steps."""
+    succeed(workspace, "prepare", "data=digits_t2i")
+    succeed(workspace, "train", TEXT)
+    return workspace
+
+
+def test_a_text_refiner_trains_on_full_packs(captioned):
+    run = captioned / "runs" / "digits_t2i"
+    with open(run / "csv" / "version_0" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    packing = [float(row["train/packing"]) for row in rows if row["train/packing"]]
+    assert len(packing) == 6
+    assert sum(packing) / 6 >= 0.95
+    last = next(row for row in rows if row["eval/pair_accuracy"])
+    assert all(last[f"eval/pair_accuracy_{apart}"] for apart in ("shown", "heldout"))
+    assert float(last["eval/judge_heldout_accuracy"]) > 0.95
+    names = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {".".join(name.split(".")[:2]) for name in names} == {"network.refiner", "network.encoder"}
+    assert (run / "pictures" / "samples-step0000006.png").is_file()
+    assert (run / "pictures" / "refinement.gif").is_file()
+
+
+def test_a_text_refiner_goes_on_with_the_same_bits(captioned):
+    command = TEXT + " scores=none trainer.max_steps=40 trainer.val_check_interval=40 name="
+    succeed(captioned, "train", command + "whole_text")
+    broken_off(captioned, command, "killed_text", lambda pid: os.kill(pid, signal.SIGKILL))
+    assert 0 < checkpoint(captioned, "killed_text")["global_step"] < 40
+    succeed(captioned, "train", command + "killed_text ckpt_path=last")
+    assert_same_bits(checkpoint(captioned, "whole_text"), checkpoint(captioned, "killed_text"))
+
+
+def test_a_text_refiner_is_asked_by_prompts(captioned, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a three left of an eight\n\na handwritten seven\n")
+    arguments = "ckpt=runs/digits_t2i num=3 film=false"
+    succeed(captioned, "sample", f"{arguments} prompts={tmp_path}/prompts.txt out={tmp_path}/file")
+    done = subprocess.run(
+        [sys.executable, "-m", "grn.sample", *arguments.split(), f"out={tmp_path}/list", "height=32", "width=64",
+         "prompts=[a three left of an eight, a handwritten seven]"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, cwd=captioned, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "list" / "samples.json").read_text())
+    assert said["prompts"] == ["a three left of an eight", "a handwritten seven", "a three left of an eight"]
+    pictures = [(tmp_path / name / "samples.png").read_bytes() for name in ("file", "list")]
+    assert pictures[0] == pictures[1]
+    succeed(captioned, "evaluate", "ckpt=runs/digits_t2i num=100")
+    metrics = json.loads((captioned / "runs" / "digits_t2i" / "evaluation" / "metrics.json").read_text())["metrics"]
+    assert {"pair_accuracy", "pair_accuracy_heldout", "left_accuracy", "steps_mean"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("ranks", ["ddp", "fsdp"])
+def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
+    command = TEXT + " data.batch_size=2 data.rank_streams=2 callbacks.scores.num=100 name="
+    succeed(captioned, "train", f"{command}text_{ranks}_one scores=none")
+    succeed(captioned, "train", f"{command}text_{ranks}" + (TWO_RANKS if ranks == "ddp" else TWO_SHARDS))
+    whole, found = checkpoint(captioned, f"text_{ranks}_one"), checkpoint(captioned, f"text_{ranks}")
+    for key, weight in whole["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][key], weight, rtol=0, atol=1e-4)
+    data = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (whole, found)]
+    assert list(differences(*data)) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "expected"),
+    [
+        ("sample", "ckpt=runs/digits_t2i prompts=/nowhere.txt out=o", "prompts: no file /nowhere.txt"),
+        ("sample", "ckpt=runs/digits_t2i prompts=[] out=o", "at least one"),
+        ("sample", "ckpt=runs/digits_t2i labels=[1] out=o", "takes texts"),
+        ("sample", "ckpt=runs/digits_t2i width=30 out=o", "multiples of the tokenizer's stride 4"),
+        ("sample", "ckpt=runs/digits_c2i prompts=[a] out=o", "give labels="),
+        ("train", TEXT + " name=x text_encoder=none", "text_encoder=byt5_tiny"),
+        ("train", TEXT + " name=x model.text_width=64", "model.text_width=64 does not fit"),
+        ("train", "+experiment=digits_t2i name=x logger=none data=digits", "trains from captioned images"),
+        ("train", TEXT + " name=x data.max_tokens=100", "data.max_tokens=100 holds no image of 32x64"),
+        ("train", TEXT + " name=x prompt_list=none", "training.prompts is empty"),
+        ("train", REFINER + " name=x data=digits_t2i", "packs are for text refiners"),
+        ("train", TEXT + " ckpt_path=last data.lookahead=8", "data.lookahead=64"),
+        ("encode", "ckpt=runs/digits_tokenizer data=digits_t2i", "only pixels are encoded"),
+        ("export", "ckpt=runs/digits_t2i", "not a tokenizer"),
+    ],
+)
+def test_mistakes_with_texts_take_one_line(captioned, monkeypatch, verb, arguments, expected):
+    assert expected in mistaken(captioned, monkeypatch, verb, arguments)

@@ -47,12 +47,12 @@ def test_a_token_is_redrawn_where_any_pixel_is_white(module, picture, tmp_path):
     assert start.strength == 1.0
     assert start.redraw.shape == (1, 1, 1, 4, 4)
     assert start.redraw[0, 0, 0].nonzero().tolist() == [[2, 1], [3, 1]]
-    assert not positions_to_redraw(Image.new("RGB", (54, 40)), 4).any()
-    assert positions_to_redraw(Image.new("RGB", (3, 3), "white"), 4).all()
+    assert not positions_to_redraw(Image.new("RGB", (54, 40)), (4, 4)).any()
+    assert positions_to_redraw(Image.new("RGB", (3, 3), "white"), (4, 4)).all()
     for x in range(40):  # no pixel of an odd size is lost
         lone = Image.new("L", (41, 41))
         lone.putpixel((x, 40 - x), 255)
-        assert positions_to_redraw(lone, 4).any()
+        assert positions_to_redraw(lone, (4, 4)).any()
 
 
 def test_samples_from_an_image(module, picture, tmp_path):

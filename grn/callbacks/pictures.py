@@ -29,10 +29,10 @@ class SampleGrid(Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        labels = equal_labels(self.num, range(pl_module.network.num_labels)).to(pl_module.device)
+        labels = equal_labels(self.num, range(pl_module.num_labels)).to(pl_module.device)
         ids = torch.arange(self.num, device=pl_module.device)
         images = pl_module.decode(pl_module.generate(labels, seed=self.seed, ids=ids).tokens)[:, :, 0]
-        columns = pl_module.network.num_labels if self.num % pl_module.network.num_labels == 0 else None
+        columns = pl_module.num_labels if self.num % pl_module.num_labels == 0 else None
         picture = pictures.grid(images, columns, pictures.scale_for(images.shape[-1]))
         pictures.save(picture, self.folder / f"samples-step{trainer.global_step:07d}.png")
         _log_image(trainer, "sample/grid", picture)
@@ -77,7 +77,7 @@ class RefinementFilm(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_last_validation(trainer):
             return
-        num = min(16, pl_module.network.num_labels)
+        num = min(16, pl_module.num_labels)
         labels = torch.arange(num, device=pl_module.device)
         recorder = pictures.FilmRecorder()
         pl_module.generate(labels, seed=self.seed, ids=torch.arange(num, device=pl_module.device), callback=recorder)

@@ -29,6 +29,7 @@ from grn.networks.tokenizer import HBQTokenizer
 
 KINDS = {
     "grn.training.RefinerModule": "refiner",
+    "grn.training.TextRefinerModule": "text refiner",
     "grn.training.TokenizerModule": "tokenizer",
 }
 
@@ -43,7 +44,7 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """`refiner` or `tokenizer`."""
+        """`refiner` (of classes), `text refiner` or `tokenizer`."""
         return KINDS[self.config.training._target_]
 
     @property
@@ -122,7 +123,7 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True
             f"{key}: {path} is not a checkpoint of GRN; with one of the authors' tokenizers give "
             "tokenizer=official_image or tokenizer=official_joint, too"
         )
-    parts = ("model", "training", "data", "sampler", "scores")
+    parts = ("model", "text_encoder", "training", "data", "sampler", "scores")
     built = [contents["config"].get(part) for part in parts] + [(contents.get("tokenizer") or {}).get("model")]
     check_targets(built, f"{key}: {path} is not to be trusted")
     config = OmegaConf.create(contents["config"])

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -96,6 +97,8 @@ class ShardsDataModule(LightningDataModule):
     def decoder(self, *, training: bool) -> Callable[[dict, int], dict]:
         """(raw sample, number of the pass) -> sample, for `ShardDataset`; with random augmentation where `training`."""
 
+    collate = staticmethod(collate)  # samples -> batch
+
     def setup(self, stage: str | None = None) -> None:
         """Checks that the shards are there, before any worker starts."""
         for split in SPLITS if stage in (None, "fit") else SPLITS[1:]:
@@ -176,20 +179,22 @@ class ShardsDataModule(LightningDataModule):
         return dict(sum((Counter(dataset.skipped()) for dataset in self._datasets.values()), Counter()))
 
     def _global_batches(self) -> GlobalBatches:
-        _ = self.rank_batch_size
         return GlobalBatches(
-            self.urls("train"),
-            self.decoder(training=True),
-            collate=collate,
-            batch_size=self.batch_size,
-            rank_streams=self.rank_streams,
-            worker_streams=self.worker_streams,
-            shuffle_buffer=self.shuffle_buffer,
-            seed=self.seed,
-            length=self._train_length(),
-            num_workers=self.num_workers,
-            key=self.key,
+            self.urls("train"), self.decoder(training=True), collate=self.collate, **self._order_arguments()
         )
+
+    def _order_arguments(self) -> dict[str, Any]:
+        _ = self.rank_batch_size
+        return {
+            "batch_size": self.batch_size,
+            "rank_streams": self.rank_streams,
+            "worker_streams": self.worker_streams,
+            "shuffle_buffer": self.shuffle_buffer,
+            "seed": self.seed,
+            "length": self._train_length(),
+            "num_workers": self.num_workers,
+            "key": self.key,
+        }
 
     def _stream(self, split: str, **arguments) -> ShardStream:
         decoder = self.decoder(training=False)
@@ -201,7 +206,7 @@ class ShardsDataModule(LightningDataModule):
             stream,
             batch_size=self.eval_batch_size or self.rank_batch_size,
             num_workers=self.num_workers,
-            collate_fn=collate,
+            collate_fn=self.collate,
             **self._loader_arguments(),
             **arguments,
         )

@@ -46,13 +46,9 @@ class DigitsSource:
             UserError: a key is out of range, or `root` holds something else.
         """
         digits, labels = load_digits(return_X_y=True)
-        if not len(LABEL_NAMES) <= self.heldout <= len(digits) - len(LABEL_NAMES):
-            raise UserError(f"source.heldout={self.heldout} must leave every digit in both splits: give 10 to 1787")
+        train, heldout = split_digits(labels, self.heldout, self.seed)
         if not 8 <= self.image_size <= 1024:
             raise UserError(f"source.image_size={self.image_size} must lie in 8 to 1024")
-        train, heldout = train_test_split(
-            np.arange(len(digits)), test_size=self.heldout, random_state=self.seed, stratify=labels
-        )
         shards = {}
         for split, indices, number in ("train", train, self.train_shards), ("heldout", heldout, self.heldout_shards):
             if not 1 <= number <= len(indices):
@@ -83,6 +79,17 @@ class DigitsSource:
             rank=rank,
             world_size=world_size,
         )
+
+
+def split_digits(labels: np.ndarray, heldout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the training digits and of the held-out ones, each label in proportion.
+
+    Raises:
+        UserError: a split would lack a digit.
+    """
+    if not len(LABEL_NAMES) <= heldout <= len(labels) - len(LABEL_NAMES):
+        raise UserError(f"source.heldout={heldout} must leave every digit in both splits: give 10 to 1787")
+    return train_test_split(np.arange(len(labels)), test_size=heldout, random_state=seed, stratify=labels)
 
 
 def render(digit: np.ndarray, size: int) -> bytes:

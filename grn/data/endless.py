@@ -82,7 +82,7 @@ class GlobalBatches(ShardDataset):
         self.key = key
         self.rank, self.world_size = rank_and_world_size()
         self.given = 0  # global batches
-        self.places = [Place()] * (rank_streams * worker_streams)
+        self.places = [self.place()] * (rank_streams * worker_streams)
         self._check()
 
     def __len__(self) -> int:
@@ -90,7 +90,12 @@ class GlobalBatches(ShardDataset):
             raise TypeError("batches without `length` have no len()")
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[Any, dict[int, Place]]]:
+    @staticmethod
+    def place(saved: Sequence[int] = ()) -> Place:
+        """A place as a state has it: a list of numbers; () is the beginning."""
+        return Place(*map(int, saved))
+
+    def __iter__(self) -> Iterator[tuple[Any, dict[int, Any]]]:
         """Batches from the `given`-th on, each with the new places of the streams that it came from."""
         worker_id, workers = worker_and_workers()
         streams: dict[int, Iterator[tuple[dict, Place]]] = {}
@@ -106,15 +111,28 @@ class GlobalBatches(ShardDataset):
                 samples.append(sample)
             yield self.collate(samples), places
 
-    def _stream(self, stream: int) -> Iterator[tuple[dict, Place]]:
-        """Usable samples of pass after pass, each with the place after it."""
-        place, fruitless = self.places[stream], 0
+    def _stream(self, stream: int) -> Iterator[tuple[Any, Any]]:
+        """What a global batch takes one of from this stream, again and again, each with the place after it."""
+        for sample, after in self._samples(stream, self.places[stream]):
+            if sample is not None:
+                yield sample, after
+
+    def _samples(
+        self, stream: int, place: Place, wanted: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[tuple[dict | None, Place]]:
+        """The samples of pass after pass from a place on, each with the place after it; None: not usable.
+
+        Args:
+            wanted: of the number of a sample, from 0 on: whether to decode it at all; None stands for those not wanted.
+        """
+        fruitless, numbers = 0, count()
         while True:
             usable = place > Place(place.pass_number)
             for raw, after in self._pass(stream, place):
-                if (sample := self.decoded(raw, place.pass_number)) is not None:
-                    usable = True
-                    yield sample, after
+                decode = wanted(next(numbers))
+                sample = self.decoded(raw, place.pass_number) if decode else None
+                usable = usable or not decode or sample is not None
+                yield sample, after
             fruitless = 0 if usable else fruitless + len(self._shards(stream, place.pass_number))
             if fruitless >= FRUITLESS_SHARDS:
                 counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped().items())
@@ -184,7 +202,7 @@ class ResumableLoader(DataLoader):
         """From the loader's place on, also where it was iterated before."""
         return self._counted(super().__iter__())
 
-    def _counted(self, batches: Iterator[tuple[Any, dict[int, Place]]]) -> Iterator[Any]:
+    def _counted(self, batches: Iterator[tuple[Any, dict[int, Any]]]) -> Iterator[Any]:
         for batch, places in batches:
             # Before the yield: whoever asks for the state does so while this generator rests there.
             self.dataset.given += 1
@@ -199,7 +217,7 @@ class ResumableLoader(DataLoader):
             places = [None] * dist.get_world_size()
             dist.all_gather_object(places, self.dataset.places)
         # Of each stream, the rank that reads it is ahead of the others.
-        furthest = [list(max(of_ranks)) for of_ranks in zip(*places)]
+        furthest = [_plain(max(of_ranks)) for of_ranks in zip(*places)]
         data = self.dataset
         streams = [data.rank_streams, data.worker_streams]
         return {"batches": data.given, "shards": len(data.urls), "streams": streams, "places": furthest}
@@ -220,4 +238,9 @@ class ResumableLoader(DataLoader):
                 f"the checkpoint's place in the data is of {saved}; this run has {own}: go on with the same"
             )
         data.given = int(state["batches"])
-        data.places = [Place(*map(int, place)) for place in state["places"]]
+        data.places = [data.place(place) for place in state["places"]]
+
+
+def _plain(place: Sequence[Any]) -> list[Any]:
+    """In lists and numbers alone, as checkpoints may hold them."""
+    return [_plain(part) if isinstance(part, tuple) else part for part in place]

@@ -4,7 +4,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -34,6 +34,8 @@ class Reason(Enum):
     TOO_MANY_PIXELS = "too many pixels"
     IMAGE_SIZE = "image of another size"
     TOO_SMALL = "image too small"
+    TOO_NARROW = "image too long or too tall"
+    TOO_MANY_TOKENS = "more tokens than a pack has"
     NO_VIDEO = "no video"
     UNDECODABLE_VIDEO = "video cannot be decoded"
     CUT_SHORT = "video ends before its index does"
@@ -170,6 +172,29 @@ def read_caption(raw: Mapping[str, object], metadata: Mapping[str, object]) -> s
     return None if caption is None else caption.strip()
 
 
+def read_captions(raw: Mapping[str, object], names: Sequence[str]) -> dict[str, str]:
+    """The captions that a sample has of these, stripped: `txt` is the text of `key.txt`, others are keys of `key.json`.
+
+    Raises:
+        Skip: there is none that can be used: none but empty ones, or not of text.
+    """
+    captions, reason = {}, Reason.NO_CAPTION
+    for name in names:
+        try:
+            if name in CAPTION_SUFFIXES:
+                caption = read_caption({name: raw.get(name)}, {})
+            else:
+                caption = read_caption({}, {"caption": read_metadata(raw).get(name)})
+        except Skip as skip:
+            reason = skip.reason
+            continue
+        if caption:
+            captions[name] = caption
+    if not captions:
+        raise Skip(reason)
+    return captions
+
+
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """PNG, JPEG or WebP -> RGB, upright.
 
@@ -205,26 +230,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The centre square as in DESIGN 1.4 (ADM's): halved by boxes while that is possible, resized bicubically, cropped.
+    """The centre square as in DESIGN 1.4 (ADM's); see `resize_and_crop`."""
+    return resize_and_crop(image, size, size, max_pixels=max_pixels)
+
+
+def resize_and_crop(image: Image.Image, height: int, width: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Halved by boxes while that is possible, resized bicubically until it just covers height x width, its centre cut.
 
     Args:
-        image: any size; one of `size` squared is returned as it is.
-        size: side of the square, in pixels.
+        image: any size; one of this size is returned as it is.
+        height, width: of what comes out, in pixels.
 
     Raises:
         Skip: so narrow that its resized form would exceed `max_pixels`.
     """
-    if image.size == (size, size):
+    if image.size == (width, height):
         return image
-    while min(image.size) >= 2 * size:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > max_pixels:
+    scale = max(height / image.height, width / image.width)
+    covering = round(image.width * scale), round(image.height * scale)
+    if covering[0] * covering[1] > max_pixels:
         raise Skip(Reason.TOO_MANY_PIXELS)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    image = image.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

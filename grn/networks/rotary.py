@@ -1,7 +1,9 @@
-"""Rotary position embedding over a 2-D map of tokens (DESIGN 1.4)."""
+"""Rotary position embeddings: over a 2-D map of tokens (DESIGN 1.4), and over time, rows and columns (DESIGN 1.5)."""
 
 import torch
 from torch import Tensor
+
+ROWS_3D = (1024, 256, 256)  # positions in time, of rows, of columns: all below these
 
 
 def rotary_2d(height: int, width: int, head_dim: int, *, base: float = 1e4) -> tuple[Tensor, Tensor]:
@@ -15,6 +17,33 @@ def rotary_2d(height: int, width: int, head_dim: int, *, base: float = 1e4) -> t
     columns = torch.arange(width, dtype=torch.float64).repeat(height)
     angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1)
     return angles.cos().float(), angles.sin().float()
+
+
+def rotary_3d(
+    positions: Tensor, head_dim: int, *, device: torch.device | None = None, base: float = 1e4
+) -> tuple[Tensor, Tensor]:
+    """Angles of tokens at whole-numbered places in time, row and column.
+
+    A third of the head_dim/2 frequencies turns with the time, a third with the row, the rest with the column; each
+    of the three counts its own base^(-i / count).
+
+    Args:
+        positions: int64 [N, 3], below `ROWS_3D`.
+        device: where the angles go; None: where the positions are.
+
+    Returns:
+        (cos, sin): float32 [N, head_dim/2] each.
+    """
+    third = head_dim // 6
+    positions = positions.to(device, non_blocking=True)
+    cos, sin = [], []
+    # Few places and many tokens: the angles of every place, in float64 on the CPU, and then rows of them.
+    for axis, (rows, count) in enumerate(zip(ROWS_3D, (third, third, head_dim // 2 - 2 * third))):
+        frequencies = base ** (-torch.arange(count, dtype=torch.float64, device="cpu") / count)
+        angles = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * frequencies
+        for tables, table in ((cos, angles.cos()), (sin, angles.sin())):
+            tables.append(table.float().to(positions.device, non_blocking=True)[positions[:, axis]])
+    return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """LightningModules: losses, optimisers and what is logged. The networks know nothing of them."""
 
 from grn.training.refiner import RefinerModule
+from grn.training.text_refiner import TextRefinerModule
 from grn.training.tokenizer import TokenizerModule
 
-__all__ = ["RefinerModule", "TokenizerModule"]
+__all__ = ["RefinerModule", "TextRefinerModule", "TokenizerModule"]

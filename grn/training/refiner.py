@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from grn.flops import forward_flop, training_flop
 from grn.networks.tokenizer import HBQTokenizer
 from grn.philox import Stream
 from grn.pixels import from_uint8, to_uint8
-from grn.sampler import Labels, Refined, Sampler, Start, Step, refine_queue
+from grn.sampler import Condition, Labels, Refined, Sampler, Start, Step, refine_queue
 from grn.training.fsdp import FSDP, gather_weights, release_weights
 from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
 
@@ -84,6 +84,11 @@ class RefinerModule(LightningModule):
         self._accuracy: tuple[Tensor, Tensor] | None = None
         self._network_flop: int | None = None
         self._encoding_flop: dict[torch.Size, int] = {}
+
+    @property
+    def num_labels(self) -> int:
+        """Among how many conditions samples are asked for, by number."""
+        return self.network.num_labels
 
     @property
     def token_shape(self) -> tuple[int, int, int, int]:
@@ -180,13 +185,16 @@ class RefinerModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         tokens, labels = self.tokenize(batch), batch["label"]
-        # By their keys, so that a sample is corrupted alike on whatever rank and in whatever batch it is.
-        ids = torch.tensor([zlib.crc32(key.encode()) for key in batch["key"]], device=labels.device)
+        ids = self._validation_ids(batch)
         _, logits = self.predict_corrupted(tokens, labels, seed=VALIDATION_SEED, ids=ids, step=0)
         # A float: of whole numbers, Lightning's mean over ranks loses the fraction.
         on_epoch = {"batch_size": float(len(labels)), "sync_dist": True}
         self.log("val/loss", refinement.token_loss(logits, tokens), prog_bar=True, **on_epoch)
         self.log("val/accuracy", refinement.token_accuracy(logits, tokens).mean(), **on_epoch)
+
+    def _validation_ids(self, batch: dict[str, Any]) -> Tensor:
+        """By their keys, so that a sample is corrupted alike on whatever rank and in whatever batch it is."""
+        return torch.tensor([zlib.crc32(key.encode()) for key in batch["key"]], device=self.device)
 
     # --- optimisation -----------------------------------------------------------------------------------------------
 
@@ -240,14 +248,15 @@ class RefinerModule(LightningModule):
         Of a compiled network the rows of a call are bucketed.
         """
 
-        def predict(tokens: Tensor, t: Tensor, condition: Labels) -> Tensor:
-            # Callbacks ask for samples outside of Lightning's steps, and so of the trainer's precision.
-            with self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext():
-                return self.network(tokens, t, condition.index)
+        def predict(tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            with self._precision():
+                return self.predict(tokens, t, condition)
 
+        with self._precision():
+            condition = self.condition(labels)
         return refine_queue(
             predict,
-            Labels(labels, self.network.num_labels),
+            condition,
             sampler or self.sampler,
             shape=self.token_shape,
             classes=self.network.classes,
@@ -260,19 +269,38 @@ class RefinerModule(LightningModule):
             callback=callback,
         )
 
+    def _precision(self) -> AbstractContextManager:
+        """The trainer's: callbacks ask for samples outside of Lightning's steps."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext()
+
+    def condition(self, labels: Tensor) -> Condition:
+        """What samples of the classes `labels`, int64 [B], are conditioned on."""
+        return Labels(labels, self.network.num_labels)
+
+    def predict(self, tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As `grn.sampler.refine` asks for it."""
+        return self.network(tokens, t, condition.index)
+
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """int64 tokens [B, D, T', h, w] -> uint8 pixels [B, 3, T, H, W]."""
         return to_uint8(self.tokenizer.detokenize(tokens, self.labeling))
 
-    # --- checkpoints: the frozen tokenizer is recorded beside the weights, not among them -----------------------------
+    # --- checkpoints: what is frozen is recorded beside the weights, not among them ----------------------------------
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        """The parts that checkpoints leave out, by name."""
+        return {"tokenizer": self.tokenizer}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check(self)
         checkpoint.update(self.checkpoint_extras)
+        frozen = self.frozen
         checkpoint["state_dict"] = {
-            name: tensor for name, tensor in checkpoint["state_dict"].items() if not name.startswith("tokenizer.")
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name.partition(".")[0] not in frozen
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] |= self.tokenizer.state_dict(prefix="tokenizer.")
+        for name, part in self.frozen.items():
+            checkpoint["state_dict"] |= part.state_dict(prefix=f"{name}.")

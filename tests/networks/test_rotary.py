@@ -1,6 +1,6 @@
 import torch
 
-from grn.networks.rotary import rotary_2d, rotate
+from grn.networks.rotary import rotary_2d, rotary_3d, rotate
 
 
 def test_products_depend_on_the_offset_alone():
@@ -32,3 +32,14 @@ def test_bfloat16_is_turned_in_float32():
     cos, sin = rotary_2d(2, 2, 8)
     x = torch.randn(4, 8).bfloat16()
     assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
+
+
+def test_three_axes_turn_their_own_frequencies():
+    positions = torch.tensor([[5, 0, 0], [0, 5, 0], [0, 0, 5], [600, 2, 3]])
+    cos, sin = rotary_3d(positions, 16)  # of 8 frequencies 2, 2 and 4
+    expected = torch.zeros(4, 8, dtype=torch.float64)
+    for axis, (start, count) in enumerate([(0, 2), (2, 2), (4, 4)]):
+        for i in range(count):
+            expected[:, start + i] = positions[:, axis] * 1e4 ** (-i / count)
+    torch.testing.assert_close(cos, expected.cos().float(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(sin, expected.sin().float(), atol=1e-7, rtol=0)

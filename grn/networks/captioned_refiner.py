@@ -1,0 +1,74 @@
+"""A text refiner and the text encoder that is trained along with it, as one network: to optimise, average and shard."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grn.errors import UserError
+from grn.networks.text_encoder import TextEncoder
+from grn.networks.text_refiner import TextRefiner
+
+
+class CaptionedRefiner(nn.Module):
+    """What training changes of a text-conditional model (DESIGN 1.5).
+
+    Args:
+        refiner: its `text_width` is the width of the encoder's features.
+        encoder: trained along; None: the features come from a frozen one, which stands elsewhere.
+
+    Raises:
+        UserError: the refiner takes other features, or fewer text tokens, than the encoder gives.
+    """
+
+    def __init__(self, refiner: TextRefiner, encoder: TextEncoder | None = None):
+        super().__init__()
+        self.refiner = refiner
+        self.encoder = encoder
+        if encoder is not None:
+            check_features(refiner, encoder)
+        self.channels, self.classes = refiner.channels, refiner.classes
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """What a strategy shards one by one, and activation checkpointing computes again."""
+        return self.refiner.blocks
+
+    def forward(
+        self, tokens: Sequence[Tensor], t: Tensor, text: Sequence[str] | tuple[Tensor, Sequence[int]], **options: Any
+    ) -> list[Tensor]:
+        """Logits of packed samples, as `TextRefiner.forward` gives them.
+
+        Args:
+            text: S captions; without an encoder of its own, (their features, their lengths).
+            options: of `TextRefiner.forward`.
+        """
+        features, lengths = text if self.encoder is None else self.encoder(text)
+        return self.refiner(tokens, t, features, lengths, **options)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """(Re)initialises all parameters, also after `to_empty` on a module that was made on the meta device."""
+        for tensor, fill in self.initializers(generator):
+            fill(tensor)
+
+    def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
+        """Each parameter once, with what fills it or another tensor of its shape, as `ClassRefiner.initializers`."""
+        yield from self.refiner.initializers(generator)
+        if self.encoder is not None:
+            yield from self.encoder.initializers(generator)
+
+
+def check_features(refiner: TextRefiner, encoder: TextEncoder) -> None:
+    """Raises:
+    UserError: the refiner takes other features, or fewer text tokens, than the encoder gives.
+    """
+    if refiner.text_width != encoder.width:
+        raise UserError(
+            f"model.text_width={refiner.text_width} does not fit the text encoder, whose features are "
+            f"{encoder.width} wide"
+        )
+    if encoder.max_length > refiner.max_text:
+        raise UserError(
+            f"text_encoder.max_length={encoder.max_length} is more than model.max_text={refiner.max_text}: lower it"
+        )

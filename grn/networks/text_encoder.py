@@ -1,0 +1,199 @@
+"""Text encoders: captions in, features of their tokens out (DESIGN 1.5), by the T5 encoders of transformers.
+
+transformers takes seconds to import and is imported when an encoder is made.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from grn.checkpoints.mapping import load_strict
+from grn.checkpoints.official_umt5 import load_official_umt5
+from grn.errors import UserError
+from grn.networks.pretrained import brief
+
+CHARACTERS = 64  # of a caption, for every token that is kept: the rest of an endless one is not even tokenized
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+class TextEncoder(nn.Module):
+    """A T5 encoder and its tokenizer.
+
+    Args:
+        encoder: of transformers: (input_ids, attention_mask) -> last_hidden_state.
+        tokenizer: of transformers.
+        max_length: tokens a caption, the end token included; longer captions are cut.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any, *, max_length: int):
+        super().__init__()
+        if not isinstance(max_length, int) or max_length < 1:
+            raise UserError(f"text_encoder.max_length must be a positive whole number, got {max_length}")
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise UserError(
+                f"text_encoder.tokenizer has {len(tokenizer)} tokens, the encoder knows {encoder.config.vocab_size}: "
+                "give the encoder's own"
+            )
+        self.encoder, self.tokenizer, self.max_length = encoder, tokenizer, max_length
+
+    @property
+    def width(self) -> int:
+        """Of the features: the refiner's `text_width`."""
+        return self.encoder.config.d_model
+
+    def forward(self, captions: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Features [sum of lengths, width], caption after caption, and the length of each in tokens, 1..max_length.
+
+        Any captions will do: empty ones, too long ones, lone surrogates (half a character, which UTF-8 cannot say).
+        """
+        ids = self.tokenize(captions)
+        lengths = [len(caption) for caption in ids]
+        device = next(self.encoder.parameters()).device
+        padded = pad_sequence([torch.tensor(caption) for caption in ids], batch_first=True)
+        mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
+        filled = mask.flatten().nonzero().squeeze(1).to(device)  # told here: nobody waits for the device to count
+        return self.encode(padded.to(device), mask.to(device)).flatten(0, 1)[filled], lengths
+
+    def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        """The tokens of each caption, at least one and at most max_length."""
+        limit = CHARACTERS * self.max_length
+        clean = [caption[:limit].encode("utf-8", "replace").decode("utf-8") for caption in captions]
+        ids = self.tokenizer(clean, truncation=True, max_length=self.max_length)["input_ids"]
+        return [list(caption) or [self.tokenizer.pad_token_id or 0] for caption in ids]
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """int64 [B, L], and where they are tokens rather than padding -> features [B, L, width], any at padding."""
+        return self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+
+class ByteT5(TextEncoder):
+    """A small T5 encoder on the bytes of a caption, without files or downloads: for training along with the refiner.
+
+    Args:
+        width, depth, heads: of the encoder.
+        hidden: width of its gated MLP.
+        dropout: in training.
+        max_length: bytes a caption, and one more for its end.
+    """
+
+    def __init__(self, *, width: int, depth: int, heads: int, hidden: int, dropout: float = 0.0, max_length: int = 128):
+        from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+        if width % heads:
+            raise UserError(f"text_encoder.width={width} must be a multiple of text_encoder.heads={heads}")
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+        config = T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=width // heads,
+            d_ff=hidden,
+            num_layers=depth,
+            num_heads=heads,
+            dropout_rate=dropout,
+            feed_forward_proj="gated-gelu",
+        )
+        # The stack alone: T5EncoderModel has the embedding a second time, which sharding would take for another one.
+        super().__init__(T5EncoderModel(config).encoder, tokenizer, max_length=max_length)
+
+    def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
+        """Each parameter once, with what fills it or another tensor of its shape: T5's scheme, by fan-in."""
+        config = self.encoder.config
+        wide, inner = config.d_model**-0.5, config.d_ff**-0.5
+        queries, attended = wide * config.d_kv**-0.5, (config.num_heads * config.d_kv) ** -0.5
+        stds = {"q": queries, "o": attended, "wo": inner, "embed_tokens": 1.0}
+        for name, parameter in self.encoder.named_parameters():
+            if parameter.ndim == 1:
+                yield parameter, nn.init.ones_
+            else:
+                std = stds.get(name.split(".")[-2], wide)
+                yield parameter, functools.partial(nn.init.normal_, std=std, generator=generator)
+
+
+class PretrainedT5(TextEncoder):
+    """A frozen T5, mT5 or umT5 encoder, always in evaluation mode; no code of a checkpoint is ever executed.
+
+    Args:
+        path: a folder as transformers writes it, or a repository on the Hugging Face Hub, e.g. `google/umt5-xxl`.
+        weights: the authors' single file of umT5-XXL (`models_t5_umt5-xxl-enc-bf16.pth`), instead of those in `path`,
+            which then has only the tokenizer.
+        tokenizer: a folder or repository as `path`; None: `path`.
+        dtype: of the weights: bfloat16, float32 or float16.
+        max_length: tokens a caption.
+
+    Raises:
+        UserError: not there, not to be had, or of something else.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        weights: str | None = None,
+        tokenizer: str | None = None,
+        dtype: str = "bfloat16",
+        max_length: int = 512,
+    ):
+        from transformers import AutoTokenizer
+
+        if dtype not in DTYPES:
+            raise UserError(f"text_encoder.dtype={dtype}: choose among {', '.join(DTYPES)}")
+        key, source = ("path", path) if tokenizer is None else ("tokenizer", tokenizer)
+        found = _load(f"text_encoder.{key}", source, AutoTokenizer.from_pretrained)
+        if found.unk_token_id in found("a")["input_ids"]:  # where files are missing, transformers makes an empty one
+            raise UserError(f"text_encoder.{key}: {source} has no tokenizer; give one as text_encoder.tokenizer")
+        encoder = _official(weights) if weights is not None else _pretrained(path, DTYPES[dtype])
+        super().__init__(encoder.to(DTYPES[dtype]), found, max_length=max_length)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PretrainedT5":
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return super().encode(ids, mask)
+
+
+def _pretrained(path: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoConfig, MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
+
+    key = "text_encoder.path"
+    kinds = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
+    kind = _load(key, path, AutoConfig.from_pretrained).model_type
+    if kind not in kinds:
+        raise UserError(f"{key}: {path} is a {brief(kind)}; text encoders here are {', '.join(kinds)}")
+    encoder, report = _load(key, path, kinds[kind].from_pretrained, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        raise UserError(f"{key}: {path} lacks the weights {missing[0]} ({len(missing)} in all); download it again")
+    return encoder
+
+
+def _official(path: str) -> nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    state, sizes = load_official_umt5(path)
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
+    load_strict(encoder, state, source=f"text_encoder.weights: {path}", remedy="download it again")
+    encoder.tie_weights()
+    return encoder
+
+
+def _load(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:
+    """What `load`, a `from_pretrained` of transformers, makes of a folder or a repository on the Hub."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise UserError(f"{key}: no folder {path}; give one, or a repository on the Hub such as google/umt5-xxl")
+    here = folder.is_dir()
+    try:
+        return load(str(folder) if here else path, local_files_only=here, trust_remote_code=False, **options)
+    except Exception as error:  # OSError, ValueError, those of the Hub's HTTP library, of safetensors, of tokenizers
+        if here:
+            raise UserError(f"{key}: {path} cannot be read ({brief(error)}); download it again") from None
+        raise UserError(
+            f"{key}: {path} is no folder here, and not to be had from the Hub ({brief(error)}); give a local folder"
+        ) from None

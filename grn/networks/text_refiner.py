@@ -1,0 +1,378 @@
+"""The text-conditional refiner of images and video (DESIGN 1.5): a transformer over visual, time and text tokens.
+
+The same weights run in two forms. `forward` trains: samples of any sizes, packed into one sequence without padding.
+`predict` samples: batches of one size, on keys and values of their texts that `text_cache` computes once.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from grn.errors import UserError
+from grn.networks.attention import Backend, Pattern, Recorder, WithText, packed_attention
+from grn.networks.class_refiner import EPS, TimeEmbedding
+from grn.networks.pretrained import Pretrained
+from grn.networks.rotary import ROWS_3D, rotary_3d, rotate
+from grn.resolutions import nearest_template, rotary_span
+
+TIME_POSITION, FIRST_FRAME = 512, 600  # of the time token and of frame 0, along time; text counts from 0
+MAX_FRAMES = ROWS_3D[0] - FIRST_FRAME  # of latents
+HIDDEN_UNIT = 256
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Keys and values of S texts: a tensor [S, kv_heads, longest, head_dim] a block; how long each text is."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class TextRefiner(Pretrained, nn.Module):
+    """Predicts every true token of corrupted maps from their texts; `from_pretrained` loads a trained one.
+
+    Args:
+        channels: D, tokens a position.
+        classes: values a token can take.
+        depth, width, heads: of the transformer.
+        kv_heads: heads of keys and values, each shared by a group of heads; None: as many as `heads`.
+        mlp_ratio: the SwiGLU's hidden width is round(mlp_ratio * width / 256) * 256.
+        text_width: of the text encoder's features.
+        max_text: text tokens a sample, at most 512.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        classes: int,
+        depth: int,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        mlp_ratio: float = 3.55,
+        text_width: int = 4096,
+        max_text: int = TIME_POSITION,
+    ):
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        sizes = {"channels": channels, "classes": classes, "depth": depth, "width": width, "heads": heads}
+        for name, value in (sizes | {"kv_heads": kv_heads, "text_width": text_width, "max_text": max_text}).items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"model.{name} must be a positive whole number, got {value}")
+        if width % (2 * heads) or width // heads < 6:
+            raise UserError(
+                f"model.width={width} must be a multiple of 2 * model.heads={heads}, and at least 6 a head (3-D rotary "
+                "positions)"
+            )
+        if heads % kv_heads:
+            raise UserError(f"model.kv_heads={kv_heads} must divide model.heads={heads}")
+        if max_text > TIME_POSITION:
+            raise UserError(f"model.max_text={max_text} must be at most {TIME_POSITION}, the time token's position")
+        hidden = round(mlp_ratio * width / HIDDEN_UNIT) * HIDDEN_UNIT
+        if hidden < 1:
+            raise UserError(f"model.mlp_ratio={mlp_ratio} leaves nothing of model.width={width}, in units of 256")
+        self.channels, self.classes = channels, classes
+        self.width, self.head_dim = width, width // heads
+        self.text_width, self.max_text = text_width, max_text
+
+        self.token_embedding = TokenEmbedding(channels, classes, width)
+        self.time_embedding = TimeEmbedding(width)
+        self.text_projection = nn.Linear(text_width, width)
+        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden) for _ in range(depth))
+        self.head = Head(width, channels * classes)
+        self.init_weights()
+
+    def forward(
+        self,
+        tokens: Sequence[Tensor],
+        t: Tensor,
+        text: Tensor,
+        text_lengths: Sequence[int],
+        *,
+        templates: Sequence[float] | None = None,
+        context_frames: int | Sequence[int] = 0,
+        backend: Backend | None = None,
+    ) -> list[Tensor]:
+        """Logits of samples of any sizes, packed into one sequence; no sample sees another.
+
+        Args:
+            tokens: S times int64 [D, T, H, W] in 0..classes-1.
+            t: float [S], the signal ratios.
+            text: float [sum of text_lengths, text_width], text after text.
+            text_lengths: S, each in 1..max_text.
+            templates: S height/width templates (grn.resolutions); None: the nearest to each H/W.
+            context_frames: how many latents at the start of each sample are a condition, with their true tokens
+                (first-frame condition, DESIGN 1.5); one number for all, or S.
+            backend: as in `grn.networks.attention.packed_attention`.
+
+        Returns:
+            S times float32 [classes, D, T - context frames, H, W].
+        """
+        shapes = [tuple(sample.shape[1:]) for sample in tokens]
+        count = len(shapes)
+        context = [context_frames] * count if isinstance(context_frames, int) else list(context_frames)
+        templates = [nearest_template(*shape[1:]) for shape in shapes] if templates is None else list(templates)
+        if not count == len(t) == len(text_lengths) == len(templates) == len(context):
+            raise ValueError(f"{count} samples have {len(t)} signal ratios, {len(text_lengths)} texts, "
+                             f"{len(templates)} templates, {len(context)} context frames")  # fmt: skip
+        for sample, frames in zip(tokens, context):
+            self._check_tokens(sample[None], frames)
+        self._check_text(text, text_lengths)
+
+        visual = self.token_embedding(torch.cat([sample.flatten(1).T for sample in tokens]))
+        sizes = [frames * height * width for frames, height, width in shapes]
+        pieces = visual.split(sizes), self.time_embedding(t).split(1), self.text_projection(self._like(text)).split(
+            list(text_lengths)
+        )  # fmt: skip
+        x = self._like(torch.cat([piece for sample in zip(*pieces) for piece in sample]))[None]
+        positions = torch.cat(
+            [
+                piece
+                for shape, template, length in zip(shapes, templates, text_lengths)
+                for piece in (visual_positions(*shape, template), time_positions([TIME_POSITION]), _of_text(length))
+            ]
+        )
+        lengths = [(size + 1, length) for size, length in zip(sizes, text_lengths)]
+        x = self._run(x, positions, [packed_attention(lengths, x.device, backend=backend)] * len(self.blocks))
+
+        kept = [(frames, (shape[0] - frames, *shape[1:])) for frames, shape in zip(context, shapes)]
+        counts = [
+            number
+            for (frames, (left, height, width)), length in zip(kept, text_lengths)
+            for number in (frames * height * width, left * height * width, 1 + length)
+        ]
+        logits = self.head(torch.cat(x[0].split(counts)[1::3])).float()
+        return [
+            piece.view(*shape, self.channels, self.classes).permute(4, 3, 0, 1, 2)
+            for piece, (_, shape) in zip(logits.split(counts[1::3]), kept)
+        ]
+
+    def predict(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        text: TextCache,
+        rows: Tensor | None = None,
+        *,
+        template: float | None = None,
+        context_frames: int = 0,
+    ) -> Tensor:
+        """Logits of a batch of samples of one size, as the sampler asks for them.
+
+        Args:
+            tokens: int64 [B, D, T, H, W] in 0..classes-1.
+            t: float [B], the signal ratios.
+            text: of `text_cache`.
+            rows: int64 [B], on the CPU: which of the texts is whose; None: they are in the order of the samples.
+            template: the height/width template; None: the nearest to H/W.
+            context_frames: as in `forward`.
+
+        Returns:
+            float32 [B, classes, D, T - context_frames, H, W].
+        """
+        self._check_tokens(tokens, context_frames)
+        batch, _, frames, height, width = tokens.shape
+        rows = torch.arange(len(text), device="cpu") if rows is None else rows
+        if not batch == len(t) == len(rows):
+            raise ValueError(f"{batch} samples have {len(t)} signal ratios and {len(rows)} texts")
+        template = nearest_template(height, width) if template is None else template
+
+        visual = self.token_embedding(tokens.flatten(2).transpose(1, 2))
+        x = self._like(torch.cat([visual, self.time_embedding(t)[:, None]], dim=1))
+        positions = torch.cat([visual_positions(frames, height, width, template), time_positions([TIME_POSITION])])
+        x = self._run(x, positions, _with_texts(text, rows, x.device))
+        logits = self.head(x[:, context_frames * height * width : -1]).float()
+        return logits.view(batch, -1, height, width, self.channels, self.classes).permute(0, 5, 4, 1, 2, 3)
+
+    def text_cache(self, text: Tensor, text_lengths: Sequence[int], *, backend: Backend | None = None) -> TextCache:
+        """Keys and values of S texts in every block: text attends to itself alone, so that one pass serves all steps.
+
+        Args:
+            text, text_lengths, backend: as in `forward`.
+        """
+        self._check_text(text, text_lengths)
+        lengths = list(text_lengths)
+        x = self._like(self.text_projection(self._like(text)))[None]
+        positions = torch.cat([_of_text(length) for length in lengths])
+        recorder = Recorder(packed_attention([(0, length) for length in lengths], x.device, backend=backend))
+        self._run(x, positions, [recorder] * len(self.blocks))
+
+        def padded(packed: Tensor) -> Tensor:
+            return pad_sequence(packed[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)
+
+        return TextCache(
+            keys=tuple(map(padded, recorder.keys)), values=tuple(map(padded, recorder.values)), lengths=tuple(lengths)
+        )
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """(Re)initialises all parameters, also after `to_empty` on a module that was made on the meta device."""
+        for tensor, fill in self.initializers(generator):
+            fill(tensor)
+
+    def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
+        """Each parameter once, with what fills it or another tensor of its shape, as `ClassRefiner.initializers`."""
+        normal = functools.partial(nn.init.normal_, std=0.02, generator=generator)
+        xavier = functools.partial(nn.init.xavier_uniform_, generator=generator)
+        # What all blocks add to the stream stays as large as the stream, however many they are.
+        gain = (2 * len(self.blocks)) ** -0.5
+        fills = dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal)
+        fills |= {self.head.out: nn.init.zeros_}
+        for block in self.blocks:
+            fills |= dict.fromkeys((block.attention.out, block.mlp.out), functools.partial(xavier, gain=gain))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                yield module.weight, fills.get(module, xavier)
+                if module.bias is not None:
+                    yield module.bias, nn.init.zeros_
+            elif isinstance(module, nn.RMSNorm):
+                yield module.weight, nn.init.ones_
+
+    def _run(self, x: Tensor, positions: Tensor, patterns: Iterable[Pattern]) -> Tensor:
+        cos, sin = rotary_3d(positions, self.head_dim, device=x.device)
+        for block, pattern in zip(self.blocks, patterns, strict=True):
+            x = block(x, cos, sin, pattern)
+        return x
+
+    def _like(self, x: Tensor) -> Tensor:
+        """In the weights' type: under bf16 autocast the stream is float32, as the norms want it."""
+        return x.to(self.text_projection.weight.dtype)
+
+    def _check_tokens(self, tokens: Tensor, context_frames: int) -> None:
+        if tokens.ndim != 5 or tokens.shape[1] != self.channels:
+            raise ValueError(f"tokens must be [B, {self.channels}, T, H, W], got {list(tokens.shape)}")
+        if not 0 <= context_frames < tokens.shape[2] <= MAX_FRAMES:
+            raise ValueError(
+                f"{context_frames} context frames of {tokens.shape[2]}: some must be left, of {MAX_FRAMES} at most"
+            )
+
+    def _check_text(self, text: Tensor, lengths: Sequence[int]) -> None:
+        if text.shape != (sum(lengths), self.text_width):
+            raise ValueError(f"text must be {[sum(lengths), self.text_width]}, got {list(text.shape)}")
+        if not all(1 <= length <= self.max_text for length in lengths):
+            raise ValueError(f"texts must have 1 to {self.max_text} tokens, got {list(lengths)}")
+
+
+class TokenEmbedding(nn.Module):
+    """One-hot tokens (channel-major) -> width: int64 [..., D] -> [..., width]."""
+
+    def __init__(self, channels: int, classes: int, width: int):
+        super().__init__()
+        self.channels, self.classes = channels, classes
+        self.linear = nn.Linear(channels * classes, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # As in the class refiner, faster than a sum of the matrix's rows (embedding_bag), here by four to forty times.
+        index = tokens + torch.arange(self.channels, device=tokens.device) * self.classes
+        weight = self.linear.weight
+        hot = torch.zeros(*tokens.shape[:-1], weight.shape[1], dtype=weight.dtype, device=tokens.device)
+        return self.linear(hot.scatter_(-1, index, 1.0))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each behind RMSNorm: x [B, N, width], cos and sin [N, head_dim/2] -> like x."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=EPS)
+        self.attention = Attention(width, heads, kv_heads)
+        self.norm2 = nn.RMSNorm(width, eps=EPS)
+        self.mlp = SwiGLU(width, hidden)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pattern: Pattern) -> Tensor:
+        x = x + self.attention(self.norm1(x), cos, sin, pattern)
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Attention with per-head RMSNorm on queries and keys, and rotary positions; who attends to whom is `pattern`'s."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int):
+        super().__init__()
+        self.head_dim = width // heads
+        self.q = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.k = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=EPS)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=EPS)
+        self.out = nn.Linear(heads * self.head_dim, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pattern: Pattern) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        # In the weights' type from norm to rotation: under bf16 autocast, RMSNorm has no kernel for two dtypes.
+        q, k = (
+            rotate(norm(x.to(norm.weight.dtype)), cos, sin).to(v.dtype)
+            for norm, x in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return self.out(pattern(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.value = nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.gate(x)) * self.value(x))
+
+
+class Head(nn.Module):
+    """RMSNorm and the linear map to channel-major logits."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=EPS)
+        self.out = nn.Linear(width, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+def visual_positions(frames: int, height: int, width: int, template: float) -> Tensor:
+    """Places of a map's tokens, frame by frame and row by row: int64 [T*H*W, 3] of time, row and column.
+
+    Rows and columns are spread over the template's span, the same at every budget of pixels. Context frames are the
+    first ones, so that frame 0 is the first-frame condition where there is one.
+    """
+    spans = rotary_span(template)
+    rows, columns = (
+        torch.round(torch.arange(count, dtype=torch.float64, device="cpu") * span / count).long()
+        for count, span in zip((height, width), spans)
+    )
+    times = FIRST_FRAME + torch.arange(frames, device="cpu")
+    return torch.cartesian_prod(times, rows, columns)
+
+
+def time_positions(times: Sequence[int]) -> Tensor:
+    """Places of tokens that are on no map: int64 [N, 3], rows and columns 0."""
+    return F.pad(torch.tensor(times, dtype=torch.long, device="cpu")[:, None], (0, 2))
+
+
+def _of_text(length: int) -> Tensor:
+    return time_positions(range(length))
+
+
+def _with_texts(text: TextCache, rows: Tensor, device: torch.device) -> Iterable[WithText]:
+    """The pattern of every block, made when its turn comes: the rows' keys and values are copies."""
+    lengths = torch.tensor(text.lengths, device="cpu")[rows]
+    longest = int(lengths.max())
+    mask = None
+    if (lengths < longest).any():
+        mask = (torch.arange(longest, device="cpu") < lengths[:, None])[:, None, None].to(device, non_blocking=True)
+    chosen = rows.to(device, non_blocking=True)
+    for keys, values in zip(text.keys, text.values):
+        yield WithText(keys[chosen, :, :longest], values[chosen, :, :longest], mask)

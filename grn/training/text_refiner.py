@@ -1,0 +1,227 @@
+"""Training a text refiner on packs of captioned images of many sizes (DESIGN 1.3, 1.5)."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grn import refinement
+from grn.conditions import Text, text_condition
+from grn.data.text_images import PackedTokens
+from grn.errors import UserError
+from grn.flops import forward_flop, hollow, training_flop
+from grn.networks.captioned_refiner import CaptionedRefiner, check_features
+from grn.networks.text_encoder import TextEncoder
+from grn.networks.text_refiner import TextRefiner
+from grn.networks.tokenizer import HBQTokenizer
+from grn.sampler import Refined, Sampler, Start, Step
+from grn.training.refiner import VALIDATION_SEED, RefinerModule
+
+MAX_PACK = 2**16  # samples: what positions in a global batch leave room for
+QUEUED_BATCHES = 8  # whose texts are encoded at a time
+FLOP_TEXT_UNIT = 16  # text lengths are rounded up to it where FLOP are counted
+
+
+class TextRefinerModule(RefinerModule):
+    """A text-conditional refiner, over the tokens of a frozen tokenizer and the features of a text encoder.
+
+    Batches are packs (`grn.data.text_images`), where captions were dropped already. The loss of a pack is the mean
+    over its tokens, and that of a step the mean over packs: whole packs count alike, on whatever rank they are.
+
+    What to sample is asked for by number, as of the classes of `RefinerModule`: of `prompts`, which may be replaced at
+    any time, as may `negative_prompt` and `size`.
+
+    Args:
+        network: the refiner, and its encoder where that is trained along.
+        tokenizer, sampler: as `RefinerModule` has them.
+        text_encoder: frozen; None where the network has its own.
+        prompts: what pictures and scores of the run ask for.
+        negative_prompt: what guidance leads away from; empty: the caption that training drops to.
+        size: (height, width) in pixels of samples.
+        training: as `RefinerModule` has it.
+
+    Raises:
+        UserError: parts that do not fit together, or no prompts.
+    """
+
+    def __init__(
+        self,
+        network: CaptionedRefiner,
+        tokenizer: HBQTokenizer,
+        sampler: Sampler,
+        *,
+        text_encoder: TextEncoder | None = None,
+        prompts: Sequence[str],
+        negative_prompt: str = "",
+        size: Sequence[int],
+        **training: Any,
+    ):
+        super().__init__(network, tokenizer, sampler, label_dropout=0.0, **training)
+        if (text_encoder is None) == (network.encoder is None):
+            raise UserError("text_encoder: a text refiner needs one, frozen or trained along, e.g. byt5_tiny")
+        if text_encoder is not None:
+            check_features(network.refiner, text_encoder)
+        if not prompts:
+            raise UserError("training.prompts is empty: what should pictures show?")
+        self.frozen_encoder = text_encoder
+        self.prompts, self.negative_prompt, self.size = list(prompts), negative_prompt, tuple(size)
+        self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
+
+    @property
+    def refiner(self) -> TextRefiner:
+        return self.network.refiner
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        return self.network.encoder or self.frozen_encoder
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def token_shape(self) -> tuple[int, int, int, int]:
+        stride = self.tokenizer.stride
+        if len(self.size) != 2 or min(self.size) < stride or any(side % stride for side in self.size):
+            raise UserError(f"height and width must be multiples of the tokenizer's stride {stride}, got {self.size}")
+        return self.network.channels, 1, self.size[0] // stride, self.size[1] // stride
+
+    @property
+    def packed_tokens(self) -> PackedTokens:
+        """For the data to pack by."""
+        return PackedTokens(self.tokenizer.stride, self.tokenizer.temporal_stride, self.text_encoder.tokenize)
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        encoder = {} if self.frozen_encoder is None else {"frozen_encoder": self.frozen_encoder}
+        return super().frozen | encoder
+
+    def setup(self, stage: str) -> None:
+        self._hollow = [hollow(self.refiner)]  # before a strategy shards the network
+
+    def flop_per_sample(self, batch: dict[str, Any]) -> int:
+        """As of `RefinerModule`, a mean over the batch's samples; without the text encoder's."""
+        shapes, count = [tuple(pixels.shape) for pixels in batch["pixels"]], len(batch["key"])
+        text = batch["tokens"] - count - sum(map(self.packed_tokens.visual, batch["pixels"]))
+        length = min(self.refiner.max_text, FLOP_TEXT_UNIT * math.ceil(text / count / FLOP_TEXT_UNIT))
+        return sum(self._flop(shape, length) for shape in shapes) // count
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019, one module a run
+    def _flop(self, shape: tuple[int, ...], text: int) -> int:
+        pixels = torch.empty(1, *shape, device="meta")
+        tokenizer, (network,) = self.tokenizer, self._hollow
+        frames = 1 + (shape[1] - 1) // tokenizer.temporal_stride
+        tokens = torch.zeros(
+            network.channels, frames, *(side // tokenizer.stride for side in shape[2:]), dtype=torch.long, device="meta"
+        )
+        t, features = torch.zeros(1, device="meta"), torch.zeros(text, network.text_width, device="meta")
+        encoding = forward_flop(tokenizer, lambda tokenizer: tokenizer.encode(pixels))
+        return encoding + training_flop(network, lambda network: network([tokens], t, features, [text])[0])
+
+    # --- the task ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def tokenize(self, batch: dict[str, Any]) -> list[Tensor]:
+        """A batch's `pixels`, S times uint8 [3, T, H, W] -> S times int64 tokens [D, T', h, w], size by size."""
+        tokens = [None] * len(batch["pixels"])
+        for rows in _by_shape(batch["pixels"]):
+            same = super().tokenize({"pixels": torch.stack([batch["pixels"][row] for row in rows])})
+            for row, sample in zip(rows, same):
+                tokens[row] = sample
+        return tokens
+
+    def predict_corrupted(
+        self, tokens: list[Tensor], captions: list[str], *, seed: int, ids: Tensor, step: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As of `RefinerModule`, for samples of any sizes and their captions."""
+        t = refinement.signal_ratio(seed, ids, step, mean=self.signal_ratio_mean, std=self.signal_ratio_std)
+        noisy = [None] * len(tokens)
+        for rows in _by_shape(tokens):
+            same, where = torch.stack([tokens[row] for row in rows]), torch.tensor(rows, device=ids.device)
+            same = refinement.corrupt(same, t[where], self.network.classes, seed=seed, ids=ids[where], step=step)
+            for row, sample in zip(rows, same):
+                noisy[row] = sample
+        text = captions if self.frozen_encoder is None else self.frozen_encoder(captions)
+        return t, self.network(noisy, t, text)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        tokens, packs = self.tokenize(batch), batch["packs"]
+        ids = self._pack_positions(batch_idx, packs)
+        t, logits = self.predict_corrupted(tokens, batch["caption"], seed=self.seed, ids=ids, step=self.global_step)
+        losses, accuracy = refinement.per_sample(logits, tokens)
+        sizes = torch.tensor([float(sample.numel()) for sample in tokens], device=losses.device)
+        of_packs = zip((losses * sizes).split(packs), sizes.split(packs))
+        loss = torch.stack([total.sum() / count.sum() for total, count in of_packs]).mean()
+        self.finite_loss.watch(loss)
+        own = {"batch_size": len(packs), "sync_dist": True}
+        self.log("train/loss", loss, prog_bar=True, **own)
+        self.log("train/packing", batch["tokens"] / batch["max_tokens"], **own)
+        self._log_accuracy(accuracy.detach(), t)
+        return loss
+
+    def _pack_positions(self, batch_idx: int, packs: list[int]) -> Tensor:
+        """int64 [S]: a number for each sample of this rank that no other of the step's global batch has, by the
+        position of its pack and its place in it."""
+        positions = self._positions(batch_idx, len(packs)).repeat_interleave(
+            torch.tensor(packs, device=self.device), output_size=sum(packs)
+        )
+        places = torch.cat([torch.arange(count, device=self.device) for count in packs])
+        return positions * MAX_PACK + places
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        tokens = self.tokenize(batch)
+        ids = self._validation_ids(batch)
+        _, logits = self.predict_corrupted(tokens, batch["caption"], seed=VALIDATION_SEED, ids=ids, step=0)
+        losses, accuracy = refinement.per_sample(logits, tokens)
+        on_epoch = {"batch_size": float(len(tokens)), "sync_dist": True}
+        self.log("val/loss", losses.mean(), prog_bar=True, **on_epoch)
+        self.log("val/accuracy", accuracy.mean(), **on_epoch)
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    def generate_queue(
+        self,
+        labels: Tensor,
+        *,
+        ids: Tensor,
+        batch_size: int,
+        start: Start | None = None,
+        callback: Callable[[Step], None] | None = None,
+        **others: Any,
+    ) -> Iterator[tuple[Tensor, Refined]]:
+        """As of `RefinerModule`; of many prompts, a few batches' at a time: their keys and values fill the memory."""
+        for rows in torch.arange(len(labels)).split(QUEUED_BATCHES * batch_size):
+            finished = super().generate_queue(
+                labels[rows],
+                ids=ids[rows],
+                batch_size=batch_size,
+                start=None if start is None else start.select(rows),
+                callback=None if callback is None else functools.partial(_renumbered, callback, rows),
+                **others,
+            )
+            for places, refined in finished:
+                yield rows[places], refined
+
+    def condition(self, labels: Tensor) -> Text:
+        """What samples of the prompts of these numbers, int64 [B], are conditioned on."""
+        prompts = [self.prompts[label] for label in labels.tolist()]
+        return text_condition(self.refiner, self.text_encoder, prompts, self.negative_prompt)
+
+    def predict(self, tokens: Tensor, t: Tensor, condition: Text) -> Tensor:
+        return self.refiner.predict(tokens, t, condition.cache, condition.index)
+
+
+def _renumbered(callback: Callable[[Step], None], rows: Tensor, step: Step) -> None:
+    callback(replace(step, rows=rows[step.rows]))
+
+
+def _by_shape(samples: Sequence[Tensor]) -> Iterable[list[int]]:
+    """The places of the samples of each shape."""
+    groups: dict[torch.Size, list[int]] = {}
+    for place, sample in enumerate(samples):
+        groups.setdefault(sample.shape, []).append(place)
+    return groups.values()

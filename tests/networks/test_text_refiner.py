@@ -1,0 +1,351 @@
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from grn.checkpoints.mapping import load_strict
+from grn.checkpoints.native import build_network
+from grn.checkpoints.official_text_refiner import our_state
+from grn.cli import CONF
+from grn.errors import UserError
+from grn.networks.rotary import rotary_3d
+from grn.networks.text_refiner import FIRST_FRAME, TextRefiner, time_positions, visual_positions
+
+SMALL = {
+    "channels": 3,
+    "classes": 4,
+    "depth": 3,
+    "width": 48,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp_ratio": 5.0,
+    "text_width": 10,
+    "max_text": 16,
+}
+SHAPES = [(1, 4, 4), (3, 2, 5), (1, 6, 2), (2, 3, 3)]
+TEXT_LENGTHS = [5, 1, 16, 7]
+
+
+def shaken(**changes):
+    """A small network whose parameters are all away from their zeros."""
+    torch.manual_seed(0)
+    network = TextRefiner(**SMALL | changes)
+    for name, parameter in network.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    return network
+
+
+def samples(shapes=SHAPES, lengths=TEXT_LENGTHS, classes=4):
+    """(tokens, t, text, lengths) as `forward` takes them."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(classes, (3, *shape), generator=generator) for shape in shapes]
+    text = torch.randn(sum(lengths), 10, generator=generator)
+    return tokens, torch.linspace(0.1, 0.9, len(shapes)), text, list(lengths)
+
+
+def one_by_one(network, tokens, t, text, lengths, **options):
+    texts = text.split(lengths)
+    return [network([tokens[i]], t[i : i + 1], texts[i], [lengths[i]], **options)[0] for i in range(len(tokens))]
+
+
+@pytest.fixture
+def reference(golden, golden_meta):
+    """(The golden network, its tensors)."""
+    tensors, meta = golden("text_bit"), golden_meta["text_bit"]
+    network = TextRefiner(
+        channels=meta["latent_dim"] * meta["hbq_round"],
+        classes=2,
+        depth=meta["depth"],
+        width=meta["embed_dim"],
+        heads=meta["num_heads"],
+        mlp_ratio=meta["mlp_ratio"],
+        text_width=meta["text_channels"],
+    )
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    load_strict(network, our_state(state, source="golden"), source="golden")
+    return network, tensors
+
+
+@pytest.mark.parametrize("case", ["image", "video"])
+def test_golden_logits_in_both_forms(case, reference):
+    network, tensors = reference
+    tokens, t, text = (tensors[f"{case}.{name}"] for name in ("tokens", "t", "text"))
+    frames, height, width = tokens.shape[2:]
+    expected = tensors[f"{case}.logits"].view(frames, height, width, 12, 2).permute(4, 3, 0, 1, 2)
+    packed = network([tokens[0]], t, text, [len(text)])
+    torch.testing.assert_close(packed[0], expected, atol=1e-5, rtol=0)
+    dense = network.predict(tokens, t, network.text_cache(text, [len(text)]))
+    assert dense.dtype == torch.float32
+    torch.testing.assert_close(dense[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["image", "video"])
+def test_golden_rotary_tables(case, golden, golden_meta):
+    tensors, meta = golden("text_bit"), golden_meta[f"text_bit.{case}"]
+    positions = [visual_positions(meta["T"], meta["H"], meta["W"], meta["h_div_w_template"])]
+    positions += [time_positions([512]), time_positions(range(meta["text_len"]))]
+    cos, sin = rotary_3d(torch.cat(positions), 16)
+    torch.testing.assert_close(cos, tensors[f"{case}.rope_cos"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(sin, tensors[f"{case}.rope_sin"], atol=2e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("error:Mismatch dtype")  # RMSNorm would fall back to a slow path
+@pytest.mark.parametrize("form", ["autocast", "weights"])
+def test_golden_in_bfloat16(form, reference):
+    network, tensors = reference
+    tokens, t, text = (tensors[f"video.{name}"] for name in ("tokens", "t", "text"))
+    expected = network.predict(tokens, t, network.text_cache(text, [7]))
+    if form == "weights":
+        network = network.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+        packed = network([tokens[0]], t, text, [7])[0]
+        dense = network.predict(tokens, t, network.text_cache(text, [7]))[0]
+    for logits in (packed, dense):
+        assert logits.dtype == torch.float32
+        assert (logits - expected[0]).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("labeling", ["ind", "bit"])
+def test_a_packed_batch_is_its_samples(labeling):
+    classes = {"ind": 4, "bit": 2}[labeling]
+    network = shaken(classes=classes)
+    tokens, t, text, lengths = samples(classes=classes)
+
+    def gradients(logits):
+        """Of the samples' losses, each with a weight of its own."""
+        network.zero_grad()
+        losses = [F.cross_entropy(mine[None], true[None]) for mine, true in zip(logits, tokens, strict=True)]
+        sum((1 + i) * loss for i, loss in enumerate(losses)).backward()
+        return [parameter.grad.clone() for parameter in network.parameters()]
+
+    together, apart = network(tokens, t, text, lengths), one_by_one(network, tokens, t, text, lengths)
+    for logits, alone, shape in zip(together, apart, SHAPES, strict=True):
+        assert logits.shape == (classes, 3, *shape)
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+    for (name, _), mine, alone in zip(network.named_parameters(), gradients(together), gradients(apart)):
+        assert mine.abs().max() > 0, name
+        torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_by_flex_attention(monkeypatch):
+    monkeypatch.setattr(
+        "grn.networks.attention._compiled_flex_attention", lambda: torch.nn.attention.flex_attention.flex_attention
+    )
+    network = shaken(width=64)  # 16 a head, the least that flex takes
+    with torch.no_grad():
+        expected, flex = (network(*samples(), backend=backend) for backend in ("exact", "flex"))
+    for logits, exact in zip(flex, expected, strict=True):
+        torch.testing.assert_close(logits, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_a_dense_batch_is_its_samples():
+    """Texts of different lengths, computed once, looked up by rows."""
+    network = shaken()
+    tokens, t, text, lengths = samples([(2, 3, 5)] * 4)
+    expected = torch.stack(one_by_one(network, tokens, t, text, lengths))
+    cache = network.text_cache(text, lengths)
+    assert len(cache) == 4
+    assert len(cache.keys) == len(cache.values) == 3
+    assert cache.keys[0].shape == (4, 2, 16, 12)
+    torch.testing.assert_close(network.predict(torch.stack(tokens), t, cache), expected, atol=1e-5, rtol=1e-5)
+    rows = torch.tensor([1, 3, 0])  # a longest text less
+    some = network.predict(torch.stack([tokens[i] for i in rows]), t[rows], cache, rows)
+    torch.testing.assert_close(some, expected[rows], atol=1e-5, rtol=1e-5)
+    same = network.predict(torch.stack(tokens[:2]), t[:2], cache, torch.tensor([2, 2]))
+    torch.testing.assert_close(same, torch.stack(network(tokens[:2], t[:2], text[6:22].repeat(2, 1), [16, 16])))
+
+
+def test_texts_see_only_themselves():
+    network = shaken()
+    text, lengths = samples()[2:]
+    alone = network.text_cache(text[5:6], [1])
+    among = network.text_cache(text, lengths)
+    for block in range(3):
+        torch.testing.assert_close(among.keys[block][1:2, :, :1], alone.keys[block], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(among.values[block][1:2, :, :1], alone.values[block], atol=1e-6, rtol=1e-5)
+
+
+def test_every_input_matters():
+    network = shaken()
+    tokens, t, text, lengths = samples(SHAPES[:1], [4])
+    base = network(tokens, t, text, lengths)[0]
+    other = tokens[0].clone()
+    other[0, 0, 0, 0] = (other[0, 0, 0, 0] + 1) % 4
+    changes = [
+        ([other], t, text, lengths),
+        (tokens, t + 0.05, text, lengths),
+        (tokens, t, text.flip(0), lengths),
+        (tokens, t, text[:3], [3]),
+    ]
+    for change in changes:
+        assert (network(*change)[0] - base).abs().max() > 1e-4
+    assert (network(tokens, t, text, lengths, templates=[2.0])[0] - base).abs().max() > 1e-4
+
+
+def test_context_frames_are_seen_and_not_predicted():
+    network = shaken()
+    tokens, t, text, lengths = samples([(3, 2, 4), (1, 4, 4), (2, 3, 3)], [2, 3, 4])
+    whole = network(tokens, t, text, lengths)
+    frames = [1, 0, 1]
+    logits = network(tokens, t, text, lengths, context_frames=frames)
+    for mine, all_frames, first in zip(logits, whole, frames, strict=True):
+        assert mine.shape[2] == all_frames.shape[2] - first
+        torch.testing.assert_close(mine, all_frames[:, :, first:], atol=1e-6, rtol=1e-5)
+    cache = network.text_cache(text[:2], [2])
+    dense = network.predict(tokens[0][None], t[:1], cache, context_frames=1)
+    torch.testing.assert_close(dense[0], logits[0], atol=1e-5, rtol=1e-5)
+    other = tokens[0].clone()
+    other[:, 0] = (other[:, 0] + 1) % 4
+    assert (network.predict(other[None], t[:1], cache, context_frames=1) - dense).abs().max() > 1e-4
+    for refused in (3, -1, 4):
+        with pytest.raises(ValueError, match="context frames of 3: some must be left"):
+            network.predict(tokens[0][None], t[:1], cache, context_frames=refused)
+
+
+def test_positions_of_frames_rows_and_columns():
+    """The first frame, a condition or not, is at 600; every budget of pixels spans the same rows and columns."""
+    positions = visual_positions(3, 4, 8, 0.5).view(3, 4, 8, 3)
+    assert positions[:, 0, 0, 0].tolist() == [FIRST_FRAME, FIRST_FRAME + 1, FIRST_FRAME + 2] == [600, 601, 602]
+    assert positions[1, :, 3, 1].tolist() == [0, 23, 46, 68]  # round(i * 91 / 4), halves to even
+    assert positions[2, 1, :, 2].tolist() == [0, 23, 46, 69, 92, 114, 137, 160]
+    assert torch.equal(positions[0, ..., 1:], visual_positions(1, 8, 16, 0.5).view(8, 16, 3)[::2, ::2, 1:])
+
+
+def test_a_new_network_knows_nothing():
+    logits = TextRefiner(**SMALL)(*samples())
+    assert all((sample == 0).all() and sample.dtype == torch.float32 for sample in logits)
+
+
+def test_a_deep_new_networks_stream_keeps_its_size():
+    torch.manual_seed(0)
+    network = TextRefiner(**SMALL | {"depth": 24})
+    sizes = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda module, inputs, output: sizes.append(output.square().mean().sqrt().item()))
+    network(*samples())
+    assert sizes[-1] < 4 * sizes[0]
+    assert all(after < 1.5 * before for before, after in pairwise(sizes))
+
+
+def test_blocks_can_be_checkpointed():
+    """Computed again on the way back, block by block, as training with little memory does."""
+    network = shaken()
+    tokens, t, text, lengths = samples()
+
+    def gradient():
+        network.zero_grad()
+        sum(logits.square().sum() for logits in network(tokens, t, text, lengths)).backward()
+        return [parameter.grad.clone() for parameter in network.parameters()]
+
+    expected = gradient()
+    for block in network.blocks:
+        block.forward = lambda *inputs, plain=block.forward: checkpoint(plain, *inputs, use_reentrant=False)
+    for mine, plain in zip(gradient(), expected, strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_compiled_blocks_change_neither_names_nor_logits():
+    network = shaken()
+    names, expected = list(network.state_dict()), network(*samples())
+    for block in network.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    for logits, plain in zip(network(*samples()), expected, strict=True):
+        torch.testing.assert_close(logits, plain)
+    assert list(network.state_dict()) == names
+
+
+def test_meta_construction_then_init_is_a_normal_construction():
+    with torch.device("meta"):
+        network = TextRefiner(**SMALL)
+    assert not list(network.buffers())  # nothing that a file would not hold
+    network = network.to_empty(device="cpu")
+    torch.manual_seed(0)
+    network.init_weights()
+    torch.manual_seed(0)
+    expected = TextRefiner(**SMALL)
+    torch.manual_seed(0)
+    expected.init_weights()
+    for (name, mine), other in zip(network.named_parameters(), expected.parameters()):
+        assert torch.equal(mine, other), name
+
+
+def count(*, depth, width, heads, kv_heads=None, ratio=3.55, inputs=512, text=4096):
+    """Parameters by DESIGN 1.5, matrix by matrix."""
+    hidden, head = round(ratio * width / 256) * 256, width // heads
+    kv = head * (kv_heads or heads)
+    block = 2 * width + 2 * head  # RMSNorms
+    block += 2 * width * width + 2 * width * kv + 3 * width * hidden
+    embeddings = inputs * width + width + text * width + width
+    time = 256 * width + width + width * width + width
+    return depth * block + embeddings + time + width + width * inputs + inputs
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "parameters"),
+    [
+        ("2B", {}, 2_197_832_448),
+        ("tiny", {}, 18_227_200),
+        ("2B", {"kv_heads": 6}, 1_999_651_584),
+        ("tiny", {"channels": 64, "classes": 16}, 18_752_000),
+    ],
+)
+def test_parameter_counts(size, changes, parameters):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = [f"model.{key}={value}" for key, value in changes.items()]
+        config = compose("train", [f"model=text_refiner_{size}", "tokenizer.ckpt=x", *overrides])
+    with torch.device("meta"):
+        network = build_network(config.model)
+    sizes = {"2B": {"depth": 28, "width": 2304, "heads": 18}, "tiny": {"depth": 4, "width": 512, "heads": 4}}[size]
+    inputs = changes.get("channels", 256) * changes.get("classes", 2)
+    expected = count(**sizes, kv_heads=changes.get("kv_heads"), inputs=inputs)
+    assert sum(p.numel() for p in network.parameters()) == parameters == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 52, "heads": 8}, "model.width=52 must be a multiple of 2 \\* model.heads=8"),
+        ({"heads": 12}, "model.width=48 must be .* at least 6 a head"),
+        ({"kv_heads": 3}, "model.kv_heads=3 must divide model.heads=4"),
+        ({"max_text": 513}, "model.max_text=513 must be at most 512"),
+        ({"mlp_ratio": 1.0}, "model.mlp_ratio=1.0 leaves nothing"),
+        ({"channels": 0}, "model.channels must be a positive whole number, got 0"),
+        ({"depth": 2.0}, "model.depth must be a positive whole number, got 2.0"),
+    ],
+)
+def test_sizes_that_do_not_fit_name_their_key(changes, words):
+    with pytest.raises(UserError, match=words):
+        TextRefiner(**SMALL | changes)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    network = TextRefiner(**SMALL)
+    tokens, t, text, lengths = samples()
+    with pytest.raises(ValueError, match=r"tokens must be \[B, 3, T, H, W\], got \[1, 2, 1, 4, 4\]"):
+        network([tokens[0][:2], *tokens[1:]], t, text, lengths)
+    with pytest.raises(ValueError, match=r"text must be \[29, 10\], got \[28, 10\]"):
+        network(tokens, t, text[1:], lengths)
+    with pytest.raises(ValueError, match="texts must have 1 to 16 tokens"):
+        network(tokens, t, text, [5, 0, 17, 7])
+    with pytest.raises(ValueError, match="4 samples have 3 signal ratios"):
+        network(tokens, t[:3], text, lengths)
+    with pytest.raises(ValueError, match="1 samples have 1 signal ratios and 4 texts"):
+        network.predict(tokens[0][None], t[:1], network.text_cache(text, lengths))
+
+
+def test_there_and_back(tmp_path):
+    network = shaken()
+    again = TextRefiner.from_pretrained(network.save_pretrained(tmp_path / "refiner"))
+    assert again.config == network.config == SMALL
+    for logits, expected in zip(again(*samples()), network(*samples()), strict=True):
+        assert torch.equal(logits, expected)
+    config = json.loads((tmp_path / "refiner" / "config.json").read_text())
+    (tmp_path / "refiner" / "config.json").write_text(json.dumps(config | {"kv_heads": "many"}))
+    with pytest.raises(UserError, match=r"describes no TextRefiner \(model\.kv_heads must be a positive whole number"):
+        TextRefiner.from_pretrained(tmp_path / "refiner")
