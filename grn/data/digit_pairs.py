@@ -26,7 +26,7 @@ def digit_caption(label: int) -> str:
 
 def pair_caption(left: int, right: int) -> str:
     """E.g. "a three left of an eight"."""
-    return f"{_with_article(left)} left of {_with_article(right)}"
+    return f"{with_article(left)} left of {with_article(right)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,8 @@ class DigitPairsSource:
         return [images[start::number] for start in range(number)]
 
 
-def _with_article(label: int) -> str:
+def with_article(label: int) -> str:
+    """A digit's name, e.g. "an eight"."""
     name = LABEL_NAMES[label]
     return f"{'an' if name == 'eight' else 'a'} {name}"
 

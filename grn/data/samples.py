@@ -39,6 +39,7 @@ class Reason(Enum):
     NO_VIDEO = "no video"
     UNDECODABLE_VIDEO = "video cannot be decoded"
     CUT_SHORT = "video ends before its index does"
+    BAD_SECTION = "begin_frame_id, end_frame_id and fps tell no part of the video"
     CLIP_TOO_SHORT = "video shorter than the clip"
     TOO_MANY_FRAMES = "too many frames to decode for a clip"
     BAD_METADATA = "metadata is not a JSON object"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from grn.data.datamodule import ShardsDataModule
@@ -60,24 +60,36 @@ class TextImageDecoder:
         Raises:
             Skip: with the reason.
         """
+        caption, sizes = self.draw(raw, pass_number)
+        image = decode_image(entry(raw, IMAGE_SUFFIXES, missing=Reason.NO_IMAGE), max_pixels=self.max_pixels)
+        height, width = self.size_of(image, sizes)
+        image = resize_and_crop(image, height, width, max_pixels=self.max_pixels)
+        if self.flip and is_mirrored(self.seed, pass_number, raw["__key__"]):
+            image = ImageOps.mirror(image)
+        return {"pixels": to_tensor(image), "caption": caption, "key": raw["__key__"]}
+
+    def draw(self, raw: Mapping[str, object], pass_number: int) -> tuple[str, Sizes]:
+        """The caption of a sample in a pass over the data, and the sizes to choose from by its shape."""
         draws = random.Random(f"caption/{self.seed}/{pass_number}/{raw['__key__']}")
         weights = dict(self.captions)
         captions = read_captions(raw, list(weights))
         caption = draws.choices([*captions.values()], [weights[name] for name in captions])[0]
         dropped = draws.random() < self.dropout
         sizes = draws.choices([sizes for _, sizes in self.budgets], [weight for weight, _ in self.budgets])[0]
+        return "" if dropped else caption, sizes
 
-        image = decode_image(entry(raw, IMAGE_SUFFIXES, missing=Reason.NO_IMAGE), max_pixels=self.max_pixels)
+    def size_of(self, image: Image.Image, sizes: Sizes) -> tuple[int, int]:
+        """The (height, width) nearest to an image's shape.
+
+        Raises:
+            Skip: too small, or too narrow.
+        """
         if min(image.size) < self.min_size:
             raise Skip(Reason.TOO_SMALL)
         if self.max_aspect is not None and max(image.size) > self.max_aspect * min(image.size):
             raise Skip(Reason.TOO_NARROW)
         shape = image.height / image.width
-        _, (height, width) = min(sizes, key=lambda size: abs(size[0] - shape))
-        image = resize_and_crop(image, height, width, max_pixels=self.max_pixels)
-        if self.flip and is_mirrored(self.seed, pass_number, raw["__key__"]):
-            image = ImageOps.mirror(image)
-        return {"pixels": to_tensor(image), "caption": "" if dropped else caption, "key": raw["__key__"]}
+        return min(sizes, key=lambda size: abs(size[0] - shape))[1]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,191 @@
+"""Captioned clips of many shapes and lengths, and images beside them, packed: text to video (DESIGN 1.2, 1.5)."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import av
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from grn.data.clips import (
+    MAX_DECODED_FRAMES,
+    MAX_FRAME_PIXELS,
+    duration,
+    frames_from,
+    open_video,
+    resample,
+    timed,
+    to_rgb,
+    video_entry,
+)
+from grn.data.samples import (
+    VIDEO_SUFFIXES,
+    Reason,
+    Skip,
+    is_mirrored,
+    read_metadata,
+    resize_and_crop,
+    to_tensor,
+)
+from grn.data.text_images import PackedTokens, Sizes, TextImageDataModule, TextImageDecoder
+from grn.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextVideoDecoder:
+    """Raw webdataset sample -> one clip in the size of its shape, or an image, and a caption (for `ShardDataset`).
+
+    A clip lasts as many whole buckets, and one frame, as the video has room for. `begin_frame_id`, `end_frame_id` and
+    `fps` in `key.json` tell of which part of it: from the one frame to the other, which is not part of it.
+
+    Args:
+        images: decodes what is no video; videos have their captions, sizes and flips from it, too.
+        fps: of the clips, by timestamps.
+        bucket: seconds.
+        max_frames: of a clip, 1 + a number of whole buckets.
+        training: the clip lies at random in the video, by a draw of (seed, pass, key) alone; else in its middle.
+        max_pixels: videos with larger frames are skipped before these are decoded.
+        max_decoded_frames: videos are skipped that need more for one clip, from the keyframe before it to its end.
+    """
+
+    images: TextImageDecoder
+    fps: Fraction
+    bucket: Fraction
+    max_frames: int
+    training: bool = False
+    max_pixels: int = MAX_FRAME_PIXELS
+    max_decoded_frames: int = MAX_DECODED_FRAMES
+
+    def __call__(self, raw: Mapping[str, object], pass_number: int) -> dict:
+        """-> {"pixels": uint8 [3, T, H, W], "caption": str, "key": str}.
+
+        Raises:
+            Skip: with the reason.
+        """
+        if not any(suffix in raw for suffix in VIDEO_SUFFIXES):
+            return self.images(raw, pass_number)
+        key, seed = raw["__key__"], self.images.seed
+        caption, sizes = self.images.draw(raw, pass_number)
+        (data, suffix), (begin, end) = video_entry(raw), read_section(raw)
+        draws = random.Random(f"clip/{seed}/{pass_number}/{key}") if self.training else None
+        with open_video(data, suffix, max_pixels=self.max_pixels) as video:
+            times = self.times(begin, min(duration(video), end or duration(video)), draws)
+            frames = timed(frames_from(video, times[0], max_decoded_frames=self.max_decoded_frames), video)
+            mirrored = self.images.flip and is_mirrored(seed, pass_number, key)
+            picture = _Pictures(self.images, sizes, mirrored=mirrored, max_pixels=self.max_pixels)
+            pixels = torch.cat(resample(frames, times, picture), dim=1)
+        return {"pixels": pixels, "caption": caption, "key": key}
+
+    def times(self, begin: Fraction, end: Fraction, draws: random.Random | None) -> list[Fraction]:
+        """The moments whose pictures make a clip out of what lies between `begin` and `end`, in seconds.
+
+        Raises:
+            Skip: that is less than a bucket and a frame.
+        """
+        buckets = min(ceil((end - begin) / self.bucket) - 1, (self.max_frames - 1) // (self.bucket * self.fps))
+        if buckets < 1:
+            raise Skip(Reason.CLIP_TOO_SHORT)
+        place = Fraction(draws.random()) if draws else Fraction(1, 2)
+        start = begin + place * (end - begin - buckets * self.bucket)
+        return [start + k / self.fps for k in range(1 + int(buckets * self.bucket * self.fps))]
+
+
+class _Pictures:
+    """Frames -> uint8 [3, 1, H, W], all in the size that the first one has by its shape."""
+
+    def __init__(self, images: TextImageDecoder, sizes: Sizes, *, mirrored: bool, max_pixels: int):
+        self.images, self.sizes, self.mirrored, self.max_pixels = images, sizes, mirrored, max_pixels
+        self.size: tuple[int, int] | None = None
+        self.reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> Tensor:
+        image: Image.Image = to_rgb(frame, max_pixels=self.max_pixels, reformatter=self.reformatter)
+        if self.size is None:
+            self.size = self.images.size_of(image, self.sizes)
+        image = resize_and_crop(image, *self.size, max_pixels=self.max_pixels)
+        return to_tensor(ImageOps.mirror(image) if self.mirrored else image)
+
+
+def read_section(raw: Mapping[str, object]) -> tuple[Fraction, Fraction | None]:
+    """(begin, end) in seconds of the part of the video that a sample is, by its `key.json`; None: to the end.
+
+    Raises:
+        Skip: frames without the `fps` to count them by, or numbers that make no part.
+    """
+    metadata = read_metadata(raw)
+    begin, end, fps = (metadata.get(name) for name in ("begin_frame_id", "end_frame_id", "fps"))
+    if begin is None and end is None:
+        return Fraction(0), None
+    begin = 0 if begin is None else begin
+    if type(begin) is not int or type(end) not in (int, type(None)) or type(fps) not in (int, float):
+        raise Skip(Reason.BAD_SECTION)
+    if not 0 < fps < 1e6 or not 0 <= begin < (2**40 if end is None else end) <= 2**40:
+        raise Skip(Reason.BAD_SECTION)
+    return begin / Fraction(fps), None if end is None else end / Fraction(fps)
+
+
+class TextVideoDataModule(TextImageDataModule):
+    """Captioned clips from webdataset shards (`key.{mp4,webm,mkv,mov}`, `key.txt`, `key.json`), each in the size of
+    `pixels` that is nearest to its shape, packed without padding; captioned images may stand among them.
+
+    Args:
+        fps: frames a second; videos of other rates are resampled by their timestamps.
+        bucket: seconds; a clip lasts a whole number of these, and one frame.
+        max_frames: of a clip, 1 + the frames of whole buckets.
+        images: as `TextImageDataModule` has them.
+    """
+
+    def __init__(self, *, fps: float = 16, bucket: float = 0.25, max_frames: int = 209, **images: Any):
+        super().__init__(**images)
+        if fps <= 0 or bucket <= 0:
+            raise UserError(f"{self.key}.fps={fps} and {self.key}.bucket={bucket} must be positive")
+        self.fps, self.bucket, self.max_frames = Fraction(fps), Fraction(bucket), max_frames
+        if (self.fps * self.bucket).denominator > 1:
+            raise UserError(f"{self.key}.bucket={bucket} seconds are no whole number of frames at {self.key}.fps={fps}")
+        if max_frames < 2 or (max_frames - 1) % self.bucket_frames:
+            raise UserError(
+                f"{self.key}.max_frames={max_frames} must be 1 + a multiple of the {self.bucket_frames} frames in "
+                f"{self.key}.bucket={bucket}"
+            )
+
+    @property
+    def bucket_frames(self) -> int:
+        return int(self.fps * self.bucket)
+
+    def packed_by(self, tokens: PackedTokens) -> None:
+        """As of `TextImageDataModule`.
+
+        Raises:
+            UserError: the same; buckets that are no multiples of the tokenizer's temporal stride.
+        """
+        if self.bucket_frames % tokens.temporal_stride:
+            raise UserError(
+                f"{self.key}.bucket: its {self.bucket_frames} frames are no multiple of the tokenizer's "
+                f"{tokens.temporal_stride} frames a latent"
+            )
+        super().packed_by(tokens)
+        height, width = max(
+            (size for _, sizes in self.budgets for _, size in sizes), key=lambda size: size[0] * size[1]
+        )
+        latent = height * width // tokens.stride**2
+        if (1 + (self.max_frames - 1) // tokens.temporal_stride) * latent + 2 > self.max_tokens:
+            frames = 1 + max(1, ((self.max_tokens - 2) // latent - 1) // 2 * 2) * tokens.temporal_stride
+            raise UserError(
+                f"{self.key}.max_tokens={self.max_tokens} holds no clip of {self.key}.max_frames={self.max_frames} at "
+                f"{height}x{width} pixels: lower max_frames, to {frames} or so, or give more tokens or fewer pixels"
+            )
+
+    def decoder(self, *, training: bool) -> TextVideoDecoder:
+        return TextVideoDecoder(
+            images=super().decoder(training=training),
+            fps=self.fps,
+            bucket=self.bucket,
+            max_frames=self.max_frames,
+            training=training,
+        )

@@ -1,0 +1,102 @@
+"""Digits that move: files show what captions say, and held-out digits and pairs are nowhere in training."""
+
+import re
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from grn.data.clips import probe_video
+from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS
+from grn.data.digits import LABEL_NAMES
+from grn.data.moving_digits import DIRECTIONS, MovingDigitsSource, crossing_caption, motion_caption
+from grn.data.shards import read_manifest, shard_paths
+from grn.data.streaming import MAX_ENTRY_BYTES, read_shard
+from grn.data.text_videos import TextVideoDataModule
+from grn.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Of sixty digits, a third held out, so that the files are few."""
+    root = tmp_path_factory.mktemp("digits") / "video"
+    source = MovingDigitsSource(copies=1, heldout_copies=0, heldout=20, train_shards=2, heldout_shards=1)
+    digits, labels = load_digits(return_X_y=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grn.data.moving_digits.load_digits", lambda return_X_y: (digits[:60], labels[:60]))
+        assert source.write(root)
+    return root
+
+
+def raws(root, split):
+    urls = shard_paths(root, read_manifest(root), split)
+    return [raw for url in urls for raw in read_shard(url, MAX_ENTRY_BYTES)]
+
+
+def test_captions():
+    assert motion_caption(5, "falling") == "a five falling"
+    assert crossing_caption(3, 8) == "a three crossing over an eight"
+
+
+def test_training_shows_no_heldout_digit_and_no_heldout_pair(root):
+    train, heldout = (raws(root, split) for split in ("train", "heldout"))
+    numbers = [
+        {int(n) for raw in part for n in re.findall(r"(?:^|-)(\d{4})\+", raw["__key__"])} for part in (train, heldout)
+    ]
+    assert len(numbers[0]) == 40
+    assert len(numbers[1]) == 20
+    assert not numbers[0] & numbers[1]
+    captions = [raw["txt"].decode() for raw in train]
+    assert {crossing_caption(*pair) for pair in PAIRS if pair not in HELDOUT_PAIRS} < set(captions)
+    assert not {crossing_caption(*pair) for pair in HELDOUT_PAIRS} & set(captions)
+    assert {motion_caption(label, way) for label in range(10) for way in DIRECTIONS} < set(captions)
+
+
+def test_files_are_h264_of_17_frames(root):
+    for raw in raws(root, "heldout")[:3]:
+        info = probe_video(raw["mp4"], "mp4")
+        assert (info.width, info.height, info.codec, info.fps) == (32, 32, "h264", 16.0)
+        assert info.duration_s == pytest.approx(17 / 16)
+
+
+def test_clips_show_what_captions_say(root):
+    data = TextVideoDataModule(
+        name="digits_video", root=root, resolutions=[[32, 32]], max_frames=17, max_tokens=4096, batch_size=1
+    )
+    labels = load_digits(return_X_y=True)[1]
+    seen = set()
+    for batch in data.split_dataloader("train"):
+        for pixels, caption, key in zip(batch["pixels"], batch["caption"], batch["key"]):
+            assert pixels.shape == (3, 17, 32, 32)
+            own = [labels[int(part.split("+")[0])] for part in key.split("-")]
+            if len(own) == 2:
+                assert caption == crossing_caption(*own)
+                ways = [moved(half) for half in pixels.chunk(2, dim=2)]
+                assert {ways[0], ways[1]} == {"moving left", "moving right"}
+            else:
+                assert caption == f"{'an' if own[0] == 8 else 'a'} {LABEL_NAMES[own[0]]} {moved(pixels)}"
+            seen.add(caption)
+    assert len(seen) == 40 + 90
+    assert data.skipped() == {}
+
+
+def moved(pixels):
+    """The direction in which the light of uint8 [3, T, H, W] goes."""
+    light = pixels.double().mean(dim=0)
+    steps = []
+    for axis in (1, 2):
+        places = torch.arange(light.shape[axis]).double()
+        centre = (light.sum(dim=3 - axis) * places).sum(dim=1) / light.sum(dim=(1, 2))
+        steps.append(float(centre[-1] - centre[0]))
+    rows, columns = steps
+    assert max(abs(rows), abs(columns)) > 8
+    assert min(abs(rows), abs(columns)) < 1
+    if abs(rows) > abs(columns):
+        return "falling" if rows > 0 else "rising"
+    return "moving right" if columns > 0 else "moving left"
+
+
+@pytest.mark.parametrize(("name", "value"), [("copies", -1), ("heldout", 5), ("train_shards", 0)])
+def test_mistakes_name_the_key(tmp_path, name, value):
+    with pytest.raises(UserError, match=rf"source\.{name}={value} must"):
+        MovingDigitsSource(**{name: value}).write(tmp_path / "x")
