@@ -58,6 +58,7 @@ class MovingDigitsSource:
     held-out split has the other digits, and crossings of all pairs of those.
 
     Args:
+        digits: how many of scikit-learn's there are, the first ones; fewer are sooner written.
         copies: crossings of each training pair.
         heldout_copies: crossings of each pair in the held-out split.
         heldout: how many digits are held out.
@@ -65,6 +66,7 @@ class MovingDigitsSource:
         train_shards, heldout_shards: their numbers.
     """
 
+    digits: int = 1797
     copies: int = 20
     heldout_copies: int = 1
     heldout: int = 297
@@ -87,7 +89,9 @@ class MovingDigitsSource:
         for name in ("copies", "heldout_copies"):
             if getattr(self, name) < 0:
                 raise UserError(f"source.{name}={getattr(self, name)} must not be negative")
-        digits, labels = load_digits(return_X_y=True)
+        if not 100 <= self.digits <= 1797:
+            raise UserError(f"source.digits={self.digits} must lie in 100 to 1797")
+        digits, labels = (part[: self.digits] for part in load_digits(return_X_y=True))
         train, heldout = split_digits(labels, self.heldout, self.seed)
         shown = [pair for pair in PAIRS if pair not in HELDOUT_PAIRS]
         shards = {

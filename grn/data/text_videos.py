@@ -1,10 +1,10 @@
 """Captioned clips of many shapes and lengths, and images beside them, packed: text to video (DESIGN 1.2, 1.5)."""
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
 from typing import Any
 
 import av
@@ -88,7 +88,7 @@ class TextVideoDecoder:
         Raises:
             Skip: that is less than a bucket and a frame.
         """
-        buckets = min(ceil((end - begin) / self.bucket) - 1, (self.max_frames - 1) // (self.bucket * self.fps))
+        buckets = min(math.ceil((end - begin) / self.bucket) - 1, (self.max_frames - 1) // (self.bucket * self.fps))
         if buckets < 1:
             raise Skip(Reason.CLIP_TOO_SHORT)
         place = Fraction(draws.random()) if draws else Fraction(1, 2)
@@ -170,15 +170,14 @@ class TextVideoDataModule(TextImageDataModule):
                 f"{tokens.temporal_stride} frames a latent"
             )
         super().packed_by(tokens)
-        height, width = max(
-            (size for _, sizes in self.budgets for _, size in sizes), key=lambda size: size[0] * size[1]
-        )
+        height, width = max((size for _, sizes in self.budgets for _, size in sizes), key=math.prod)
         latent = height * width // tokens.stride**2
-        if (1 + (self.max_frames - 1) // tokens.temporal_stride) * latent + 2 > self.max_tokens:
-            frames = 1 + max(1, ((self.max_tokens - 2) // latent - 1) // 2 * 2) * tokens.temporal_stride
+        room = (self.max_tokens - 2) // latent  # latents
+        if room < 1 + (self.max_frames - 1) // tokens.temporal_stride:
+            frames = 1 + (room - 1) * tokens.temporal_stride // self.bucket_frames * self.bucket_frames
             raise UserError(
                 f"{self.key}.max_tokens={self.max_tokens} holds no clip of {self.key}.max_frames={self.max_frames} at "
-                f"{height}x{width} pixels: lower max_frames, to {frames} or so, or give more tokens or fewer pixels"
+                f"{height}x{width} pixels: give more tokens, fewer pixels, or max_frames={frames}"
             )
 
     def decoder(self, *, training: bool) -> TextVideoDecoder:

@@ -18,13 +18,10 @@ from grn.errors import UserError
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Of sixty digits, a third held out, so that the files are few."""
+    """Of a hundred digits, forty held out, so that the files are few."""
     root = tmp_path_factory.mktemp("digits") / "video"
-    source = MovingDigitsSource(copies=1, heldout_copies=0, heldout=20, train_shards=2, heldout_shards=1)
-    digits, labels = load_digits(return_X_y=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grn.data.moving_digits.load_digits", lambda return_X_y: (digits[:60], labels[:60]))
-        assert source.write(root)
+    sizes = {"digits": 100, "heldout": 40, "train_shards": 2, "heldout_shards": 1}
+    assert MovingDigitsSource(copies=1, heldout_copies=0, **sizes).write(root)
     return root
 
 
@@ -40,12 +37,12 @@ def test_captions():
 
 def test_training_shows_no_heldout_digit_and_no_heldout_pair(root):
     train, heldout = (raws(root, split) for split in ("train", "heldout"))
-    numbers = [
-        {int(n) for raw in part for n in re.findall(r"(?:^|-)(\d{4})\+", raw["__key__"])} for part in (train, heldout)
-    ]
-    assert len(numbers[0]) == 40
-    assert len(numbers[1]) == 20
-    assert not numbers[0] & numbers[1]
+    shown, apart = (
+        {int(number) for raw in part for number in re.findall(r"(?:^|-)(\d{4})\+", raw["__key__"])}
+        for part in (train, heldout)
+    )
+    assert (len(shown), len(apart)) == (60, 40)
+    assert not shown & apart
     captions = [raw["txt"].decode() for raw in train]
     assert {crossing_caption(*pair) for pair in PAIRS if pair not in HELDOUT_PAIRS} < set(captions)
     assert not {crossing_caption(*pair) for pair in HELDOUT_PAIRS} & set(captions)
@@ -96,7 +93,7 @@ def moved(pixels):
     return "moving right" if columns > 0 else "moving left"
 
 
-@pytest.mark.parametrize(("name", "value"), [("copies", -1), ("heldout", 5), ("train_shards", 0)])
+@pytest.mark.parametrize(("name", "value"), [("copies", -1), ("digits", 99), ("heldout", 5), ("train_shards", 0)])
 def test_mistakes_name_the_key(tmp_path, name, value):
     with pytest.raises(UserError, match=rf"source\.{name}={value} must"):
         MovingDigitsSource(**{name: value}).write(tmp_path / "x")
