@@ -27,6 +27,7 @@ class Stream(IntEnum):
     INITIAL_TOKENS = 4
     TOKENS = 5
     INITIAL_KEEP = 6
+    CONTEXT = 7
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Training a text refiner on packs of captioned images of many sizes (DESIGN 1.3, 1.5)."""
+"""Training a text refiner on packs of captioned images and clips of many sizes (DESIGN 1.3, 1.5)."""
 
 import functools
 import math
@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grn import refinement
+from grn import philox, refinement
 from grn.conditions import Text, text_condition
 from grn.data.text_images import PackedTokens
 from grn.errors import UserError
 from grn.flops import forward_flop, hollow, training_flop
 from grn.networks.captioned_refiner import CaptionedRefiner, check_features
 from grn.networks.text_encoder import TextEncoder
-from grn.networks.text_refiner import TextRefiner
+from grn.networks.text_refiner import MAX_FRAMES, TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
+from grn.philox import Stream
 from grn.sampler import Refined, Sampler, Start, Step
 from grn.training.refiner import VALIDATION_SEED, RefinerModule
 
@@ -33,7 +34,7 @@ class TextRefinerModule(RefinerModule):
     over its tokens, and that of a step the mean over packs: whole packs count alike, on whatever rank they are.
 
     What to sample is asked for by number, as of the classes of `RefinerModule`: of `prompts`, which may be replaced at
-    any time, as may `negative_prompt` and `size`.
+    any time, as may `negative_prompt`, `size` and `frames`.
 
     Args:
         network: the refiner, and its encoder where that is trained along.
@@ -42,6 +43,9 @@ class TextRefinerModule(RefinerModule):
         prompts: what pictures and scores of the run ask for.
         negative_prompt: what guidance leads away from; empty: the caption that training drops to.
         size: (height, width) in pixels of samples.
+        frames: of samples; 1 for images.
+        context_ratio: share of clips whose first latent is given in training, true and without loss, so that samples
+            can go on from an image (first-frame condition, DESIGN 1.5).
         training: as `RefinerModule` has it.
 
     Raises:
@@ -58,9 +62,13 @@ class TextRefinerModule(RefinerModule):
         prompts: Sequence[str],
         negative_prompt: str = "",
         size: Sequence[int],
+        frames: int = 1,
+        context_ratio: float = 0.0,
         **training: Any,
     ):
         super().__init__(network, tokenizer, sampler, label_dropout=0.0, **training)
+        if not 0 <= context_ratio <= 1:
+            raise UserError(f"training.context_ratio={context_ratio} must lie in 0 to 1")
         if (text_encoder is None) == (network.encoder is None):
             raise UserError("text_encoder: a text refiner needs one, frozen or trained along, e.g. byt5_tiny")
         if text_encoder is not None:
@@ -69,6 +77,7 @@ class TextRefinerModule(RefinerModule):
             raise UserError("training.prompts is empty: what should pictures show?")
         self.frozen_encoder = text_encoder
         self.prompts, self.negative_prompt, self.size = list(prompts), negative_prompt, tuple(size)
+        self.frames, self.context_ratio = frames, context_ratio
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
 
     @property
@@ -88,7 +97,10 @@ class TextRefinerModule(RefinerModule):
         stride = self.tokenizer.stride
         if len(self.size) != 2 or min(self.size) < stride or any(side % stride for side in self.size):
             raise UserError(f"height and width must be multiples of the tokenizer's stride {stride}, got {self.size}")
-        return self.network.channels, 1, self.size[0] // stride, self.size[1] // stride
+        if (latents := 1 + (self.frames - 1) // self.tokenizer.temporal_stride) > MAX_FRAMES:
+            raise UserError(f"frames={self.frames}: {latents} latents are more than a text refiner's {MAX_FRAMES}")
+        self.tokenizer.check_video((1, 3, self.frames, *self.size))
+        return self.network.channels, latents, self.size[0] // stride, self.size[1] // stride
 
     @property
     def packed_tokens(self) -> PackedTokens:
@@ -135,25 +147,40 @@ class TextRefinerModule(RefinerModule):
         return tokens
 
     def predict_corrupted(
-        self, tokens: list[Tensor], captions: list[str], *, seed: int, ids: Tensor, step: int
+        self, tokens: list[Tensor], captions: list[str], *, seed: int, ids: Tensor, step: int, context: list[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """As of `RefinerModule`, for samples of any sizes and their captions."""
+        """As of `RefinerModule`, for samples of any sizes and their captions.
+
+        Args:
+            context: how many latents at the start of each sample are given, true; there are no logits of them.
+        """
         t = refinement.signal_ratio(seed, ids, step, mean=self.signal_ratio_mean, std=self.signal_ratio_std)
         noisy = [None] * len(tokens)
         for rows in _by_shape(tokens):
             same, where = torch.stack([tokens[row] for row in rows]), torch.tensor(rows, device=ids.device)
             same = refinement.corrupt(same, t[where], self.network.classes, seed=seed, ids=ids[where], step=step)
             for row, sample in zip(rows, same):
-                noisy[row] = sample
+                noisy[row] = torch.cat([tokens[row][:, : context[row]], sample[:, context[row] :]], dim=1)
         text = captions if self.frozen_encoder is None else self.frozen_encoder(captions)
-        return t, self.network(noisy, t, text)
+        return t, self.network(noisy, t, text, context_frames=context)
+
+    def draw_context(self, tokens: list[Tensor], ids: Tensor) -> list[int]:
+        """How many first latents of each sample are given in this step: one, of `context_ratio` of the clips."""
+        if self.context_ratio == 0:
+            return [0] * len(tokens)
+        drawn = philox.uniform(self.seed, Stream.CONTEXT, ids, self.global_step) < self.context_ratio
+        return [int(given and sample.shape[1] > 1) for given, sample in zip(drawn.tolist(), tokens)]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         tokens, packs = self.tokenize(batch), batch["packs"]
         ids = self._pack_positions(batch_idx, packs)
-        t, logits = self.predict_corrupted(tokens, batch["caption"], seed=self.seed, ids=ids, step=self.global_step)
-        losses, accuracy = refinement.per_sample(logits, tokens)
-        sizes = torch.tensor([float(sample.numel()) for sample in tokens], device=losses.device)
+        context = self.draw_context(tokens, ids)
+        t, logits = self.predict_corrupted(
+            tokens, batch["caption"], seed=self.seed, ids=ids, step=self.global_step, context=context
+        )
+        targets = [sample[:, given:] for sample, given in zip(tokens, context)]
+        losses, accuracy = refinement.per_sample(logits, targets)
+        sizes = torch.tensor([float(target.numel()) for target in targets], device=losses.device)
         of_packs = zip((losses * sizes).split(packs), sizes.split(packs))
         loss = torch.stack([total.sum() / count.sum() for total, count in of_packs]).mean()
         self.finite_loss.watch(loss)
@@ -175,7 +202,9 @@ class TextRefinerModule(RefinerModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         tokens = self.tokenize(batch)
         ids = self._validation_ids(batch)
-        _, logits = self.predict_corrupted(tokens, batch["caption"], seed=VALIDATION_SEED, ids=ids, step=0)
+        _, logits = self.predict_corrupted(
+            tokens, batch["caption"], seed=VALIDATION_SEED, ids=ids, step=0, context=[0] * len(tokens)
+        )
         losses, accuracy = refinement.per_sample(logits, tokens)
         on_epoch = {"batch_size": float(len(tokens)), "sync_dist": True}
         self.log("val/loss", losses.mean(), prog_bar=True, **on_epoch)

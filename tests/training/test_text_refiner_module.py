@@ -97,11 +97,85 @@ def test_a_step_is_the_mean_of_packs_and_trains_what_is_not_frozen(frozen):
     for number, count in enumerate(batch["packs"]):
         own = slice(start, start + count)
         ids = number * 2**16 + torch.arange(count)
-        _, logits = module.predict_corrupted(tokens[own], batch["caption"][own], seed=0, ids=ids, step=5)
+        _, logits = module.predict_corrupted(
+            tokens[own], batch["caption"][own], seed=0, ids=ids, step=5, context=[0] * count
+        )
         flat = torch.cat([sample.flatten(1) for sample in logits], dim=1).T
         losses.append(F.cross_entropy(flat, torch.cat([sample.flatten() for sample in tokens[own]])))
         start += count
     torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+
+
+def clip_pack():
+    """Clips of three lengths, and an image."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pixels": [
+            torch.randint(256, (3, frames, 16, 16), dtype=torch.uint8, generator=generator) for frames in (9, 1, 5, 9)
+        ],
+        "caption": [PROMPTS[0]] * 4,
+        "key": list("abcd"),
+        "packs": [4],
+        "tokens": 200,
+        "max_tokens": 200,
+    }
+
+
+def build_video(**changes):
+    module = build(frames=9, size=(16, 16), **changes)
+    module.tokenizer = HBQTokenizer(
+        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2, 2), blocks_per_stage=1,
+        temporal=(True, True),
+    ).eval().requires_grad_(False)  # fmt: skip
+    return module
+
+
+def test_given_latents_stay_true_and_count_for_nothing():
+    module, batch = build_video(context_ratio=1.0), clip_pack()
+    tokens = module.tokenize(batch)
+    assert [tuple(sample.shape) for sample in tokens] == [(3, 3, 2, 2), (3, 1, 2, 2), (3, 2, 2, 2), (3, 3, 2, 2)]
+    assert module.token_shape == (3, 3, 2, 2)
+    ids = torch.arange(4)
+    context = module.draw_context(tokens, ids)
+    assert context == [1, 0, 1, 1]
+    seen = {}
+    module.network.forward = lambda noisy, t, text, context_frames: seen.update(noisy=noisy, context=context_frames)
+    module.predict_corrupted(tokens, batch["caption"], seed=0, ids=ids, step=5, context=context)
+    assert seen["context"] == context
+    for noisy, true, given in zip(seen["noisy"], tokens, context):
+        assert torch.equal(noisy[:, :given], true[:, :given])
+        assert not torch.equal(noisy[:, given:], true[:, given:])
+
+    module = build_video(context_ratio=1.0)
+    logged(module)
+    loss = module.training_step(batch, 0)
+    _, logits = module.predict_corrupted(tokens, batch["caption"], seed=0, ids=ids, step=5, context=context)
+    flat = torch.cat([sample.flatten(1) for sample in logits], dim=1).T
+    target = torch.cat([sample[:, given:].flatten() for sample, given in zip(tokens, context)])
+    torch.testing.assert_close(loss, F.cross_entropy(flat, target), atol=1e-5, rtol=1e-5)
+
+
+def test_a_share_of_clips_has_a_given_latent():
+    module = build_video(context_ratio=0.3)
+    tokens = [torch.zeros(3, 2, 1, 1, dtype=torch.long)] * 2000
+    assert 0.25 < sum(module.draw_context(tokens, torch.arange(2000))) / 2000 < 0.35
+    with pytest.raises(UserError, match=r"training\.context_ratio=1\.5 must lie in 0 to 1"):
+        build(context_ratio=1.5)
+
+
+def test_frames_that_no_tokenizer_has_are_refused():
+    module = build_video()
+    module.frames = 8
+    with pytest.raises(UserError, match="8 frames are not 1"):
+        _ = module.token_shape
+
+
+def test_streamed_clips_are_those_that_are_decoded():
+    module = build_video().eval()
+    tokens = torch.randint(4, (2, *module.token_shape), generator=torch.Generator().manual_seed(0))
+    frames = torch.stack(list(module.decode_stream(tokens)), dim=2)
+    assert frames.shape == (2, 3, 9, 16, 16)
+    assert (frames.int() - module.decode(tokens).int()).abs().max() <= 1
 
 
 def test_tokens_keep_their_places_among_sizes():
