@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,13 +14,22 @@ from grn.training import RefinerModule
 
 @dataclass(frozen=True)
 class Batch:
-    """ids int64 [B], ascending; labels int64 [B]; images uint8 [B, 3, H, W] on the module's device; what the sampler
-    said."""
+    """ids int64 [B], ascending; labels int64 [B]; what the sampler said; the module's `decode`, for the pixels."""
 
     ids: Tensor
     labels: Tensor
-    images: Tensor
     refined: Refined
+    decode: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """uint8 [B, 3, T, H, W] on the module's device; of clips whose pixels memory does not hold, ask for none."""
+        return self.decode(self.refined.tokens)
+
+    @property
+    def images(self) -> Tensor:
+        """The first frames, uint8 [B, 3, H, W]: all there is of images."""
+        return self.pixels[:, :, 0]
 
 
 def generate(
@@ -40,7 +49,7 @@ def generate(
     Image i depends on the seed and i alone, not on `batch_size` or `world_size`.
 
     Args:
-        batch_size: samples refined at a time, and images decoded at a time.
+        batch_size: samples refined at a time, and decoded at a time where they are asked for.
         start: given tokens to start from, one map (B = 1) for all images.
         watch_first: called after every step of the first `batch_size` samples, of what is left of them.
     """
@@ -58,7 +67,7 @@ def generate(
     )
     for rows, refined in finished:
         chunk = ids[rows]
-        yield Batch(chunk, labels[chunk], module.decode(refined.tokens)[:, :, 0], refined)
+        yield Batch(chunk, labels[chunk], refined, module.decode)
 
 
 def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:

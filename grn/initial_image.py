@@ -1,4 +1,7 @@
-"""A picture that samples start from, and a mask of what is drawn anew: image to image and inpainting, by `Start`."""
+"""A picture that samples start from, and a mask of what is drawn anew: image to image and inpainting, by `Start`.
+
+Of clips, the picture is the first frame, which stays: image to video.
+"""
 
 from pathlib import Path
 
@@ -20,7 +23,8 @@ STRENGTH = 0.6  # where nothing is masked: the picture is still to be seen, and 
 def start_from_image(
     module: RefinerModule, init: str | Path | None, *, strength: float | None = None, mask: str | Path | None = None
 ) -> Start | None:
-    """One map, B = 1, on the module's device; None without `init`.
+    """One map, B = 1, on the module's device; None without `init`. Of clips, the first latent is the picture's, and all
+    others are drawn.
 
     Args:
         init: a PNG, JPEG or WebP of any size, brought to the size of the samples as training data are (DESIGN 1.4).
@@ -29,8 +33,8 @@ def start_from_image(
             drawn anew where any of its pixels is.
 
     Raises:
-        UserError: a file that cannot be used, another size of mask, a mask or strength without `init`, or a strength
-            outside (0, 1].
+        UserError: a file that cannot be used, another size of mask, a mask or strength without `init` or of clips, or a
+            strength outside (0, 1].
     """
     if init is None:
         for key, value in (("mask", mask), ("strength", strength)):
@@ -40,12 +44,19 @@ def start_from_image(
     if strength is not None and not isinstance(strength, (int, float)):
         raise UserError(f"strength={strength} must be a number above 0 and at most 1")
     image = _read("init", init)
-    positions, stride = module.token_shape[2:], module.tokenizer.stride
+    (latents, *positions), stride = module.token_shape[1:], module.tokenizer.stride
+    for key, value in (("mask", mask), ("strength", strength)):
+        if latents > 1 and value is not None:
+            raise UserError(f"{key}={value}: of clips, init is the first frame as it stays: leave {key} out")
     try:
         cropped = resize_and_crop(image, *(side * stride for side in positions))
     except Skip as skip:
         raise UserError(f"init={init}: {skip}") from None
     tokens = torch.stack(list(module.tokenize({"pixels": to_tensor(cropped)[None].to(module.device)})))
+    if latents > 1:
+        redraw = torch.ones(1, 1, latents, *positions, dtype=torch.bool, device=module.device)
+        redraw[:, :, 0] = False
+        return Start(tokens.expand(-1, -1, latents, -1, -1), 1.0, redraw)
     if mask is None:
         return Start(tokens, STRENGTH if strength is None else strength)
     masked = _read("mask", mask)

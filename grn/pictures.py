@@ -61,6 +61,7 @@ class FilmRecorder:
         self._predictions.append(current)
 
     def frames(self, decode: Callable[[Tensor], Tensor], *, columns: int | None = None) -> list[Image.Image]:
-        """`decode`: int64 tokens [B, D, T, h, w] (CPU) -> uint8 pixels [B, 3, T', H, W]; its first frame is shown."""
-        pixels = [decode(tokens)[:, :, 0] for tokens in self._predictions]
+        """`decode`: int64 tokens [B, D, T, h, w] (CPU) -> uint8 pixels [B, 3, T', H, W]; the first frame, which is
+        that of the first latents, is shown."""
+        pixels = [decode(tokens[:, :, :1])[:, :, 0] for tokens in self._predictions]
         return [grid(images, columns, scale_for(images.shape[-1])) for images in pixels]

@@ -1,11 +1,12 @@
 """python -m grn.sample ckpt=runs/digits_c2i labels=[3,7] num=16: pictures from a trained refiner (conf/sample.yaml).
 
-Of a text refiner: python -m grn.sample ckpt=runs/digits_t2i prompts=["a three left of an eight"].
+Of a text refiner: python -m grn.sample ckpt=runs/digits_t2i prompts=["a three left of an eight"]; of one of clips:
+python -m grn.sample ckpt=runs/digits_t2v prompts=["a five falling"] frames=17, an mp4 each.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +18,15 @@ from grn import pictures
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import best_device, equal_labels, generate
+from grn.generation import Batch, best_device, equal_labels, generate
 from grn.initial_image import start_from_image
 from grn.modules import build_sampler, load_refiner
-from grn.training import TextRefinerModule
+from grn.mp4 import save_mp4
+from grn.training import RefinerModule, TextRefinerModule
 
 log = logging.getLogger(__name__)
 
-TEXT_KEYS = ("prompts", "negative_prompt", "height", "width")
+TEXT_KEYS = ("prompts", "negative_prompt", "height", "width", "frames")
 MAX_PROMPTS_BYTES = 16 * 2**20
 
 
@@ -35,7 +37,10 @@ def main(config: DictConfig) -> None:
 
 
 def sample(config: DictConfig) -> Path:
-    """Writes `samples.png`, `refinement.gif` and `samples.json` to `out`; returns that folder."""
+    """Writes `samples.png`, `refinement.gif` and `samples.json` to `out`; returns that folder.
+
+    Of clips, the pictures show the first frames; the clips are in `videos/<number>.mp4`.
+    """
     module, source = load_refiner(config.ckpt, ema=config.ema)
     sampler = build_sampler(config.sampler, module.sampler)
     device = best_device(config.device)
@@ -62,7 +67,9 @@ def sample(config: DictConfig) -> Path:
             watch_first=film,
         ):
             said = batch.refined
-            batches.append((batch.ids, batch.images.cpu(), said.steps, said.entropy, said.decision_entropy))
+            clips = module.token_shape[1] > 1
+            images = _save_clips(module, batch, Path(config.out), config.fps, progress) if clips else batch.images.cpu()
+            batches.append((batch.ids, images, said.steps, said.entropy, said.decision_entropy))
             progress.advance(task, len(batch.ids))
     seconds = time.perf_counter() - started
 
@@ -100,6 +107,28 @@ def sample(config: DictConfig) -> Path:
     return out
 
 
+def _save_clips(module: RefinerModule, batch: Batch, out: Path, fps: float, progress: Progress) -> torch.Tensor:
+    """Decodes clips frame by frame into `out/videos`, one after the other: memory does not grow with their length.
+
+    Returns:
+        The first frames, uint8 [B, 3, H, W] on the CPU.
+    """
+    count = 1 + (batch.refined.tokens.shape[2] - 1) * module.tokenizer.temporal_stride
+    task, first = progress.add_task("decoding", total=count * len(batch.ids)), []
+
+    def frames(tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        for number, frame in enumerate(module.decode_stream(tokens)):
+            if number == 0:
+                first.append(frame.cpu())
+            progress.advance(task)
+            yield frame[0]
+
+    for i, tokens in zip(batch.ids.tolist(), batch.refined.tokens.split(1)):
+        save_mp4(frames(tokens), out / "videos" / f"{i:05d}.mp4", fps=fps)
+    progress.remove_task(task)
+    return torch.cat(first)
+
+
 def _ask(config: DictConfig, module: TextRefinerModule) -> torch.Tensor:
     """Has the module sample as `config` asks; the numbers of the prompts, which take turns."""
     if config.labels is not None:
@@ -111,6 +140,8 @@ def _ask(config: DictConfig, module: TextRefinerModule) -> torch.Tensor:
     module.size = tuple(
         own if asked is None else asked for asked, own in zip((config.height, config.width), module.size)
     )
+    if config.frames is not None:
+        module.frames = config.frames
     _ = module.token_shape  # whether the size will do
     if config.num < 1:
         raise UserError(f"num={config.num}: at least one sample")

@@ -1,10 +1,23 @@
 import json
 
+import av
+import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 from test_generation import GUIDED, tiny_module
 
 from grn import sample as command
 from grn.cli import CONF
+from grn.data.clips import probe_video
+from grn.data.samples import center_crop, to_tensor
+from grn.errors import UserError
+from grn.networks.captioned_refiner import CaptionedRefiner
+from grn.networks.text_encoder import ByteT5
+from grn.networks.text_refiner import TextRefiner
+from grn.networks.tokenizer import HBQTokenizer
+from grn.sampler import Linear, Sampler
+from grn.training import TextRefinerModule
 
 
 def test_samples_are_written_in_their_order(tmp_path, monkeypatch):
@@ -21,3 +34,76 @@ def test_samples_are_written_in_their_order(tmp_path, monkeypatch):
     assert reports[0]["steps"] != sorted(reports[0]["steps"])
     for name in ("samples.png", *(f"images/{i:05d}-{i % 5}.png" for i in range(12))):
         assert (tmp_path / "12" / name).read_bytes() == (tmp_path / "5" / name).read_bytes()
+
+
+def text_module():
+    torch.manual_seed(0)
+    tokenizer = HBQTokenizer(
+        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2, 2), blocks_per_stage=1,
+        temporal=(True, True),
+    )  # fmt: skip
+    refiner = TextRefiner(channels=3, classes=4, depth=1, width=24, heads=2, mlp_ratio=11, text_width=16, max_text=32)
+    encoder = ByteT5(width=16, depth=1, heads=2, hidden=16, max_length=32)
+    sampler = Sampler(Linear(2))
+    network, asked = CaptionedRefiner(refiner, encoder), ["a five falling", "a three rising"]
+    return TextRefinerModule(network, tokenizer, sampler, labeling="ind", prompts=asked, size=(16, 16)).eval()
+
+
+def run(tmp_path, *overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        command.sample(compose("sample", ["ckpt=x", "device=cpu", f"out={tmp_path / 'out'}", *overrides]))
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def clips(monkeypatch):
+    module = text_module()
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (module, {}))
+    return module
+
+
+def decoded(path):
+    with av.open(str(path)) as container:
+        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+
+
+def test_clips_are_written_as_mp4(clips, tmp_path):
+    out = run(tmp_path, "num=3", "frames=9", "fps=8", "batch_size=2")
+    assert sorted(path.name for path in (out / "videos").iterdir()) == ["00000.mp4", "00001.mp4", "00002.mp4"]
+    info = probe_video((out / "videos" / "00001.mp4").read_bytes(), "mp4")
+    assert (info.width, info.height, info.fps, info.codec) == (16, 16, 8.0, "h264")
+    assert len(decoded(out / "videos" / "00000.mp4")) == 9
+    assert Image.open(out / "samples.png").size[0] > 16
+    with Image.open(out / "refinement.gif") as film:
+        assert film.n_frames == 2
+    assert json.loads((out / "samples.json").read_text())["prompts"] == clips.prompts + clips.prompts[:1]
+
+
+def test_a_first_frame_stays(clips, tmp_path):
+    """Its latent is the same in every sample; the others are drawn."""
+    Image.linear_gradient("L").convert("RGB").resize((40, 40)).save(tmp_path / "frame.png")
+    watched = []
+    clips.generate_queue = lambda *args, original=clips.generate_queue, **kwargs: (
+        watched.append((rows, refined)) or (rows, refined) for rows, refined in original(*args, **kwargs)
+    )
+    run(tmp_path, "num=4", "frames=9", f"init={tmp_path / 'frame.png'}", "film=false")
+    ((_, refined),) = watched
+    pixels = to_tensor(center_crop(Image.open(tmp_path / "frame.png"), 16))
+    (given,) = clips.tokenize({"pixels": [pixels]})
+    assert torch.equal(refined.tokens[:, :, :1], given.expand(4, -1, -1, -1, -1))
+    assert not torch.equal(refined.tokens[0, :, 1:], refined.tokens[2, :, 1:])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["frames=8"], r"8 frames are not 1 \+ 4\*k"),
+        (["frames=9", "init=frame.png", "strength=0.5"], r"strength=0\.5: of clips, init is the first frame"),
+        (["frames=99999997"], "are more than a text refiner's"),
+    ],
+)
+def test_mistakes_about_clips(clips, tmp_path, monkeypatch, overrides, complaint):
+    Image.new("RGB", (16, 16)).save(tmp_path / "frame.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        run(tmp_path, "num=1", *overrides)

@@ -286,6 +286,11 @@ class RefinerModule(LightningModule):
         """int64 tokens [B, D, T', h, w] -> uint8 pixels [B, 3, T, H, W]."""
         return to_uint8(self.tokenizer.detokenize(tokens, self.labeling))
 
+    def decode_stream(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The frames of `decode` one by one, uint8 [B, 3, H, W], in memory that does not grow with the clip."""
+        latents = hbq.dequantize(tokens, self.tokenizer.rounds, self.labeling).unbind(2)
+        return map(to_uint8, self.tokenizer.decode_stream(latents))
+
     # --- checkpoints: what is frozen is recorded beside the weights, not among them ----------------------------------
 
     @property
