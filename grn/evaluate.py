@@ -110,6 +110,10 @@ def _score_refiner(
     with together():
         scores = build_scores(partials, datamodule, device=module.device, cache_dir=Path(config.cache_dir))
         sampler = build_sampler(config.sampler, module.sampler)
+    if config.images and module.token_shape[1] > 1:
+        raise UserError(
+            "images=true keeps images, this refiner's samples are clips: leave it out (grn.sample writes mp4)"
+        )
     archive = SampleArchive(out / "samples.npz", rank=rank, world_size=world_size) if config.images else None
     task = progress.add_task("sampling and scoring", total=len(range(rank, config.num, world_size)))
     shown: list[tuple[torch.Tensor, torch.Tensor]] = []

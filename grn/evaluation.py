@@ -1,7 +1,7 @@
 """Feeding scores: a generator's samples, or a tokenizer's reconstructions, to every configured score."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from grn.errors import UserError
 from grn.generation import Batch, equal_labels, generate
 from grn.metrics.quantization import QuantizationScores
 from grn.metrics.ranks import Rows
-from grn.metrics.reconstruction import LPIPSScore, ReconstructionScores
+from grn.metrics.reconstruction import LPIPSScore, ReconstructionScores, TemporalPSNR
 from grn.metrics.splits import as_images
 from grn.pixels import from_uint8, to_uint8
 from grn.processes import gather, together
@@ -74,8 +74,7 @@ def score_samples(
             rank=rank,
             world_size=world_size,
         ):
-            for score in scores.values():
-                score.update(batch.images, batch.labels.to(batch.images.device), batch.ids)
+            _update(scores.values(), batch)
             steps.update(batch.refined.steps, batch.ids)
             if watch is not None:
                 watch(batch)
@@ -87,6 +86,17 @@ def score_samples(
         "steps_max": steps.max().item(),
     }
     return metrics
+
+
+def _update(scores: Iterable[Any], batch: Batch) -> None:
+    """Scores that read clips (`reads_clips`) get them whole, others their frames as images."""
+    pixels, labels = batch.pixels, batch.labels.to(batch.pixels.device)
+    frames = pixels.shape[2]
+    for score in scores:
+        if getattr(score, "reads_clips", False):
+            score.update(pixels, labels, batch.ids)
+        else:
+            score.update(as_images(pixels), labels.repeat_interleave(frames), batch.ids.repeat_interleave(frames))
 
 
 @torch.no_grad()
@@ -101,10 +111,11 @@ def score_reconstructions(
     Each rank of a process group takes its share, and gets the metrics of all.
 
     Returns:
-        PSNR, SSIM and L1; LPIPS where `scores` has it; every other score of the reconstructions as `r<name>` (rFID);
-        `QuantizationScores`; and `bits_per_image` (of a clip, all of it).
+        PSNR, SSIM and L1; of clips, `temporal_psnr`; LPIPS where `scores` has it; every other score of the
+        reconstructions as `r<name>` (rFID); `QuantizationScores`; and `bits_per_image` (of a clip, all of it).
     """
     network = module.network
+    of_clips = TemporalPSNR(device=module.device)
     of_pairs = [ReconstructionScores(device=module.device)]
     of_pairs += [score for score in scores.values() if isinstance(score, LPIPSScore)]
     of_images = [score for score in scores.values() if not isinstance(score, LPIPSScore)]
@@ -114,7 +125,9 @@ def score_reconstructions(
         for batch in datamodule.split_dataloader("heldout", share=True):
             pixels = batch["pixels"].to(module.device)
             reconstruction, features = network(from_uint8(pixels))
-            real, reconstructed = as_images(pixels), as_images(to_uint8(reconstruction))
+            reconstruction = to_uint8(reconstruction)
+            of_clips.update(pixels, reconstruction)
+            real, reconstructed = as_images(pixels), as_images(reconstruction)
             for score in of_pairs:
                 score.update(real, reconstructed)
             frames = pixels.shape[2]
@@ -126,7 +139,7 @@ def score_reconstructions(
             bits = features[0].numel() * network.rounds
             if advance is not None:
                 advance(len(pixels))
-    metrics = {key: value for score in of_pairs for key, value in score.compute().items()}
+    metrics = {key: value for score in (*of_pairs, of_clips) for key, value in score.compute().items()}
     metrics |= {f"r{key}": value for score in of_images for key, value in score.compute().items()}
     return metrics | quantization.compute() | {"bits_per_image": max(gather(bits))}
 

@@ -127,3 +127,11 @@ def test_command_line_beats_the_checkpoint():
         composed("sample", "ckpt=x").sampler, {"schedule": {"_target_": "grn.sampler.Linear", "steps": 9}}
     )
     assert unchanged.schedule.steps == 9
+
+
+def test_parts_of_a_mixture_share_what_packs_share():
+    data = experiment("t2v_2B", "data.max_tokens=20000", "data.num_workers=2").data
+    for part in data.parts.values():
+        assert (part.max_tokens, part.num_workers, part.batch_size, part.lookahead) == (20000, 2, 32, 16)
+    assert data.parts.clips.fps == 16
+    assert data.parts.clips.key == "data.parts.clips"

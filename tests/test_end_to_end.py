@@ -18,6 +18,7 @@ from PIL import Image
 
 from grn.checkpoints.native import is_checkpoint
 from grn.checkpoints.sharded import read_sharded
+from grn.data.clips import probe_video
 
 pytestmark = pytest.mark.slow
 
@@ -694,6 +695,34 @@ def test_a_text_refiner_is_asked_by_prompts(captioned, tmp_path):
     assert {"pair_accuracy", "pair_accuracy_heldout", "left_accuracy", "steps_mean"} <= metrics.keys()
 
 
+CLIPS = "data.num_workers=0 data.eval_batch_size=20 trainer.log_every_n_steps=1 logger=csv"
+
+
+def test_digits_move(workspace, tmp_path):
+    """From mp4 shards by a joint tokenizer to clips, and on from a given first frame."""
+    succeed(workspace, "prepare", "data=digits_video source.digits=200 source.heldout=20 source.copies=1")
+    tokenizer = f"+experiment=digits_video_tokenizer {CLIPS} trainer.max_steps=4 trainer.val_check_interval=4"
+    succeed(workspace, "train", tokenizer + " model.dim=8 model.decoder_dim=8 callbacks.last.every_n_train_steps=4")
+    succeed(workspace, "evaluate", "ckpt=runs/digits_video_tokenizer data.num_workers=0")
+    scores = json.loads((workspace / "runs" / "digits_video_tokenizer" / "evaluation" / "metrics.json").read_text())
+    assert {"psnr", "temporal_psnr"} <= scores["metrics"].keys()
+
+    text = TEXT.replace("digits_t2i", "digits_t2v").replace("callbacks.scores.num=100", "callbacks.scores.num=60")
+    succeed(workspace, "train", text.replace("callbacks.grid.num=10", "callbacks.grid.num=6") + f" {CLIPS}")
+    run = workspace / "runs" / "digits_t2v"
+    with open(run / "csv" / "version_0" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert float(next(row for row in rows if row["eval/motion_accuracy"])["eval/judge_heldout_accuracy"]) > 0.9
+    assert min(float(row["train/packing"]) for row in rows if row["train/packing"]) > 0.85
+
+    succeed(workspace, "sample", "ckpt=runs/digits_t2v num=2 frames=17")
+    clips = sorted((run / "samples" / "videos").iterdir())
+    assert [probe_video(clip.read_bytes(), "mp4").duration_s for clip in clips] == [pytest.approx(17 / 16)] * 2
+    frame = workspace / "runs" / "digits_t2v" / "samples" / "samples.png"
+    succeed(workspace, "sample", f"ckpt=runs/digits_t2v num=1 frames=9 init={frame} film=false out={tmp_path}/i2v")
+    assert len(list((tmp_path / "i2v" / "videos").iterdir())) == 1
+
+
 @pytest.mark.parametrize("ranks", ["ddp", "fsdp"])
 def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
     command = TEXT + " data.batch_size=2 data.rank_streams=2 callbacks.scores.num=100 name="
@@ -713,6 +742,7 @@ def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
         ("sample", "ckpt=runs/digits_t2i prompts=[] out=o", "at least one"),
         ("sample", "ckpt=runs/digits_t2i labels=[1] out=o", "takes texts"),
         ("sample", "ckpt=runs/digits_t2i width=30 out=o", "multiples of the tokenizer's stride 4"),
+        ("sample", "ckpt=runs/digits_c2i frames=5 out=o", "frames is for text refiners"),
         ("sample", "ckpt=runs/digits_c2i prompts=[a] out=o", "give labels="),
         ("train", TEXT + " name=x text_encoder=none", "text_encoder=byt5_tiny"),
         ("train", TEXT + " name=x model.text_width=64", "model.text_width=64 does not fit"),

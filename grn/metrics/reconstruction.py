@@ -75,6 +75,41 @@ class ReconstructionScores:
         self.sums.reset()
 
 
+class TemporalPSNR:
+    """`temporal_psnr` of reconstructed clips in dB: the PSNR of the changes from each frame to the next.
+
+    10·log10(255² / mse) over all changes of a clip, mean over the clips; exact ones as in `ReconstructionScores`.
+    Flicker that frames by themselves do not show lowers it.
+
+    Args:
+        device: where it is computed.
+    """
+
+    def __init__(self, *, device: torch.device | str = "cpu"):
+        self.sums = Totals(2, dtype=torch.float64).to(device)  # clips, psnr
+
+    @torch.no_grad()
+    def update(self, real: Tensor, reconstructed: Tensor) -> None:
+        """Adds pairs of clips, uint8 [B, 3, T, H, W] each; images, T = 1, have no changes and are passed over."""
+        if real.shape[2] == 1:
+            self.sums.update(torch.zeros(2, dtype=torch.float64, device=self.sums.device))
+            return
+        real, reconstructed = (x.to(self.sums.device, torch.float32).diff(dim=2) for x in (real, reconstructed))
+        difference = (real - reconstructed).to(torch.float64).flatten(1)
+        mse = difference.square().mean(dim=1).clamp(min=1 / difference.shape[1])
+        psnr = 10 * torch.log10(255**2 / mse)
+        self.sums.update(torch.stack([torch.ones_like(psnr).sum(), psnr.sum()]))
+
+    def compute(self) -> dict[str, float]:
+        """The score of all pairs given since the last `reset`, over all ranks; {} where there were images alone."""
+        n, total = self.sums.compute().tolist()
+        return {"temporal_psnr": total / n} if n else {}
+
+    def reset(self) -> None:
+        """Forgets all pairs."""
+        self.sums.reset()
+
+
 class LPIPSScore:
     """`lpips`: perceptual distance of reconstructions on VGG features, mean over the images.
 

@@ -6,7 +6,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from grn.errors import UserError
-from grn.metrics.reconstruction import ReconstructionScores
+from grn.metrics.reconstruction import ReconstructionScores, TemporalPSNR
 
 
 @pytest.fixture
@@ -73,3 +73,18 @@ def test_bad_input_is_one_line(pairs):
         scores.update(pairs[0], pairs[1].float())
     with pytest.raises(UserError, match="uint8 images of one shape"):
         scores.update(pairs[0], pairs[1][:2])
+
+
+def test_temporal_psnr_hears_of_flicker_alone():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randint(20, 200, (3, 3, 6, 8, 8), dtype=torch.uint8, generator=generator)
+    scores = TemporalPSNR()
+    scores.update(real[:, :, :1], real[:, :, :1])
+    assert scores.compute() == {}
+    scores.update(real, real + 9)  # another brightness, and no flicker
+    exact = scores.compute()["temporal_psnr"]
+    assert exact == pytest.approx(10 * math.log10(255**2 * real[0, :, 1:].numel()))
+    scores.reset()
+    flicker = (torch.arange(6) % 2 * 10).to(torch.uint8).view(-1, 1, 1)
+    scores.update(real, real + flicker)  # every change is off by ten
+    assert scores.compute()["temporal_psnr"] == pytest.approx(20 * math.log10(25.5))
