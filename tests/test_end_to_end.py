@@ -702,6 +702,7 @@ def test_digits_move(workspace, tmp_path):
     """From mp4 shards by a joint tokenizer to clips, and on from a given first frame."""
     succeed(workspace, "prepare", "data=digits_video source.digits=200 source.heldout=20 source.copies=1")
     tokenizer = f"+experiment=digits_video_tokenizer {CLIPS} trainer.max_steps=4 trainer.val_check_interval=4"
+    tokenizer += " training.warmup_steps=2"
     succeed(workspace, "train", tokenizer + " model.dim=8 model.decoder_dim=8 callbacks.last.every_n_train_steps=4")
     succeed(workspace, "evaluate", "ckpt=runs/digits_video_tokenizer data.num_workers=0")
     scores = json.loads((workspace / "runs" / "digits_video_tokenizer" / "evaluation" / "metrics.json").read_text())
