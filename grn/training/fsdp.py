@@ -41,10 +41,13 @@ class FSDP(ModelParallelStrategy):
         """Before any process is started.
 
         Raises:
-            UserError: `shard_size` does not divide the number of ranks, or such a network cannot be sharded.
+            UserError: `shard_size` does not divide the number of ranks, or such a network or precision cannot be
+                sharded.
         """
         if not hasattr(network, "initializers"):
             raise UserError("cluster=fsdp shards refiners; a tokenizer fits any GPU: train it with cluster=ddp")
+        if (precision := self.precision_plugin.precision) not in ("32-true", "bf16-mixed"):
+            raise UserError(f"cluster.precision={precision} does not go with cluster=fsdp: bf16-mixed or 32-true does")
         ranks = self.num_nodes * self.num_processes
         if self.shard_size is not None and (self.shard_size < 1 or ranks % self.shard_size):
             raise UserError(f"cluster.strategy.shard_size={self.shard_size} does not divide the {ranks} ranks")

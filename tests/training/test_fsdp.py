@@ -99,3 +99,6 @@ def test_mistakes_are_found_before_processes_start():
         made.check(torch.nn.Linear(1, 1))
     made.shard_size = 2
     made.check(single())
+    made.precision_plugin = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(UserError, match=r"cluster\.precision=16-mixed"):
+        made.check(single())
