@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from grn import refinement
 from grn.conditions import Text, text_condition
@@ -101,6 +102,12 @@ class TextRefinerModule(RefinerModule):
     def setup(self, stage: str) -> None:
         self._hollow = [hollow(self.refiner)]  # before a strategy shards the network
 
+    def configure_model(self) -> None:
+        super().configure_model()
+        # Else blocks would run outside of their root, which leaves ranks that sample more than others out of step.
+        for method in ("predict", "text_cache"):
+            register_fsdp_forward_method(self.network, method)
+
     def flop_per_sample(self, batch: dict[str, Any]) -> int:
         """As of `RefinerModule`, a mean over the batch's samples; without the text encoder's."""
         shapes, count = [tuple(pixels.shape) for pixels in batch["pixels"]], len(batch["key"])
@@ -185,10 +192,10 @@ class TextRefinerModule(RefinerModule):
     def condition(self, labels: Tensor) -> Text:
         """What samples of the prompts of these numbers, int64 [B], are conditioned on."""
         prompts = [self.prompts[label] for label in labels.tolist()]
-        return text_condition(self.refiner, self.text_encoder, prompts, self.negative_prompt)
+        return text_condition(self.network, self.text_encoder, prompts, self.negative_prompt)
 
     def predict(self, tokens: Tensor, t: Tensor, condition: Text) -> Tensor:
-        return self.refiner.predict(tokens, t, condition.cache, condition.index)
+        return self.network.predict(tokens, t, condition.cache, condition.index)
 
 
 def _by_shape(samples: Sequence[Tensor]) -> Iterable[list[int]]:

@@ -45,7 +45,9 @@ def test_training_never_shows_the_heldout_pairs(folder):
 
 
 def test_no_digit_of_the_heldout_split_is_in_training(folder):
-    train, heldout = ({i for raw in samples(folder, s) for i in raw["__key__"].split("-")} for s in ("train", "heldout"))
+    train, heldout = (
+        {i for raw in samples(folder, s) for i in raw["__key__"].split("-")} for s in ("train", "heldout")
+    )
     assert len(train | heldout) == 1797
     assert not train & heldout
 

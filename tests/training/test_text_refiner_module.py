@@ -20,7 +20,16 @@ from grn.sampler import Linear, Sampler
 from grn.training import TextRefinerModule
 from grn.training.fsdp import FSDP, gather_weights, local, release_weights
 
-SIZES = {"channels": 3, "classes": 4, "depth": 2, "width": 24, "heads": 2, "text_width": 16, "max_text": 32, "mlp_ratio": 11}
+SIZES = {
+    "channels": 3,
+    "classes": 4,
+    "depth": 2,
+    "width": 24,
+    "heads": 2,
+    "text_width": 16,
+    "max_text": 32,
+    "mlp_ratio": 11,
+}
 ENCODER = {"width": 16, "depth": 1, "heads": 2, "hidden": 16, "max_length": 32}
 PROMPTS = ["a seven", "a three left of an eight", ""]
 
