@@ -15,7 +15,7 @@ from grn.data.text_images import PackedTokens
 from grn.errors import UserError
 from grn.flops import forward_flop, hollow, training_flop
 from grn.networks.captioned_refiner import CaptionedRefiner, check_features
-from grn.networks.text_encoder import TextEncoder
+from grn.networks.text_encoder import TextEncoder, tokenize
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.sampler import Sampler
@@ -91,8 +91,10 @@ class TextRefinerModule(RefinerModule):
 
     @property
     def packed_tokens(self) -> PackedTokens:
-        """For the data to pack by."""
-        return PackedTokens(self.tokenizer.stride, self.tokenizer.temporal_stride, self.text_encoder.tokenize)
+        """For the data to pack by, in processes that get no copy of the encoder."""
+        encoder = self.text_encoder
+        count = functools.partial(tokenize, tokenizer=encoder.tokenizer, max_length=encoder.max_length)
+        return PackedTokens(self.tokenizer.stride, self.tokenizer.temporal_stride, count)
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
