@@ -46,7 +46,7 @@ class DigitPairsSource:
     """
 
     size: int = 32
-    copies: int = 100
+    copies: int = 40
     heldout_copies: int = 2
     heldout: int = 297
     seed: int = 0

@@ -61,14 +61,18 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """The tokens of each caption, at least one and at most max_length."""
-        limit = CHARACTERS * self.max_length
-        clean = [caption[:limit].encode("utf-8", "replace").decode("utf-8") for caption in captions]
-        ids = self.tokenizer(clean, truncation=True, max_length=self.max_length)["input_ids"]
-        return [list(caption) or [self.tokenizer.pad_token_id or 0] for caption in ids]
+        return tokenize(captions, tokenizer=self.tokenizer, max_length=self.max_length)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """int64 [B, L], and where they are tokens rather than padding -> features [B, L, width], any at padding."""
         return self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+
+def tokenize(captions: Sequence[str], *, tokenizer: Any, max_length: int) -> list[list[int]]:
+    """As `TextEncoder.tokenize`, without the encoder: for processes that only count."""
+    clean = [caption[: CHARACTERS * max_length].encode("utf-8", "replace").decode("utf-8") for caption in captions]
+    ids = tokenizer(clean, truncation=True, max_length=max_length)["input_ids"]
+    return [list(caption) or [tokenizer.pad_token_id or 0] for caption in ids]
 
 
 class ByteT5(TextEncoder):

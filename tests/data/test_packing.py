@@ -3,7 +3,7 @@
 import io
 import random
 import tarfile
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 
@@ -98,7 +98,7 @@ def test_every_pack_begins_with_what_has_waited_longest(shards, monkeypatch):
     order = {sample: place for place, sample in enumerate(order)}
     for number, pack in enumerate(packs):
         assert all(order[pack[0]] < order[later] for own in packs[number + 1 :] for later in own)
-    assert sum(order[a] > order[b] for pack in packs for a, b in zip(pack, pack[1:])) > 20
+    assert sum(order[a] > order[b] for pack in packs for a, b in pairwise(pack)) > 20
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (2, 2), (4, 1)])

@@ -35,7 +35,7 @@ def make(shard, **arguments):
     sizes = {} if "resolutions" in arguments else {"pixels": "0.06M"}
     defaults = {"name": "text_image", "max_tokens": 2048, "batch_size": 1, "lookahead": 8, "caption_dropout": 0.0}
     module = TextImageDataModule(**(defaults | sizes | {"train": shard, "heldout": shard} | arguments))
-    module.packed_by(PackedTokens(16, 4, lambda captions: [list(c.encode()[:64]) + [1] for c in captions]))
+    module.packed_by(PackedTokens(16, 4, lambda captions: [[*c.encode()[:64], 1] for c in captions]))
     return module
 
 

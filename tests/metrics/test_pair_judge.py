@@ -72,6 +72,6 @@ def test_single_digits_are_found(data):
 
 def test_mistakes_are_explained(data):
     with pytest.raises(UserError, match=r"scores\.judge\.prompts asks for no pair of digits"):
-        DigitPairsJudge(prompts=["a cat"], train=lambda: [], heldout=lambda: [])
+        DigitPairsJudge(prompts=["a cat"], train=list, heldout=list)
     with pytest.raises(UserError, match="has no images"):
-        DigitPairsJudge(prompts=PROMPTS, train=lambda: [], heldout=lambda: [])
+        DigitPairsJudge(prompts=PROMPTS, train=list, heldout=list)
