@@ -41,12 +41,12 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
         UserError: what is asked for cannot be had, or misses the target on the samples that were not fitted to.
     """
     module, source = load_refiner(config.ckpt, ema=config.ema)
-    sampler = build_sampler(config.sampler, module.sampler)
-    if not isinstance(sampler.schedule, EntropyGuided):
+    if config.sampler.schedule.get("_target_") != "grn.sampler.EntropyGuided":
         raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
+    sampler = build_sampler(config.sampler, module.sampler)
     target, spread = (_number(config, key) for key in ("target_steps", "spread"))
     spread = wanted_spread(sampler.schedule, target, spread)
-    labels = _labels(config.num, module.network.num_labels)
+    labels = _labels(config.num, module.num_labels)
     device = best_device(config.device)
     module = module.to(device)
 

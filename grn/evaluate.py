@@ -134,7 +134,7 @@ def _score_refiner(
             watch=watch,
         )
         if archive is not None:
-            archive.save(equal_labels(config.num, range(module.network.num_labels)))
+            archive.save(equal_labels(config.num, range(module.num_labels)))
     _pictures(shown, scores, datamodule, out)
     by_class = [round(mean, 3) for mean in steps_by_class(steps)]
     if rank == 0:

@@ -60,7 +60,7 @@ def score_samples(
     Raises:
         UserError: `num` is not a multiple of the number of classes, or another rank failed.
     """
-    num_labels = module.network.num_labels
+    num_labels = module.num_labels
     if num < 1 or num % num_labels:
         raise UserError(f"num={num} is not a multiple of the {num_labels} classes: every class must come up equally")
     for score in scores.values():

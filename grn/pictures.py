@@ -18,6 +18,7 @@ STATES = ("filled", "kept", "erased", "blank")
 STATE_COLOURS = ((0, 158, 115), (0, 114, 178), (213, 94, 0), (48, 48, 48))  # told apart by the colour-blind, too
 GROUND, INK, BAR = (96, 96, 96), (235, 235, 235), (86, 180, 233)
 CAPTION = 14  # pixels
+SORTED = 200  # samples in a sorted grid
 
 
 def grid(images: Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:
@@ -110,17 +111,22 @@ def state_pixels(states: Tensor, size: tuple[int, int]) -> Tensor:
     return colours[cells[:, 0][:, rows][:, :, columns]].permute(0, 3, 1, 2)
 
 
-def captioned_grid(images: Tensor, captions: list[str], columns: int, scale: int = 1) -> Image.Image:
-    """As `grid`, each image above its caption."""
+def sorted_grid(images: Tensor, difficulty: Tensor, steps: Tensor, columns: int) -> Image.Image:
+    """uint8 [N, 3, H, W] from the easiest to the most difficult, with difficulty [N] and steps int64 [N] below each.
+
+    Of more than `SORTED`, so many are shown, evenly spread over the order.
+    """
+    order = difficulty.argsort()
+    order = order[torch.linspace(0, len(order) - 1, min(len(order), SORTED)).round().long()]
+    scale = scale_for(images.shape[-1])
     height, width = (2 + length * scale for length in images.shape[-2:])
-    rows = math.ceil(len(images) / columns)
-    picture = Image.new("RGB", (columns * width + 2, rows * (height + CAPTION) + 2), GROUND)
+    picture = Image.new("RGB", (columns * width + 2, math.ceil(len(order) / columns) * (height + CAPTION) + 2), GROUND)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    for place, (image, caption) in enumerate(zip(images.cpu(), captions)):
+    for place, number in enumerate(order.tolist()):
         left, top = 2 + place % columns * width, 2 + place // columns * (height + CAPTION)
-        tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-        tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
-        picture.paste(tile, (left, top))
+        tile = Image.fromarray(images[number].permute(1, 2, 0).cpu().numpy())
+        picture.paste(tile.resize((width - 2, height - 2), Image.Resampling.NEAREST), (left, top))
+        caption = f"{difficulty[number]:.3f}, {steps[number]}"
         draw.text((left + width // 2, top + height - 2), caption, fill=INK, font=font, anchor="ma")
     return picture
 

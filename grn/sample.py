@@ -19,8 +19,6 @@ from grn.modules import build_sampler, load_refiner
 
 log = logging.getLogger(__name__)
 
-SORTED = 200  # samples in the sorted grid
-
 
 @entry_point("sample")
 def main(config: DictConfig) -> None:
@@ -61,7 +59,7 @@ def sample(config: DictConfig) -> Path:
     images, steps, entropy, decision_entropy, trace = (column[ids.argsort()] for column in columns)
     pictures.save(pictures.grid(images, config.columns, pictures.scale_for(images.shape[-1])), out / "samples.png")
     difficulty = trace.nanmean(dim=1) if sampler.schedule.decide_at is None else decision_entropy
-    _save_sorted(images, difficulty, steps, config.columns, out / "sorted.png")
+    pictures.save(pictures.sorted_grid(images, difficulty, steps, config.columns), out / "sorted.png")
     if film is not None:
         columns = max(1, config.columns // 2) if config.film_states else config.columns
         frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=columns)
@@ -91,14 +89,6 @@ def sample(config: DictConfig) -> Path:
     )
     log.info("%d samples in %.1f s: %s", len(labels), seconds, out)
     return out
-
-
-def _save_sorted(images: torch.Tensor, difficulty: torch.Tensor, steps: torch.Tensor, columns: int, path: Path) -> None:
-    """The easiest first, with difficulty and steps below each; of many samples, `SORTED` evenly among them."""
-    order = difficulty.argsort()
-    order = order[torch.linspace(0, len(order) - 1, min(len(order), SORTED)).round().long()]
-    captions = [f"{difficulty[i]:.3f}, {steps[i]}" for i in order.tolist()]
-    pictures.save(pictures.captioned_grid(images[order], captions, columns, pictures.scale_for(images.shape[-1])), path)
 
 
 def _labels(config: DictConfig, num_labels: int) -> torch.Tensor:

@@ -38,9 +38,7 @@ def read_sampler(path: str | Path) -> Sampler:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(
-            f"sampler.file: there is no {path}: python -m grn.calibrate ckpt=... target_steps=... writes it"
-        )
+        raise UserError(f"sampler.file: there is no {path}; python -m grn.calibrate ckpt=... writes one")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

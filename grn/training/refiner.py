@@ -85,6 +85,11 @@ class RefinerModule(LightningModule):
         self._encoding_flop: dict[torch.Size, int] = {}
 
     @property
+    def num_labels(self) -> int:
+        """Among how many conditions samples are asked for, by number."""
+        return self.network.num_labels
+
+    @property
     def token_shape(self) -> tuple[int, int, int, int]:
         """(D, T, H, W) of one sample."""
         return self.network.channels, 1, self.network.size, self.network.size
