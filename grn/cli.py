@@ -22,6 +22,7 @@ from grn.data.shards import read_manifest
 from grn.errors import UserError
 from grn.launch import place
 from grn.networks.pretrained import HUB, is_pretrained
+from grn.sampler_file import read_sampler, sampler_config
 
 _PACKAGE = Path(__file__).resolve().parent
 # A checkout keeps conf/ at its top; an installed wheel carries it inside the package (pyproject.toml).
@@ -67,6 +68,8 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return _one_line(str(cause))
     for cause in chain:
+        if told := re.search(r"UserError raised while resolving interpolation: (.*)", str(cause)):
+            return told.group(1)
         if missing := re.search(r"[Mm]issing mandatory value: (\S+)", str(cause)):
             return f"{missing.group(1)} must be given: add {missing.group(1)}=... to the command"
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.key is not None:
@@ -129,7 +132,13 @@ def _train_samples(root: str) -> int | None:
     return manifest["splits"]["train"]["samples"] if manifest and "train" in manifest["splits"] else None
 
 
+def _sampler_file(path: str, key: str) -> object:
+    """A value of a sampler that grn.calibrate wrote."""
+    return sampler_config(read_sampler(path))[key]
+
+
 OmegaConf.register_new_resolver("train_samples", _train_samples, replace=True)
 OmegaConf.register_new_resolver("steps", _steps, replace=True)
 OmegaConf.register_new_resolver("wandb_offline", _wandb_offline, replace=True)
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+OmegaConf.register_new_resolver("sampler_file", _sampler_file, replace=True)

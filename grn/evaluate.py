@@ -26,7 +26,7 @@ from grn.checkpoints.native import load_tokenizer, read_checkpoint
 from grn.cli import MISTAKES, entry_point
 from grn.data.streaming import rank_and_world_size, report_skipped
 from grn.errors import UserError
-from grn.evaluation import build_scores, score_reconstructions, score_samples
+from grn.evaluation import build_scores, score_reconstructions, score_samples, steps_by_class
 from grn.files import write_json
 from grn.generation import Batch, best_device, equal_labels
 from grn.launch import place
@@ -122,7 +122,7 @@ def _score_refiner(
             archive.add(batch.images, batch.ids)
 
     with archive or nullcontext():
-        metrics = score_samples(
+        metrics, steps = score_samples(
             module,
             scores,
             num=config.num,
@@ -136,7 +136,12 @@ def _score_refiner(
         if archive is not None:
             archive.save(equal_labels(config.num, range(module.num_labels)))
     _pictures(shown, scores, datamodule, out)
-    return metrics, {"num": config.num, "seed": config.seed, "sampler": repr(sampler)}
+    by_class = [round(mean, 3) for mean in steps_by_class(steps)]
+    if rank == 0:
+        pictures.save(pictures.steps_chart(steps.sum(dim=0).tolist(), by_class), out / "steps.png")
+    histogram = {number: count for number, count in enumerate(steps.sum(dim=0).tolist()) if count}
+    settings = {"num": config.num, "seed": config.seed, "sampler": repr(sampler)}
+    return metrics, settings | {"steps_histogram": histogram, "steps_by_class": by_class}
 
 
 def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[str, Any]]:

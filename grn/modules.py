@@ -24,6 +24,7 @@ from grn.networks.text_encoder import ByteT5
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.sampler import Sampler
+from grn.sampler_file import sampler_config
 from grn.training import RefinerModule, TextRefinerModule
 
 
@@ -144,8 +145,9 @@ def build_sampler(config: DictConfig | dict, fallback: Sampler | DictConfig | di
     A schedule's keys fall back only on a schedule of the same kind.
     """
     if isinstance(fallback, Sampler):
-        fallback = _sampler_config(fallback)
-    chosen, trained = (OmegaConf.to_container(OmegaConf.create(c or {}), resolve=True) for c in (config, fallback))
+        fallback = sampler_config(fallback)
+    configs = (c if isinstance(c, DictConfig) else OmegaConf.create(c or {}) for c in (config, fallback))
+    chosen, trained = (OmegaConf.to_container(c, resolve=True) for c in configs)  # in its place, for what it refers to
     schedule, trained_schedule = chosen.pop("schedule", None), trained.pop("schedule", None) or {}
     if schedule is None:
         schedule = trained_schedule
@@ -154,13 +156,9 @@ def build_sampler(config: DictConfig | dict, fallback: Sampler | DictConfig | di
     chosen = _filled(chosen, trained)
     if schedule:
         chosen["schedule"] = instantiate(_filled(schedule))
-    chosen.pop("_target_", None)
+    for key in ("_target_", "file"):  # where the values of sampler=calibrated are from
+        chosen.pop(key, None)
     return Sampler(**_filled(chosen))
-
-
-def _sampler_config(sampler: Sampler) -> dict[str, Any]:
-    kind = type(sampler.schedule)
-    return vars(sampler) | {"schedule": {"_target_": f"{kind.__module__}.{kind.__qualname__}"} | vars(sampler.schedule)}
 
 
 def _filled(values: dict[str, Any], fallback: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def main(config: DictConfig) -> None:
 
 
 def sample(config: DictConfig) -> Path:
-    """Writes `samples.png`, `refinement.gif` and `samples.json` to `out`; returns that folder."""
+    """Writes `samples.png`, `sorted.png`, `refinement.gif` and `samples.json` to `out`; returns that folder."""
     module, source = load_refiner(config.ckpt, ema=config.ema)
     sampler = build_sampler(config.sampler, module.sampler)
     device = best_device(config.device)
@@ -49,7 +49,7 @@ def sample(config: DictConfig) -> Path:
     start = start_from_image(module, config.init, strength=config.strength, mask=config.mask)
 
     started, batches = time.perf_counter(), []
-    film = pictures.FilmRecorder() if config.film else None
+    film = pictures.FilmRecorder(states=config.film_states) if config.film else None
     with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         task = progress.add_task("sampling", total=len(labels))
         for batch in generate(
@@ -62,16 +62,20 @@ def sample(config: DictConfig) -> Path:
             watch_first=film,
         ):
             said = batch.refined
-            batches.append((batch.ids, batch.images.cpu(), said.steps, said.entropy, said.decision_entropy))
+            images = batch.images.cpu()
+            batches.append((batch.ids, images, said.steps, said.entropy, said.decision_entropy, said.trace))
             progress.advance(task, len(batch.ids))
     seconds = time.perf_counter() - started
 
     out = Path(config.out)
     ids, *columns = map(torch.cat, zip(*batches))
-    images, steps, entropy, decision_entropy = (column[ids.argsort()] for column in columns)
+    images, steps, entropy, decision_entropy, trace = (column[ids.argsort()] for column in columns)
     pictures.save(pictures.grid(images, config.columns, pictures.scale_for(images.shape[-1])), out / "samples.png")
+    difficulty = trace.nanmean(dim=1) if sampler.schedule.decide_at is None else decision_entropy
+    pictures.save(pictures.sorted_grid(images, difficulty, steps, config.columns), out / "sorted.png")
     if film is not None:
-        frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=config.columns)
+        columns = max(1, config.columns // 2) if config.film_states else config.columns
+        frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=columns)
         pictures.save_film(frames, out / "refinement.gif")
     if config.images:
         for i, image in enumerate(images):
@@ -94,6 +98,7 @@ def sample(config: DictConfig) -> Path:
             "steps": steps.tolist(),
             "entropy": [round(e, 5) for e in entropy.tolist()],
             "entropy_at_decision": [round(e, 5) for e in decision_entropy.tolist()],
+            "entropy_trace": [[round(e, 5) for e in row[:taken].tolist()] for row, taken in zip(trace, steps)],
         },
     )
     log.info("%d samples in %.1f s: %s", len(labels), seconds, out)

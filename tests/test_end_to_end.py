@@ -21,6 +21,8 @@ from grn.checkpoints.sharded import read_sharded
 
 pytestmark = pytest.mark.slow
 
+VERBS = ("prepare", "train", "calibrate", "sample", "evaluate", "encode", "export", "consolidate", "bench")
+
 TOKENIZER = (
     "+experiment=digits_tokenizer model.dim=8 model.decoder_dim=8 trainer.max_steps=12 trainer.val_check_interval=6"
 )
@@ -113,6 +115,7 @@ def test_curves_are_in_the_csv(workspace):
     assert "train/tflops_per_second" in seen
     assert {"val/loss", "val/accuracy", "eval/fid", "eval/judge_accuracy", "eval/steps_mean", "data/skipped"} <= seen
     assert any(key.startswith("train/accuracy/t_0.") for key in seen)
+    assert path.with_name("steps-step0000012.csv").read_text().startswith("class,steps,samples\n")
 
 
 def wandb_records(path):
@@ -141,7 +144,8 @@ def test_curves_and_pictures_are_in_the_offline_wandb_run(workspace):
         keys |= {"/".join(item.nested_key) or item.key for item in record.history.item}
         config |= {item.key for item in record.run.config.update} | {item.key for item in record.config.update}
     assert {"train/loss", "train/images_per_second", "val/loss", "eval/fid"} <= keys
-    assert {key.rsplit("/", 1)[0] for key in keys} >= {"sample/grid", "sample/film"}  # media: sample/grid/_type, ...
+    media = {key.rsplit("/", 1)[0] for key in keys}  # of sample/grid/_type, ...
+    assert media >= {"sample/grid", "sample/film", "eval/steps", "eval/steps_by_class"}
     assert {"model", "training", "data"} <= config
 
 
@@ -171,6 +175,17 @@ def test_samples_do_not_depend_on_the_batch(workspace, tmp_path):
     assert first == second
 
 
+def test_calibrated_samples_take_the_steps_asked_for(workspace, tmp_path):
+    done = succeed(workspace, "calibrate", "ckpt=runs/digits_c2i target_steps=9 tmin=5 tmax=14 wp=2 num=400")
+    assert "fresh" in done.stdout
+    assert "sampler=calibrated" in done.stdout
+    arguments = f"ckpt=runs/digits_c2i/checkpoints/best.ckpt num=100 seed=5 film=false out={tmp_path}"
+    succeed(workspace, "sample", f"{arguments} sampler=calibrated")
+    steps = json.loads((tmp_path / "samples.json").read_text())["steps"]
+    assert (min(steps), max(steps)) > (4, 9)
+    assert sum(steps) / 100 == pytest.approx(9, rel=0.1)
+
+
 def test_evaluate_writes_metrics(workspace):
     succeed(
         workspace,
@@ -181,7 +196,10 @@ def test_evaluate_writes_metrics(workspace):
     expected = {"fid", "fid_heldout", "isc_mean", "judge_accuracy", "judge_heldout_accuracy", "nn_median_ratio"}
     assert expected <= report["metrics"].keys()
     assert report["metrics"]["judge_heldout_accuracy"] >= 0.97
-    assert Image.open(workspace / "runs/digits_c2i/evaluation/nearest.png").format == "PNG"
+    assert sum(report["steps_histogram"].values()) == 20
+    assert len(report["steps_by_class"]) == 10
+    for name in ("nearest.png", "steps.png"):
+        assert Image.open(workspace / "runs/digits_c2i/evaluation" / name).format == "PNG"
     succeed(workspace, "evaluate", "ckpt=runs/digits_tokenizer")
     report = json.loads((workspace / "runs/digits_tokenizer/evaluation/metrics.json").read_text())
     assert {"psnr", "ssim", "l1", "rfid"} <= report["metrics"].keys()
@@ -440,6 +458,9 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("sample", "ckpt=runs/digits_c2i batch_size=0 out=o", "batch_size must be at least 1"),
         ("sample", "ckpt=runs/digits_c2i mask=mask.png out=o", "init=image.png"),
         ("sample", "ckpt=runs/digits_c2i init=/nowhere.png out=o", "no such file"),
+        ("sample", "ckpt=runs/digits_c2i sampler=calibrated sampler.file=no.yaml out=o", "python -m grn.calibrate"),
+        ("calibrate", "ckpt=runs/digits_c2i out=o", "target_steps must be given"),
+        ("calibrate", "ckpt=runs/digits_c2i target_steps=40 out=o", "between tmin=12 and tmax=30"),
         ("evaluate", "ckpt=runs/digits_c2i num=15 out=o", "num=15"),
         ("evaluate", "ckpt=runs/digits_tokenizer images=true out=o", "images=true keeps the samples of a refiner"),
         ("evaluate", "ckpt=runs/digits_c2i scores=imagenet scores.fid.kid=true out=o", "scores.fid.kid compares"),
@@ -628,7 +649,7 @@ def test_official_weights_are_exported_and_scored(workspace, golden, tmp_path):
     )
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "sample", "evaluate", "encode", "export", "consolidate", "bench"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_says_what_to_type(workspace, verb):
     done = succeed(workspace, verb, "--help")
     assert f"python -m grn.{verb}" in done.stdout

@@ -88,7 +88,7 @@ def save_exported_refiner(
     networks = {"refiner": refiner, "tokenizer": tokenizer}
     index = marks(PIPELINE) | {part: ["grn", network.__name__] for part, network in PARTS.items()}
     index |= {"labeling": labeling, "sampler": _plain(sampler)}
-    _sampler(index["sampler"], folder / INDEX)  # a schedule of somebody's own cannot be read again
+    sampler_from_plain(index["sampler"], folder / INDEX)  # a schedule of somebody's own cannot be read again
 
     def write(temporary: Path) -> None:
         write_json(temporary / INDEX, index)
@@ -119,7 +119,7 @@ def load_exported_refiner(path_or_hub_id: str | Path) -> ExportedRefiner:
     step = read_config(folder / "refiner")["_provenance"].get("step")
     return ExportedRefiner(
         folder=folder,
-        sampler=_sampler(index.get("sampler"), path),
+        sampler=sampler_from_plain(index.get("sampler"), path),
         labeling=index["labeling"],
         refiner=ClassRefiner.from_pretrained(folder / "refiner"),
         tokenizer=HBQTokenizer.from_pretrained(folder / "tokenizer"),
@@ -144,7 +144,7 @@ def _plain(sampler: Sampler) -> dict[str, Any]:
     return vars(sampler) | {"schedule": {"_class_name": type(sampler.schedule).__name__, **schedule}}
 
 
-def _sampler(values: Any, path: Path) -> Sampler:
+def sampler_from_plain(values: Any, path: Path) -> Sampler:
     """What `_plain` made, of any values that a file may hold; what is left out has its default."""
     values = dict(values) if isinstance(values, dict) else {}
     schedule = values.pop("schedule", None)
