@@ -17,7 +17,7 @@ from grn import pictures
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import best_device, equal_labels, generate
+from grn.generation import best_device, check_labels, equal_labels, generate
 from grn.initial_image import start_from_image
 from grn.modules import build_sampler, load_refiner
 from grn.training import TextRefinerModule
@@ -144,9 +144,7 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 def _labels(config: DictConfig, num_labels: int) -> torch.Tensor:
     labels = list(range(num_labels)) if config.labels is None else list(config.labels)
-    bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < num_labels]
-    if bad or not labels:
-        raise UserError(f"labels={labels}: labels of this checkpoint are 0..{num_labels - 1}")
+    check_labels(labels, num_labels)
     if config.num < 1:
         raise UserError(f"num={config.num}: at least one sample")
     return equal_labels(config.num, labels)
