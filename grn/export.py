@@ -85,7 +85,7 @@ def _export_refiner(config: DictConfig, checkpoint: Checkpoint) -> tuple[Path, s
     module.sampler = build_sampler(config.sampler, module.sampler)
     if isinstance(module, TextRefinerModule):
         module.prompts = module.prompts if config.prompts is None else list(config.prompts)
-        module.size = module.size if config.size is None else tuple(config.size)
+        module.size = _size(config, module.size)
     return _save(module, config.out)
 
 
@@ -167,8 +167,12 @@ def _text_side(config: DictConfig) -> TextSide:
         encoder=instantiate(config.text_encoder),
         prompts=list(config.prompts or OFFICIAL_PROMPTS),
         negative_prompt="",
-        size=tuple(config.size or OFFICIAL_SIZE),
+        size=_size(config, OFFICIAL_SIZE),
     )
+
+
+def _size(config: DictConfig, own: tuple[int, int]) -> tuple[int, int]:
+    return tuple(own if asked is None else asked for asked, own in zip((config.height, config.width), own))
 
 
 def _labeling(refiner: ClassRefiner | TextRefiner, tokenizer: HBQTokenizer) -> hbq.Labeling:

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
+from grn.cli import MISTAKES, explain
 from grn.errors import UserError
 from grn.generation import check_labels
 from grn.initial_image import start_from_image
@@ -68,7 +69,10 @@ class GRNPipeline:
         ckpt = str(ckpt)
         if not Path(ckpt).expanduser().exists() and is_hub_id(ckpt):
             ckpt = f"{HUB}{ckpt}"
-        return cls(load_refiner(ckpt, ema=ema)[0])
+        try:
+            return cls(load_refiner(ckpt, ema=ema)[0])
+        except MISTAKES as error:  # Hydra wraps what is wrong with a run's parts
+            raise UserError(explain(error)) from None
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes a folder for `from_pretrained`, `grn.sample` and `grn.evaluate`: all of it or nothing.

@@ -11,7 +11,7 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from grn.checkpoints.exported import FILES, INDEX, TEXT_FILES, load_exported_refiner
 from grn.checkpoints.native import weights_hash
 from grn.checkpoints.official_text_refiner import load_official_text_refiner
-from grn.errors import UserError
+from grn.cli import MISTAKES, explain
 from grn.export import export
 from grn.modules import load_refiner
 from grn.networks.pretrained import MAX_CONFIG_BYTES
@@ -65,9 +65,9 @@ def exported(*overrides):
 
 
 def complaint_of(call):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(MISTAKES) as error:
         call()
-    message = str(error.value)
+    message = explain(error.value)
     assert "\n" not in message
     assert len(message) < 700
     return message
@@ -91,7 +91,7 @@ def test_layout(run, folder, tmp_path):
     assert (of_refiner["source"], of_refiner["step"], of_tokenizer["step"]) == (source["ckpt"], 12, 5)
     assert of_refiner["sha256"] == weights_hash(module.refiner.state_dict())
     assert of_encoder == {"sha256": weights_hash(module.text_encoder.state_dict())}
-    other = exported(f"ckpt={run}", f"out={tmp_path}/other", "prompts=[a seven]", "size=[16,16]", "sampler=linear")
+    other = exported(f"ckpt={run}", f"out={tmp_path}/other", "prompts=[a seven]", "width=16", "sampler=linear")
     index = json.loads((other / INDEX).read_text())
     assert (index["prompts"], index["size"]) == (["a seven"], [16, 16])
     assert index["sampler"]["schedule"] == {"_class_name": "Linear", "steps": 50}
@@ -112,6 +112,7 @@ def test_a_folder_samples_as_its_run(run, folder, tmp_path):
 
 
 def test_a_frozen_encoder_is_referred_to(umt5, tmp_path, monkeypatch):
+    umt5 = shutil.copytree(umt5, tmp_path / "umt5")
     sizes = [*TEXTS[: TEXTS.index(" text_encoder")].split(), "training.size=[16,32]", "model.text_width=24"]
     run = write_run(tmp_path / "run", " ".join([*sizes, *of_umt5(umt5), "text_encoder.max_length=32"]))
     folder = exported(f"ckpt={run}", f"out={tmp_path}/export")
@@ -124,14 +125,18 @@ def test_a_frozen_encoder_is_referred_to(umt5, tmp_path, monkeypatch):
     before = files(folder)
     rewrite(reference, path=umt5.name)
     assert files(GRNPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")) == before
+    shutil.rmtree(umt5)
+    for ckpt in (run, tmp_path / "again"):
+        complaint = complaint_of(lambda ckpt=ckpt: GRNPipeline.from_pretrained(ckpt))
+        assert f"text_encoder.path: no folder {umt5}" in complaint
 
 
-def rewrite(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def rewrite(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_the_authors_file_becomes_a_folder(official, umt5, golden):
-    folder = exported(*official, *of_umt5(umt5), "size=[32,48]", "sampler=cosine", "sampler.guidance=3")
+    folder = exported(*official, *of_umt5(umt5), "height=32", "width=48", "sampler=cosine", "sampler.guidance=3")
     module, source = load_refiner(str(folder))
     assert source == {"ckpt": str(folder), "step": None}
     assert (module.labeling, module.size, module.sampler.guidance) == ("bit", (32, 48), 3)
@@ -149,7 +154,7 @@ def test_the_authors_file_becomes_a_folder(official, umt5, golden):
         (["model.text_width=16"], "is of another size than the model"),
         (["ema=0.5"], "ema=0.5: "),
         (["format=official"], "ckpt is one of the authors' files already"),
-        (["size=[30,32]"], "multiples of the tokenizer's stride 4, got (30, 32)"),
+        (["height=30"], "multiples of the tokenizer's stride 4, got (30, 256)"),
         (["model=class_refiner"], "is not an official"),
     ],
 )
