@@ -14,18 +14,19 @@ from grn.sampler import Step
 
 def grid(images: Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:
     """uint8 [N, 3, H, W] -> one picture, row by row, as square as may be; `scale` enlarges each pixel."""
-    image = picture(make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=96))
+    picture = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=96)
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-def picture(image: Tensor) -> Image.Image:
-    """uint8 [3, H, W] -> the same as a picture, pixel by pixel."""
-    return Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
 
 
 def scale_for(size: int) -> int:
     """A whole factor that makes small images (32 pixels) large enough to look at."""
     return max(1, 96 // size)
+
+
+def single(image: Tensor) -> Image.Image:
+    """uint8 [3, H, W] -> the same, pixel by pixel, as a picture."""
+    return Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
 
 
 def save(image: Image.Image, path: Path) -> Path:

@@ -21,7 +21,7 @@ from grn.generation import check_labels
 from grn.initial_image import start_from_image
 from grn.modules import load_refiner, save_refiner
 from grn.networks.pretrained import HUB, is_hub_id
-from grn.pictures import picture
+from grn.pictures import single
 from grn.sampler import EntropyGuided, Linear, Sampler, Schedule, Step
 from grn.training import RefinerModule, TextRefinerModule
 
@@ -187,7 +187,7 @@ class GRNPipeline:
         tokens, taken, entropy, *images = (column[rows.argsort()][sample_of] for column in columns)
         shown = images[0] if images else None
         if output == "pil":
-            shown = [picture(image) for image in shown]
+            shown = [single(image) for image in shown]
         return PipelineOutput(images=shown, tokens=tokens, steps=taken, entropy=entropy, seed=seed)
 
     def _asked(

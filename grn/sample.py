@@ -75,7 +75,7 @@ def sample(config: DictConfig) -> Path:
         pictures.save_film(frames, out / "refinement.gif")
     if config.images:
         for i, image in enumerate(images):
-            pictures.save(pictures.picture(image), out / "images" / f"{i:05d}-{int(labels[i])}.png")
+            pictures.save(pictures.single(image), out / "images" / f"{i:05d}-{int(labels[i])}.png")
     write_json(
         out / "samples.json",
         {

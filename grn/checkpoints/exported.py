@@ -126,7 +126,7 @@ def save_exported_refiner(
             raise UserError(f"prompts: {len(text.prompts)} of them are too long for {INDEX}; give fewer: prompts=[...]")
     # What could not be read again: a schedule or an encoder of somebody's own.
     _classes(index, folder / INDEX)
-    _sampler(index["sampler"], folder / INDEX)
+    sampler_from_plain(index["sampler"], folder / INDEX)
 
     def write(temporary: Path) -> None:
         write_json(temporary / INDEX, index)
@@ -160,7 +160,7 @@ def load_exported_refiner(path_or_hub_id: str | Path) -> ExportedRefiner:
     step = provenance["refiner"].get("step")
     return ExportedRefiner(
         folder=folder,
-        sampler=_sampler(index.get("sampler"), path),
+        sampler=sampler_from_plain(index.get("sampler"), path),
         labeling=index["labeling"],
         text=_text_side(index, classes["text_encoder"], folder) if "text_encoder" in classes else None,
         refiner=classes["refiner"].from_pretrained(folder / "refiner"),
@@ -234,7 +234,7 @@ def _plain(sampler: Sampler) -> dict[str, Any]:
     return vars(sampler) | {"schedule": {"_class_name": type(sampler.schedule).__name__, **schedule}}
 
 
-def _sampler(values: Any, path: Path) -> Sampler:
+def sampler_from_plain(values: Any, path: Path) -> Sampler:
     """What `_plain` made, of any values that a file may hold; what is left out has its default."""
     values = dict(values) if isinstance(values, dict) else {}
     schedule = values.pop("schedule", None)
