@@ -36,7 +36,7 @@ from grn.networks.pretrained import is_pretrained
 from grn.networks.tokenizer import for_inference
 from grn.processes import gather, join, together
 from grn.sample_archive import SampleArchive
-from grn.training import RefinerModule, TokenizerModule
+from grn.training import RefinerModule, TextRefinerModule, TokenizerModule
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +155,8 @@ def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[
             )
         if not official and is_exported_refiner(config.ckpt):
             module, subject = load_refiner(config.ckpt, ema=config.ema)
+            if isinstance(module, TextRefinerModule):  # which scores refer to, as they do in a run's config
+                OmegaConf.update(config, "training.prompts", module.prompts, force_add=True)
             return module, None, subject
         network, record = load_tokenizer(
             config.ckpt, embed=False, official=config.tokenizer.model, ema=config.ema, key="ckpt"

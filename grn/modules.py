@@ -1,5 +1,6 @@
-"""From a config, or from a checkpoint, to a LightningModule that is ready to train or to sample."""
+"""From a config, or from a checkpoint, to a LightningModule that is ready to train or to sample; and to a folder."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,9 +9,16 @@ from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from grn.checkpoints.exported import is_exported_refiner, load_exported_refiner
+from grn.checkpoints.exported import TextSide, is_exported_refiner, load_exported_refiner, save_exported_refiner
 from grn.checkpoints.mapping import check_state, load_strict
-from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, read_checkpoint, restore_tokenizer
+from grn.checkpoints.native import (
+    Checkpoint,
+    build_network,
+    load_tokenizer,
+    read_checkpoint,
+    restore_tokenizer,
+    weights_hash,
+)
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
 from grn.checkpoints.official_text_refiner import load_official_text_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
@@ -75,7 +83,10 @@ def module_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = 
     record = checkpoint.contents.get("tokenizer")
     if not record:
         raise UserError(f"ckpt: {checkpoint.path} is a refiner without its tokenizer, and cannot be sampled")
-    return _module(plain, network, restore_tokenizer(record), record).eval()
+    module = _module(plain, network, restore_tokenizer(record), record).eval()
+    refiner = {"source": str(checkpoint.path), "step": checkpoint.step, "ema": checkpoint.average(ema)}
+    module.provenance = {"refiner": refiner, "tokenizer": {"source": record["path"], "step": record["step"]}}
+    return module
 
 
 def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerModule, dict[str, Any]]:
@@ -98,10 +109,59 @@ def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerM
         raise UserError(f"ema={ema}: {ckpt} holds one set of weights; leave ema out")
     try:
         found = load_exported_refiner(ckpt)
-        module = RefinerModule(found.refiner, found.tokenizer, found.sampler, labeling=found.labeling)
+        arguments = {"tokenizer": found.tokenizer, "sampler": found.sampler, "labeling": found.labeling}
+        if found.text is None:
+            module = RefinerModule(found.refiner, **arguments)
+        else:
+            module = text_refiner_module(found.refiner, found.text, **arguments)
     except UserError as error:
         raise UserError(f"ckpt: {error}") from None
+    module.provenance = found.provenance
     return module.eval(), {"ckpt": str(found.folder), "step": found.step}
+
+
+def text_refiner_module(refiner: TextRefiner, text: TextSide, **arguments: Any) -> TextRefinerModule:
+    """A module of a text refiner and what it has beside; `arguments` of `TextRefinerModule`.
+
+    Raises:
+        UserError: parts that do not fit together.
+    """
+    own = text.encoder if isinstance(text.encoder, ByteT5) else None
+    return TextRefinerModule(
+        CaptionedRefiner(refiner, own),
+        text_encoder=text.encoder if own is None else None,
+        prompts=text.prompts,
+        negative_prompt=text.negative_prompt,
+        size=text.size,
+        **arguments,
+    )
+
+
+def save_refiner(module: RefinerModule, folder: str | Path) -> Path:
+    """Writes a folder for others, as `save_exported_refiner` does; it tells `module.provenance`, too.
+
+    Raises:
+        UserError: as in `save_exported_refiner`.
+    """
+    parts, text = {"refiner": module.network, "tokenizer": module.tokenizer}, None
+    if isinstance(module, TextRefinerModule):
+        parts["refiner"] = module.refiner
+        text = TextSide(module.text_encoder, module.prompts, module.negative_prompt, module.size)
+        if isinstance(module.text_encoder, ByteT5):
+            parts["text_encoder"] = module.text_encoder
+    provenance = {
+        part: {**module.provenance.get(part, {}), "sha256": weights_hash(network.state_dict())}
+        for part, network in parts.items()
+    }
+    return save_exported_refiner(
+        folder,
+        refiner=parts["refiner"],
+        tokenizer=module.tokenizer,
+        labeling=module.labeling,
+        sampler=module.sampler,
+        provenance=provenance,
+        text=text,
+    )
 
 
 def check_fits(module: LightningModule, datamodule: LightningDataModule) -> None:

@@ -33,6 +33,11 @@ def scale_for(size: int) -> int:
     return max(1, 96 // size)
 
 
+def single(image: Tensor) -> Image.Image:
+    """uint8 [3, H, W] -> the same, pixel by pixel, as a picture."""
+    return Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
+
+
 def save(image: Image.Image, path: Path) -> Path:
     """Writes a PNG atomically."""
     return write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))

@@ -17,7 +17,7 @@ from grn import pictures
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import best_device, equal_labels, generate
+from grn.generation import best_device, check_labels, equal_labels, generate
 from grn.initial_image import start_from_image
 from grn.modules import build_sampler, load_refiner
 from grn.training import TextRefinerModule
@@ -79,10 +79,7 @@ def sample(config: DictConfig) -> Path:
         pictures.save_film(frames, out / "refinement.gif")
     if config.images:
         for i, image in enumerate(images):
-            pictures.save(
-                pictures.grid(image[None], 1).crop((2, 2, 2 + image.shape[2], 2 + image.shape[1])),
-                out / "images" / f"{i:05d}-{int(labels[i])}.png",
-            )
+            pictures.save(pictures.single(image), out / "images" / f"{i:05d}-{int(labels[i])}.png")
     write_json(
         out / "samples.json",
         {
@@ -149,9 +146,7 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 def _labels(config: DictConfig, num_labels: int) -> torch.Tensor:
     labels = list(range(num_labels)) if config.labels is None else list(config.labels)
-    bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < num_labels]
-    if bad or not labels:
-        raise UserError(f"labels={labels}: labels of this checkpoint are 0..{num_labels - 1}")
+    check_labels(labels, num_labels)
     if config.num < 1:
         raise UserError(f"num={config.num}: at least one sample")
     return equal_labels(config.num, labels)

@@ -715,6 +715,16 @@ def test_a_text_refiner_is_asked_by_prompts(captioned, tmp_path):
     assert {"pair_accuracy", "pair_accuracy_heldout", "left_accuracy", "steps_mean"} <= metrics.keys()
 
 
+def test_an_exported_text_refiner_is_scored_as_its_run(captioned):
+    succeed(captioned, "export", "ckpt=runs/digits_t2i out=digits_t2i")
+    scored = []
+    for ckpt in ("runs/digits_t2i", "digits_t2i data=digits_t2i scores=digits_t2i"):
+        out = f"scored_{len(scored)}"
+        succeed(captioned, "evaluate", f"ckpt={ckpt} num=100 out={out}")
+        scored.append(json.loads((captioned / out / "metrics.json").read_text())["metrics"])
+    assert scored[0] == scored[1]
+
+
 @pytest.mark.parametrize("ranks", ["ddp", "fsdp"])
 def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
     command = TEXT + " data.batch_size=2 data.rank_streams=2 callbacks.scores.num=100 name="
@@ -743,7 +753,7 @@ def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
         ("train", REFINER + " name=x data=digits_t2i", "packs are for text refiners"),
         ("train", TEXT + " ckpt_path=last data.lookahead=8", "data.lookahead=64"),
         ("encode", "ckpt=runs/digits_tokenizer data=digits_t2i", "only pixels are encoded"),
-        ("export", "ckpt=runs/digits_t2i", "not a tokenizer"),
+        ("export", "ckpt=runs/digits_t2i format=official", "the authors' files have no text encoder"),
     ],
 )
 def test_mistakes_with_texts_take_one_line(captioned, monkeypatch, verb, arguments, expected):

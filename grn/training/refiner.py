@@ -79,6 +79,7 @@ class RefinerModule(LightningModule):
         self.seed = seed
         self.finite_loss = FiniteLoss()
         self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
+        self.provenance: dict[str, dict[str, Any]] = {}  # of its parts' weights, for exports of it (grn.modules)
         self.initial_weights: dict[str, Tensor] | None = None  # for `configure_model` to shard
         self.initial_averages: dict[str, dict[str, Tensor]] = {}  # decay -> state, for EMAs that start elsewhere
         self._accuracy: tuple[Tensor, Tensor] | None = None
