@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -36,7 +37,13 @@ TWO_RANKS = " cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.prec
 TWO_SHARDS = TWO_RANKS.replace("ddp", "fsdp")
 
 
-def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1):
+def last_of_each(arguments):
+    """What a test adds to a command replaces what was there: a command sets no key twice."""
+    return list({argument.partition("=")[0].lstrip("+"): argument for argument in arguments.split()}.values())
+
+
+def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1, node=None):
+    """Runs a command, as so many processes; `node`: as one of two nodes, (its number, a port to meet at)."""
     environment = (
         os.environ
         | (environment or {})
@@ -47,8 +54,12 @@ def grn(workspace, verb, arguments, *, background=False, environment=None, proce
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", f"grn.{verb}", *arguments.split()]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    if node is None:
+        launcher += ["--standalone"]
+    else:
+        launcher += ["--nnodes=2", f"--node-rank={node[0]}", "--master-addr=127.0.0.1", f"--master-port={node[1]}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", f"grn.{verb}", *last_of_each(arguments)]
     if background:
         return subprocess.Popen(  # with its workers and ranks in a process group of their own
             command,
@@ -72,7 +83,7 @@ def mistaken(workspace, monkeypatch, verb, arguments):
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("GRN_DATA", str(workspace / "data"))
     monkeypatch.setenv("GRN_RUNS", str(workspace / "runs"))
-    monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *arguments.split()])
+    monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *last_of_each(arguments)])
     with pytest.raises(SystemExit) as exit:
         importlib.import_module(f"grn.{verb}").main()
     line = exit.value.code
@@ -429,6 +440,11 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("train", REFINER + " name=x model.channels=5", "needs model.channels=4 model.classes=16"),
         ("train", REFINER + " name=x data.batch_size=0", "data.batch_size"),
         ("train", REFINER + NAN + " name=nan logger=csv", "NaN"),
+        (
+            "train",
+            REFINER + " monitor=val/los name=monitored logger=csv scores=none",
+            "monitor=val/los was not measured",
+        ),
         ("sample", "", "ckpt must be given"),
         ("sample", "ckpt=runs/digits_c2i sampler.schedule.max_steps=9", "sampler=entropy"),
         ("sample", "ckpt=/nowhere", "no such checkpoint"),
@@ -596,6 +612,26 @@ def test_images_and_videos_train_one_tokenizer(workspace, moving_digits):
     manifest = json.loads((workspace / "data" / "text_video_tokens" / "manifest.json").read_text())
     assert (manifest["token_shape"], manifest["views"]) == ([2, 4, 4], 2)
     assert manifest["splits"]["train"]["samples"] == 9
+
+
+@pytest.mark.parametrize("cluster", ["ddp", "fsdp"])
+def test_two_nodes_train_as_one_process(workspace, cluster):
+    """Two times two processes; sharded within a node, a copy on each."""
+    command = REFINER + " logger=csv scores=none name="
+    if not (workspace / "runs" / "one_node").exists():
+        succeed(workspace, "train", command + "one_node")
+    arguments = command + f"two_nodes_{cluster} cluster={cluster} cluster.accelerator=cpu cluster.precision=32-true"
+    arguments += " cluster.num_nodes=2 cluster.devices=2"
+    arguments += " cluster.strategy.shard_size=2" if cluster == "fsdp" else ""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [grn(workspace, "train", arguments, background=True, processes=2, node=(i, port)) for i in range(2)]
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    one, two = (checkpoint(workspace, name) for name in ("one_node", f"two_nodes_{cluster}"))
+    assert one["global_step"] == two["global_step"] == 12
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_a_gan_trains_in_two_processes(workspace):
