@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
@@ -53,7 +54,11 @@ KEYS = [
 @entry_point("train")
 def main(config: DictConfig) -> float | None:
     config.paths.run = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
-    return objective(_measured(train(config)), config.monitor)
+    try:
+        return objective(_measured(train(config)), config.monitor)
+    finally:
+        if wandb.run is not None:  # the next point of a sweep is another run
+            wandb.finish()
 
 
 def train(config: DictConfig) -> Trainer:

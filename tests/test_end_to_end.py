@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import struct
@@ -147,13 +148,30 @@ def wandb_records(path):
 
 def test_curves_and_pictures_are_in_the_offline_wandb_run(workspace):
     (path,) = (workspace / "runs" / "digits_c2i" / "wandb").glob("offline-run-*/run-*.wandb")
-    keys, config = set(), set()
+    keys, config, artifacts = set(), set(), set()
     for record in wandb_records(path):
+        artifacts.add(record.artifact.type)
         keys |= {"/".join(item.nested_key) or item.key for item in record.history.item}
         config |= {item.key for item in record.run.config.update} | {item.key for item in record.config.update}
     assert {"train/loss", "train/images_per_second", "val/loss", "eval/fid"} <= keys
     assert {key.rsplit("/", 1)[0] for key in keys} >= {"sample/grid", "sample/film"}  # media: sample/grid/_type, ...
     assert {"model", "training", "data"} <= config
+    assert {"code", "config"} <= artifacts
+
+
+def test_the_dashboard_shows_what_runs_log(workspace):
+    """Every plot's curves are some run's, by the names that it has in the CSV."""
+    pytest.importorskip("wandb_workspaces", reason="pip install 'grn[dashboard]'")
+    dashboard = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "dashboard" / "workspace.py"))
+    seen = set()
+    for run in ("digits_c2i", "digits_tokenizer"):
+        (path,) = (workspace / "runs" / run / "csv").rglob("metrics.csv")
+        seen |= {key for row in rows_of(path) for key, value in row.items() if value}
+    shown = {curve for plots in dashboard["PLOTS"].values() for _, curves in plots for curve in curves}
+    elsewhere = {"train/mfu", "train/lpips", "train/gan", "train/discriminator"}  # GPUs; losses that digits lack
+    assert {curve for curve in shown - elsewhere if not curve.startswith("train/accuracy/t_")} <= seen
+    spec = dashboard["workspace"]("me", "grn")._to_model().model_dump_json(by_alias=True)
+    assert all(f'"{curve}"' in spec for curve in shown)
 
 
 def test_checkpoint_is_self_contained(workspace, tmp_path):
@@ -403,13 +421,41 @@ def test_samples_from_an_image(workspace, tmp_path):
     assert (tmp_path / "5" / "samples.png").read_bytes() == (tmp_path / "12" / "samples.png").read_bytes()
 
 
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_optuna_looks_for_guidance(workspace):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'grn[optuna]'")
+    searched = "+search=guidance ckpt=runs/digits_c2i num=20 sampler=linear sampler.schedule.steps=2 out=searched"
+    succeed(workspace, "evaluate", searched + " hydra.sweeper.n_trials=2")
+    rows = rows_of(workspace / "searched" / "table.csv")
+    assert len(rows) == 2
+    assert all(0.9 <= float(row["sampler.temperature"]) <= 1.6 for row in rows)
+    best = (workspace / "searched" / "optimization_results.yaml").read_text()
+    assert f"best_value: {rows[0]['fid']}" in best
+
+
 def test_sweeps_leave_a_folder_a_point(workspace):
-    short = " trainer.max_steps=2 logger=csv name=swept training.learning_rate=1e-3,2e-3"
+    short = " trainer.max_steps=2 trainer.val_check_interval=2 name=swept training.learning_rate=1e-3,2e-3"
     succeed(workspace, "train", "-m +experiment=digits_tokenizer model.dim=8 training.warmup_steps=1" + short)
     for point, rate in (("0", 0.001), ("1", 0.002)):
         folder = workspace / "runs" / "sweeps" / "swept" / point
         assert f"learning_rate: {rate}" in (folder / "config.yaml").read_text()
         assert (folder / "checkpoints" / "last.ckpt").is_file()
+        (run,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+        (about,) = [record.run for record in wandb_records(run) if record.run.display_name]
+        assert (about.display_name, about.run_group) == (f"sweeps/swept/{point}", "swept")
+        assert "digits" in about.tags
+    rows = rows_of(workspace / "runs" / "sweeps" / "swept" / "table.csv")
+    assert [float(row["val/psnr"]) for row in rows] == sorted((float(row["val/psnr"]) for row in rows), reverse=True)
+    scored = "-m ckpt=runs/digits_c2i num=20 sampler=linear sampler.schedule.steps=2 sampler.temperature=1.2,1.31"
+    done = succeed(workspace, "evaluate", scored + " sampler.guidance=2.0,2.35 out=scored")
+    rows = rows_of(workspace / "scored" / "table.csv")
+    assert len({(row["sampler.temperature"], row["sampler.guidance"]) for row in rows}) == len(rows) == 4
+    assert [float(row["fid"]) for row in rows] == sorted(float(row["fid"]) for row in rows)
+    assert "table.csv" in done.stdout
     sampled = "-m ckpt=runs/digits_c2i num=4 sampler=linear sampler.schedule.steps=2,3 out=swept"
     succeed(workspace, "sample", sampled)
     steps = [json.loads((workspace / "swept" / point / "samples.json").read_text())["steps"] for point in "01"]
