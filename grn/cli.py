@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,7 @@ from grn.checkpoints.exported import is_exported_refiner
 from grn.checkpoints.sharded import is_sharded_checkpoint
 from grn.data.shards import read_manifest
 from grn.errors import UserError
+from grn.files import FULL
 from grn.launch import place
 from grn.networks.pretrained import HUB, is_pretrained
 from grn.sampler_file import read_sampler, sampler_config
@@ -42,6 +44,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], 
                 return task(*arguments)
             except MISTAKES as error:
                 sys.exit(f"error: {explain(error)}")  # here already: Hydra would print a line of its own first
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                path = error.filename or HydraConfig.get().runtime.output_dir
+                sys.exit(f"error: {path}: no space is left on its disk; free some, or choose another folder")
 
         @functools.wraps(task)
         def main() -> None:
@@ -49,6 +56,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], 
             os.environ["HYDRA_FULL_ERROR"] = "1"
             command = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(explained)
             try:
+                _check_given_once(sys.argv[1:])
                 command()
             except MISTAKES as error:
                 # Before the task starts, what is wrong is wrong for every process: the first one says it.
@@ -89,6 +97,19 @@ def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     if not siblings:
         hint = "what it would stand under is null here: choose that first, e.g. sampler=entropy or scores=digits"
     return f"no config key {error.full_key or error.key!r}; {hint}"
+
+
+def _check_given_once(arguments: list[str]) -> None:
+    """Raises:
+    UserError: two arguments set the same key, of which Hydra would take the last.
+    """
+    given: dict[str, str] = {}
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-"):
+            key = argument.partition("=")[0].lstrip("+~")
+            if key in given:
+                raise UserError(f"{key} is set twice, by {given[key]} and by {argument}: leave one out")
+            given[key] = argument
 
 
 def _one_line(text: str) -> str:
@@ -137,6 +158,20 @@ def _sampler_file(path: str, key: str) -> object:
     return sampler_config(read_sampler(path))[key]
 
 
+def _relative(path: str, folder: str) -> str:
+    """`path` as seen from `folder`; its last part where it lies elsewhere."""
+    path, folder = Path(path).absolute(), Path(folder).absolute()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+
+
+def _choices(*groups: str) -> list[str]:
+    """The options that were chosen of config groups; none outside a command."""
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return [chosen[group] for group in groups if chosen.get(group)]
+
+
+OmegaConf.register_new_resolver("relative", _relative, replace=True)
+OmegaConf.register_new_resolver("choices", _choices, replace=True)
 OmegaConf.register_new_resolver("train_samples", _train_samples, replace=True)
 OmegaConf.register_new_resolver("steps", _steps, replace=True)
 OmegaConf.register_new_resolver("wandb_offline", _wandb_offline, replace=True)

@@ -36,6 +36,7 @@ from grn.networks.pretrained import is_pretrained
 from grn.networks.tokenizer import for_inference
 from grn.processes import gather, join, together
 from grn.sample_archive import SampleArchive
+from grn.sweeps import objective
 from grn.training import RefinerModule, TextRefinerModule, TokenizerModule
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,10 @@ SHOWN = 100  # samples in the grid
 
 
 @entry_point("evaluate")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
     config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     try:
-        evaluate(config)
+        return objective(evaluate(config), config.monitor)
     except MISTAKES:
         if place()[0] == 0:
             raise

@@ -4,7 +4,9 @@ import csv
 import importlib
 import json
 import os
+import runpy
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -38,7 +40,13 @@ TWO_RANKS = " cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.prec
 TWO_SHARDS = TWO_RANKS.replace("ddp", "fsdp")
 
 
-def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1):
+def last_of_each(arguments):
+    """What a test adds to a command replaces what was there: a command sets no key twice."""
+    return list({argument.partition("=")[0].lstrip("+"): argument for argument in arguments.split()}.values())
+
+
+def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1, node=None):
+    """Runs a command, as so many processes; `node`: as one of two nodes, (its number, a port to meet at)."""
     environment = (
         os.environ
         | (environment or {})
@@ -49,8 +57,12 @@ def grn(workspace, verb, arguments, *, background=False, environment=None, proce
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", f"grn.{verb}", *arguments.split()]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    if node is None:
+        launcher += ["--standalone"]
+    else:
+        launcher += ["--nnodes=2", f"--node-rank={node[0]}", "--master-addr=127.0.0.1", f"--master-port={node[1]}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", f"grn.{verb}", *last_of_each(arguments)]
     if background:
         return subprocess.Popen(  # with its workers and ranks in a process group of their own
             command,
@@ -74,7 +86,7 @@ def mistaken(workspace, monkeypatch, verb, arguments):
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("GRN_DATA", str(workspace / "data"))
     monkeypatch.setenv("GRN_RUNS", str(workspace / "runs"))
-    monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *arguments.split()])
+    monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *last_of_each(arguments)])
     with pytest.raises(SystemExit) as exit:
         importlib.import_module(f"grn.{verb}").main()
     line = exit.value.code
@@ -139,14 +151,31 @@ def wandb_records(path):
 
 def test_curves_and_pictures_are_in_the_offline_wandb_run(workspace):
     (path,) = (workspace / "runs" / "digits_c2i" / "wandb").glob("offline-run-*/run-*.wandb")
-    keys, config = set(), set()
+    keys, config, artifacts = set(), set(), set()
     for record in wandb_records(path):
+        artifacts.add(record.artifact.type)
         keys |= {"/".join(item.nested_key) or item.key for item in record.history.item}
         config |= {item.key for item in record.run.config.update} | {item.key for item in record.config.update}
     assert {"train/loss", "train/images_per_second", "val/loss", "eval/fid"} <= keys
     media = {key.rsplit("/", 1)[0] for key in keys}  # of sample/grid/_type, ...
     assert media >= {"sample/grid", "sample/film", "eval/steps", "eval/steps_by_class"}
     assert {"model", "training", "data"} <= config
+    assert {"code", "config"} <= artifacts
+
+
+def test_the_dashboard_shows_what_runs_log(workspace):
+    """Every plot's curves are some run's, by the names that it has in the CSV."""
+    pytest.importorskip("wandb_workspaces", reason="pip install 'grn[dashboard]'")
+    dashboard = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "dashboard" / "workspace.py"))
+    seen = set()
+    for run in ("digits_c2i", "digits_tokenizer"):
+        (path,) = (workspace / "runs" / run / "csv").rglob("metrics.csv")
+        seen |= {key for row in rows_of(path) for key, value in row.items() if value}
+    shown = {curve for plots in dashboard["PLOTS"].values() for _, curves in plots for curve in curves}
+    elsewhere = {"train/mfu", "train/lpips", "train/gan", "train/discriminator"}  # GPUs; losses that digits lack
+    assert {curve for curve in shown - elsewhere if not curve.startswith("train/accuracy/t_")} <= seen
+    spec = dashboard["workspace"]("me", "grn")._to_model().model_dump_json(by_alias=True)
+    assert all(f'"{curve}"' in spec for curve in shown)
 
 
 def test_checkpoint_is_self_contained(workspace, tmp_path):
@@ -410,13 +439,41 @@ def test_samples_from_an_image(workspace, tmp_path):
     assert (tmp_path / "5" / "samples.png").read_bytes() == (tmp_path / "12" / "samples.png").read_bytes()
 
 
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_optuna_looks_for_guidance(workspace):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'grn[optuna]'")
+    searched = "+search=guidance ckpt=runs/digits_c2i num=20 sampler=linear sampler.schedule.steps=2 out=searched"
+    succeed(workspace, "evaluate", searched + " hydra.sweeper.n_trials=2")
+    rows = rows_of(workspace / "searched" / "table.csv")
+    assert len(rows) == 2
+    assert all(0.9 <= float(row["sampler.temperature"]) <= 1.6 for row in rows)
+    best = (workspace / "searched" / "optimization_results.yaml").read_text()
+    assert f"best_value: {rows[0]['fid']}" in best
+
+
 def test_sweeps_leave_a_folder_a_point(workspace):
-    short = " trainer.max_steps=2 logger=csv name=swept training.learning_rate=1e-3,2e-3"
+    short = " trainer.max_steps=2 trainer.val_check_interval=2 name=swept training.learning_rate=1e-3,2e-3"
     succeed(workspace, "train", "-m +experiment=digits_tokenizer model.dim=8 training.warmup_steps=1" + short)
     for point, rate in (("0", 0.001), ("1", 0.002)):
         folder = workspace / "runs" / "sweeps" / "swept" / point
         assert f"learning_rate: {rate}" in (folder / "config.yaml").read_text()
         assert (folder / "checkpoints" / "last.ckpt").is_file()
+        (run,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+        (about,) = [record.run for record in wandb_records(run) if record.run.display_name]
+        assert (about.display_name, about.run_group) == (f"sweeps/swept/{point}", "swept")
+        assert "digits" in about.tags
+    rows = rows_of(workspace / "runs" / "sweeps" / "swept" / "table.csv")
+    assert [float(row["val/psnr"]) for row in rows] == sorted((float(row["val/psnr"]) for row in rows), reverse=True)
+    scored = "-m ckpt=runs/digits_c2i num=20 sampler=linear sampler.schedule.steps=2 sampler.temperature=1.2,1.31"
+    done = succeed(workspace, "evaluate", scored + " sampler.guidance=2.0,2.35 out=scored")
+    rows = rows_of(workspace / "scored" / "table.csv")
+    assert len({(row["sampler.temperature"], row["sampler.guidance"]) for row in rows}) == len(rows) == 4
+    assert [float(row["fid"]) for row in rows] == sorted(float(row["fid"]) for row in rows)
+    assert "table.csv" in done.stdout
     sampled = "-m ckpt=runs/digits_c2i num=4 sampler=linear sampler.schedule.steps=2,3 out=swept"
     succeed(workspace, "sample", sampled)
     steps = [json.loads((workspace / "swept" / point / "samples.json").read_text())["steps"] for point in "01"]
@@ -447,6 +504,11 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("train", REFINER + " name=x model.channels=5", "needs model.channels=4 model.classes=16"),
         ("train", REFINER + " name=x data.batch_size=0", "data.batch_size"),
         ("train", REFINER + NAN + " name=nan logger=csv", "NaN"),
+        (
+            "train",
+            REFINER + " monitor=val/los name=monitored logger=csv scores=none",
+            "monitor=val/los was not measured",
+        ),
         ("sample", "", "ckpt must be given"),
         ("sample", "ckpt=runs/digits_c2i sampler.schedule.max_steps=9", "sampler=entropy"),
         ("sample", "ckpt=/nowhere", "no such checkpoint"),
@@ -617,6 +679,26 @@ def test_images_and_videos_train_one_tokenizer(workspace, moving_digits):
     manifest = json.loads((workspace / "data" / "text_video_tokens" / "manifest.json").read_text())
     assert (manifest["token_shape"], manifest["views"]) == ([2, 4, 4], 2)
     assert manifest["splits"]["train"]["samples"] == 9
+
+
+@pytest.mark.parametrize("cluster", ["ddp", "fsdp"])
+def test_two_nodes_train_as_one_process(workspace, cluster):
+    """Two times two processes; sharded within a node, a copy on each."""
+    command = REFINER + " logger=csv scores=none name="
+    if not (workspace / "runs" / "one_node").exists():
+        succeed(workspace, "train", command + "one_node")
+    arguments = command + f"two_nodes_{cluster} cluster={cluster} cluster.accelerator=cpu cluster.precision=32-true"
+    arguments += " cluster.num_nodes=2 cluster.devices=2"
+    arguments += " cluster.strategy.shard_size=2" if cluster == "fsdp" else ""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [grn(workspace, "train", arguments, background=True, processes=2, node=(i, port)) for i in range(2)]
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    one, two = (checkpoint(workspace, name) for name in ("one_node", f"two_nodes_{cluster}"))
+    assert one["global_step"] == two["global_step"] == 12
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_a_gan_trains_in_two_processes(workspace):
