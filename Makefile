@@ -1,4 +1,5 @@
-# make demo: the whole method on real digits.  make test: every test but those of a real SLURM (make slurm).  Both build .venv first where it is missing.
+# make demo: the whole method on real digits.  make test: every test but those of a real SLURM (make slurm).
+# All build .venv first where it is missing.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
