@@ -1,6 +1,7 @@
 """python -m grn.sample ckpt=runs/digits_c2i labels=[3,7] num=16: pictures from a trained refiner (conf/sample.yaml)."""
 
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def sample(config: DictConfig) -> Path:
     difficulty = trace.nanmean(dim=1) if sampler.schedule.decide_at is None else decision_entropy
     pictures.save(pictures.sorted_grid(images, difficulty, steps, config.columns), out / "sorted.png")
     if film is not None:
-        columns = max(1, config.columns // 2) if config.film_states else config.columns
+        columns = config.columns and math.ceil(config.columns / (1 + config.film_states))  # pairs are twice as wide
         frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=columns)
         pictures.save_film(frames, out / "refinement.gif")
     if config.images:
