@@ -116,14 +116,15 @@ def state_pixels(states: Tensor, size: tuple[int, int]) -> Tensor:
     return colours[cells[:, 0][:, rows][:, :, columns]].permute(0, 3, 1, 2)
 
 
-def sorted_grid(images: Tensor, difficulty: Tensor, steps: Tensor, columns: int) -> Image.Image:
+def sorted_grid(images: Tensor, difficulty: Tensor, steps: Tensor, columns: int | None = None) -> Image.Image:
     """uint8 [N, 3, H, W] from the easiest to the most difficult, with difficulty [N] and steps int64 [N] below each.
 
     Of more than `SORTED`, so many are shown, evenly spread over the order.
     """
     order = difficulty.argsort()
     order = order[torch.linspace(0, len(order) - 1, min(len(order), SORTED)).round().long()]
-    scale = scale_for(images.shape[-1])
+    columns, scale = columns or math.ceil(math.sqrt(len(order))), scale_for(images.shape[-1])
+    columns = min(columns, len(order))
     height, width = (2 + length * scale for length in images.shape[-2:])
     picture = Image.new("RGB", (columns * width + 2, math.ceil(len(order) / columns) * (height + CAPTION) + 2), GROUND)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)

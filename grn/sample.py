@@ -4,6 +4,7 @@ Of a text refiner: python -m grn.sample ckpt=runs/digits_t2i prompts=["a three l
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def sample(config: DictConfig) -> Path:
     difficulty = trace.nanmean(dim=1) if sampler.schedule.decide_at is None else decision_entropy
     pictures.save(pictures.sorted_grid(images, difficulty, steps, config.columns), out / "sorted.png")
     if film is not None:
-        columns = max(1, config.columns // 2) if config.film_states else config.columns
+        columns = config.columns and math.ceil(config.columns / (1 + config.film_states))  # pairs are twice as wide
         frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=columns)
         pictures.save_film(frames, out / "refinement.gif")
     if config.images:

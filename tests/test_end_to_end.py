@@ -205,13 +205,14 @@ def test_samples_do_not_depend_on_the_batch(workspace, tmp_path):
 
 
 def test_calibrated_samples_take_the_steps_asked_for(workspace, tmp_path):
-    done = succeed(workspace, "calibrate", "ckpt=runs/digits_c2i target_steps=9 tmin=5 tmax=14 wp=2 num=400")
+    """Of the weights as trained: the average of so few steps is as sure of one sample as of another."""
+    done = succeed(workspace, "calibrate", "ckpt=runs/digits_c2i ema=none target_steps=9 tmin=5 tmax=14 wp=2 num=400")
     assert "fresh" in done.stdout
     assert "sampler=calibrated" in done.stdout
-    arguments = f"ckpt=runs/digits_c2i/checkpoints/best.ckpt num=100 seed=5 film=false out={tmp_path}"
+    arguments = f"ckpt=runs/digits_c2i/checkpoints/best.ckpt ema=none num=100 seed=5 film=false out={tmp_path}"
     succeed(workspace, "sample", f"{arguments} sampler=calibrated")
     steps = json.loads((tmp_path / "samples.json").read_text())["steps"]
-    assert (min(steps), max(steps)) > (4, 9)
+    assert 5 <= min(steps) < max(steps) <= 14
     assert sum(steps) / 100 == pytest.approx(9, rel=0.1)
 
 
