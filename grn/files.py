@@ -34,7 +34,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
             os.replace(temporary, path)
     except OSError as error:
         if error.errno in FULL:
-            raise UserError(f"{path}: no space is left on its disk; free some and run again, or choose another folder") from error
+            raise UserError(
+                f"{path}: no space is left on its disk; free some and run again, or choose another folder"
+            ) from error
         raise
     return path
 
