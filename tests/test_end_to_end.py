@@ -386,9 +386,12 @@ def test_any_number_of_ranks_gives_one_curve_and_goes_on_from_the_others(workspa
         assert 3 <= checkpoint(workspace, name)["global_step"] < 40
         succeed(workspace, "train", second + name + " ckpt_path=last")
 
-    keys = ("train/loss", "train/accuracy/mean", "train/grad_norm", "val/loss")
+    keys = ("train/loss", "train/accuracy/mean", "train/grad_norm")
     expected, whole = curves(workspace, "one", *keys), checkpoint(workspace, "one")
     assert sorted(expected) == list(range(40))
+    validated, there = curves(workspace, "one", "val/loss"), curves(workspace, kind, "val/loss")
+    assert validated
+    assert there == {step: pytest.approx(values, abs=1e-5) for step, values in validated.items()}
     for name in (kind, f"{kind}_to_one", f"one_to_{kind}"):
         found, ended = curves(workspace, name, *keys), checkpoint(workspace, name)
         assert found.keys() == expected.keys()
