@@ -831,7 +831,7 @@ def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
         ("sample", "ckpt=runs/digits_t2i labels=[1] out=o", "takes texts"),
         ("sample", "ckpt=runs/digits_t2i width=30 out=o", "multiples of the tokenizer's stride 4"),
         ("sample", "ckpt=runs/digits_c2i prompts=[a] out=o", "give labels="),
-        ("train", TEXT + " name=x text_encoder=none", "text_encoder=byt5_tiny"),
+        ("train", "+experiment=digits_t2i name=x logger=none text_encoder=none", "text_encoder=byt5_tiny"),
         ("train", TEXT + " name=x model.text_width=64", "model.text_width=64 does not fit"),
         ("train", "+experiment=digits_t2i name=x logger=none data=digits", "trains from captioned images"),
         ("train", TEXT + " name=x data.max_tokens=100", "data.max_tokens=100 holds no image of 32x64"),
