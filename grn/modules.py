@@ -45,18 +45,19 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> Lightning
         hollow: leaves the network on the meta device, for a strategy to shard and to fill with the module's
             `initial_weights`, those of `model.weights`.
     """
-    network, state, averages = _build_network(config, hollow=hollow), None, {}
+    network, averages, for_strategy = _build_network(config, hollow=hollow), {}, None
+    if hasattr(network, "initializers") and not hollow:
+        network.init_weights(torch.Generator().manual_seed(config.seed))  # as a strategy that shards it does
     if weights := config.model.get("weights"):
         loaded = network.refiner if isinstance(network, CaptionedRefiner) else network
         state, averages = _initial_weights(loaded, weights)
-        for initial in (state, *averages.values()):
-            check_state(loaded, initial, source=str(weights))
-    if hasattr(network, "initializers") and not hollow:
-        network.init_weights(torch.Generator().manual_seed(config.seed))  # as a strategy that shards it does
-    if state is not None and not hollow:
-        load_strict(loaded, state, source=str(weights))
-    elif state is not None and loaded is not network:
-        state = _with_first_encoder(state, config)
+        for average in averages.values():
+            check_state(loaded, average, source=str(weights))
+        if hollow:
+            check_state(loaded, state, source=str(weights))
+            for_strategy = {("" if loaded is network else "refiner.") + name: state[name] for name in state}
+        else:
+            load_strict(loaded, state, source=str(weights))
     plain = OmegaConf.to_container(config, resolve=True)
     if config.tokenizer.ckpt is None:
         return _module(plain, network)
@@ -68,7 +69,7 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> Lightning
     )
     module = _module(plain, network, tokenizer, record)
     module.initial_averages = averages
-    module.initial_weights = state
+    module.initial_weights = for_strategy
     return module
 
 
@@ -239,19 +240,6 @@ def _trains_encoder(config: DictConfig) -> bool:
     if "_target_" not in config.text_encoder:
         raise UserError("text_encoder: a text refiner needs one, e.g. text_encoder=byt5_tiny")
     return issubclass(get_class(config.text_encoder._target_), ByteT5)
-
-
-def _with_first_encoder(state: dict[str, Tensor], config: DictConfig) -> dict[str, Tensor]:
-    """The weights of a refiner as those of a `CaptionedRefiner`, whose encoder starts as it would without them."""
-    state = {f"refiner.{name}": tensor for name, tensor in state.items()}
-    if _trains_encoder(config):
-        encoder: ByteT5 = instantiate(config.text_encoder)
-        generator = torch.Generator().manual_seed(config.seed)
-        with torch.no_grad():
-            for tensor, fill in encoder.initializers(generator):
-                fill(tensor)
-        state |= encoder.state_dict(prefix="encoder.")
-    return state
 
 
 def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record: Any = None) -> LightningModule:

@@ -178,6 +178,7 @@ def test_a_text_refiner_and_its_encoder_come_back_from_a_checkpoint(official_tok
     chosen.model.weights = str(tmp_path / "refiner")
     whole, hollow = module_from_config(chosen), module_from_config(chosen, hollow=True)
     assert torch.equal(whole.refiner.head.out.weight, module.refiner.head.out.weight)
-    assert hollow.initial_weights.keys() == whole.network.state_dict().keys()
+    assert hollow.initial_weights.keys() == {f"refiner.{name}" for name in whole.refiner.state_dict()}
+    assert whole.initial_weights is None
     for name, parameter in whole.refiner.named_parameters():
         assert torch.equal(hollow.initial_weights[f"refiner.{name}"], parameter)

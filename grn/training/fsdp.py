@@ -69,7 +69,8 @@ class FSDP(ModelParallelStrategy):
         """Shards a network that is on the meta device and gives it `weights`, or its first ones: never whole anywhere.
 
         Args:
-            weights: whole, by name; None: those of `network.initializers` with this seed, on any number of ranks.
+            weights: whole, by name; what they leave out has the values of `network.initializers` with this seed, as on
+                any number of ranks.
         """
         bf16 = self.precision_plugin.precision == "bf16-mixed"
         mesh = self.device_mesh
@@ -89,16 +90,14 @@ class FSDP(ModelParallelStrategy):
             fully_shard(block, **arguments)
         fully_shard(network, **arguments)
         network.to_empty(device=self.root_device)
-        if weights is not None:
-            own = network.state_dict()
-            network.load_state_dict({name: shard_like(own[name], whole) for name, whole in weights.items()})
         with torch.no_grad():
             for tensor, fill in network.initializers(torch.Generator().manual_seed(seed)):
-                if weights is not None and isinstance(tensor, nn.Parameter):
-                    continue
                 whole = torch.empty(tensor.shape, dtype=tensor.dtype)
                 fill(whole)
                 tensor.copy_(shard_like(tensor, whole))
+            own = network.state_dict()
+            for name, whole in (weights or {}).items():
+                own[name].copy_(shard_like(own[name], whole))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,10 @@ def run_rank(rank, folder):
     zeroed = {name: torch.zeros_like(weight) for name, weight in state.items()}
     assert not any(p.full_tensor().any() for p in sharded(mesh, zeroed).parameters())
 
+    part = {"head.out.weight": zeroed["head.out.weight"] + 7}  # the rest starts as without it
+    for name, parameter in sharded(mesh, part).named_parameters():
+        assert torch.equal(parameter.full_tensor(), part.get(name, state[name])), name
+
     # Each rank alone, as often as it likes; then shards again.
     with torch.no_grad():
         expected.head.out.bias.fill_(0.5)
