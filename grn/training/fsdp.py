@@ -14,8 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor, empty
 from torch.optim import Optimizer
 
-from grn.checkpoints.reading import read_untrusted
-from grn.checkpoints.sharded import is_sharded_checkpoint, read_sharded, write_sharded
+from grn.checkpoints.sharded import read_either, write_sharded
 from grn.errors import UserError
 
 
@@ -121,12 +120,14 @@ class FSDP(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint with DTensors out of a folder, or with whole tensors, mapped, out of a single file."""
         path = Path(self.broadcast(checkpoint_path))
-        complaint = f"ckpt_path: {path} cannot be read as a checkpoint"
-        if not is_sharded_checkpoint(path):
-            return read_untrusted(path, complaint, mmap=True)
         like = next(p for p in self.lightning_module.parameters() if isinstance(p, DTensor))
         placed = {"device_mesh": like.device_mesh, "placements": like.placements}
-        return read_sharded(path, complaint, empty=lambda shape, dtype: empty(shape, dtype=dtype, **placed))
+        return read_either(
+            path,
+            f"ckpt_path: {path} cannot be read as a checkpoint",
+            mmap=True,
+            empty=lambda shape, dtype: empty(shape, dtype=dtype, **placed),
+        )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         own = self.lightning_module.state_dict()

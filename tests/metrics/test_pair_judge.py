@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS, DigitPairsSource, digit_caption, pair_caption
+from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS, DigitPairsSource, pair_caption
+from grn.data.digits import digit_caption
 from grn.data.text_images import TextImageDataModule
 from grn.errors import UserError
 from grn.metrics.pair_judge import DigitPairsJudge, single_digits
