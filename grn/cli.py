@@ -21,7 +21,7 @@ from grn.checkpoints.exported import is_exported_refiner
 from grn.checkpoints.sharded import is_sharded_checkpoint
 from grn.data.shards import read_manifest
 from grn.errors import UserError
-from grn.files import FULL
+from grn.files import FULL, no_space
 from grn.launch import place
 from grn.networks.pretrained import HUB, is_pretrained
 from grn.sampler_file import read_sampler, sampler_config
@@ -48,7 +48,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], 
                 if error.errno not in FULL:
                     raise
                 path = error.filename or HydraConfig.get().runtime.output_dir
-                sys.exit(f"error: {path}: no space is left on its disk; free some, or choose another folder")
+                sys.exit(f"error: {no_space(path)}")
 
         @functools.wraps(task)
         def main() -> None:

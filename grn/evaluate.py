@@ -137,10 +137,10 @@ def _score_refiner(
         if archive is not None:
             archive.save(equal_labels(config.num, range(module.num_labels)))
     _pictures(shown, scores, datamodule, out)
-    by_class = [round(mean, 3) for mean in steps_by_class(steps)]
+    counts, by_class = steps.sum(dim=0).tolist(), [round(mean, 3) for mean in steps_by_class(steps)]
     if rank == 0:
-        pictures.save(pictures.steps_chart(steps.sum(dim=0).tolist(), by_class), out / "steps.png")
-    histogram = {number: count for number, count in enumerate(steps.sum(dim=0).tolist()) if count}
+        pictures.save(pictures.steps_chart(counts, by_class), out / "steps.png")
+    histogram = {number: count for number, count in enumerate(counts) if count}
     settings = {"num": config.num, "seed": config.seed, "sampler": repr(sampler)}
     return metrics, settings | {"steps_histogram": histogram, "steps_by_class": by_class}
 

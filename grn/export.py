@@ -84,13 +84,11 @@ def _export_refiner(config: DictConfig, checkpoint: Checkpoint) -> tuple[Path, s
         return _save_official(config, checkpoint, module), weights_hash(network.state_dict())
     module.sampler = build_sampler(config.sampler, module.sampler)
     if isinstance(module, TextRefinerModule):
-        module.prompts = module.prompts if config.prompts is None else list(config.prompts)
-        module.size = _size(config, module.size)
+        module.ask_for(prompts=config.prompts, height=config.height, width=config.width)
     return _save(module, config.out)
 
 
 def _save(module: RefinerModule, out: str) -> tuple[Path, str]:
-    _ = module.token_shape  # whether the size will do
     folder = save_refiner(module, out)
     return folder, read_config(folder / "refiner")["_provenance"]["sha256"]
 
@@ -135,6 +133,7 @@ def _export_official_refiner(config: DictConfig) -> tuple[Path, str]:
     }
     if is_text:
         module = text_refiner_module(refiner, _text_side(config), **arguments)
+        module.ask_for(prompts=config.prompts, height=config.height, width=config.width)
     else:
         module = RefinerModule(refiner, **arguments)
     module.provenance = {
@@ -164,15 +163,8 @@ def _text_side(config: DictConfig) -> TextSide:
     if config.text_encoder.get("_target_") != f"{PretrainedT5.__module__}.{PretrainedT5.__qualname__}":
         raise UserError("text_encoder: the authors' text refiners need theirs, text_encoder=umt5_xxl")
     return TextSide(
-        encoder=instantiate(config.text_encoder),
-        prompts=list(config.prompts or OFFICIAL_PROMPTS),
-        negative_prompt="",
-        size=_size(config, OFFICIAL_SIZE),
+        encoder=instantiate(config.text_encoder), prompts=OFFICIAL_PROMPTS, negative_prompt="", size=OFFICIAL_SIZE
     )
-
-
-def _size(config: DictConfig, own: tuple[int, int]) -> tuple[int, int]:
-    return tuple(own if asked is None else asked for asked, own in zip((config.height, config.width), own))
 
 
 def _labeling(refiner: ClassRefiner | TextRefiner, tokenizer: HBQTokenizer) -> hbq.Labeling:

@@ -13,6 +13,11 @@ from grn.errors import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or its user's share of it
 
 
+def no_space(path: str | Path) -> str:
+    """What to say where an `OSError` of `FULL` is about `path`."""
+    return f"{path}: no space is left on its disk; free some and run again, or choose another folder"
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Lets `write` fill a temporary file beside `path` (its folder is made), then renames it to `path`.
 
@@ -34,9 +39,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
             os.replace(temporary, path)
     except OSError as error:
         if error.errno in FULL:
-            raise UserError(
-                f"{path}: no space is left on its disk; free some and run again, or choose another folder"
-            ) from error
+            raise UserError(no_space(path)) from error
         raise
     return path
 

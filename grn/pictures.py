@@ -130,8 +130,8 @@ def sorted_grid(images: Tensor, difficulty: Tensor, steps: Tensor, columns: int 
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for place, number in enumerate(order.tolist()):
         left, top = 2 + place % columns * width, 2 + place // columns * (height + CAPTION)
-        tile = Image.fromarray(images[number].permute(1, 2, 0).cpu().numpy())
-        picture.paste(tile.resize((width - 2, height - 2), Image.Resampling.NEAREST), (left, top))
+        tile = single(images[number]).resize((width - 2, height - 2), Image.Resampling.NEAREST)
+        picture.paste(tile, (left, top))
         caption = f"{difficulty[number]:.3f}, {steps[number]}"
         draw.text((left + width // 2, top + height - 2), caption, fill=INK, font=font, anchor="ma")
     return picture

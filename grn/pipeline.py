@@ -219,10 +219,7 @@ class GRNPipeline:
             if value is not None and type(value) is not int:
                 raise UserError(f"{name}={value}: a whole number of pixels")
         module = copy.copy(self.module)  # the same networks; what it draws where nobody asks stays as it is
-        module.prompts = prompts
-        module.negative_prompt = module.negative_prompt if negative_prompt is None else negative_prompt
-        module.size = tuple(own if asked is None else asked for asked, own in zip((height, width), module.size))
-        _ = module.token_shape  # whether the size will do
+        module.ask_for(prompts=prompts, negative_prompt=negative_prompt, height=height, width=width)
         return module, torch.arange(len(prompts))
 
     def _sampler(

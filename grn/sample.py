@@ -47,6 +47,9 @@ def sample(config: DictConfig) -> Path:
         raise UserError(f"{odd} is for text refiners, {config.ckpt} is one of classes: give labels=[0,1,...] instead")
     else:
         labels = _labels(config, module.num_labels)
+    if config.num < 1:
+        raise UserError(f"num={config.num}: at least one sample")
+    labels = equal_labels(config.num, labels)
     start = start_from_image(module, config.init, strength=config.strength, mask=config.mask)
 
     started, batches = time.perf_counter(), []
@@ -103,21 +106,17 @@ def sample(config: DictConfig) -> Path:
     return out
 
 
-def _ask(config: DictConfig, module: TextRefinerModule) -> torch.Tensor:
-    """Has the module sample as `config` asks; the numbers of the prompts, which take turns."""
+def _ask(config: DictConfig, module: TextRefinerModule) -> list[int]:
+    """Has the module sample as `config` asks; the numbers of the prompts."""
     if config.labels is not None:
         raise UserError(f"labels={config.labels}: {config.ckpt} takes texts, prompts=[...] or prompts=file.txt")
-    if config.prompts is not None:
-        module.prompts = read_prompts(config.prompts)
-    if config.negative_prompt is not None:
-        module.negative_prompt = str(config.negative_prompt)
-    module.size = tuple(
-        own if asked is None else asked for asked, own in zip((config.height, config.width), module.size)
+    module.ask_for(
+        prompts=None if config.prompts is None else read_prompts(config.prompts),
+        negative_prompt=None if config.negative_prompt is None else str(config.negative_prompt),
+        height=config.height,
+        width=config.width,
     )
-    _ = module.token_shape  # whether the size will do
-    if config.num < 1:
-        raise UserError(f"num={config.num}: at least one sample")
-    return equal_labels(config.num, range(module.num_labels))
+    return list(range(module.num_labels))
 
 
 def read_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -145,12 +144,10 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
     return found
 
 
-def _labels(config: DictConfig, num_labels: int) -> torch.Tensor:
+def _labels(config: DictConfig, num_labels: int) -> list[int]:
     labels = list(range(num_labels)) if config.labels is None else list(config.labels)
     check_labels(labels, num_labels)
-    if config.num < 1:
-        raise UserError(f"num={config.num}: at least one sample")
-    return equal_labels(config.num, labels)
+    return labels
 
 
 if __name__ == "__main__":

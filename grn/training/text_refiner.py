@@ -72,6 +72,28 @@ class TextRefinerModule(RefinerModule):
         self.prompts, self.negative_prompt, self.size = list(prompts), negative_prompt, tuple(size)
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
 
+    def ask_for(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Has samples be of these from now on; None leaves what was asked for before.
+
+        Raises:
+            UserError: no prompt, or a size that is no multiple of the tokenizer's stride.
+        """
+        if prompts is not None:
+            if not prompts:
+                raise UserError("prompts is empty: what should samples show?")
+            self.prompts = list(prompts)
+        if negative_prompt is not None:
+            self.negative_prompt = negative_prompt
+        self.size = tuple(own if asked is None else asked for asked, own in zip((height, width), self.size))
+        _ = self.token_shape  # whether the size will do
+
     @property
     def refiner(self) -> TextRefiner:
         return self.network.refiner
