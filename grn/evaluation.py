@@ -1,6 +1,5 @@
 """Feeding scores: a generator's samples, or a tokenizer's reconstructions, to every configured score."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from grn.data.samples import key_id
 from grn.errors import UserError
 from grn.generation import Batch, equal_labels, generate
 from grn.metrics.quantization import QuantizationScores
@@ -130,7 +130,7 @@ def score_reconstructions(
                 score.update(real, reconstructed)
             frames = pixels.shape[2]
             labels = batch["label"].repeat_interleave(frames).to(module.device) if "label" in batch else None
-            ids = torch.tensor([_id(key) for key in batch["key"]]).repeat_interleave(frames)
+            ids = torch.tensor([key_id(key) for key in batch["key"]]).repeat_interleave(frames)
             for score in of_images:
                 score.update(reconstructed, labels, ids)
             quantization.update(features)
@@ -140,8 +140,3 @@ def score_reconstructions(
     metrics = {key: value for score in of_pairs for key, value in score.compute().items()}
     metrics |= {f"r{key}": value for score in of_images for key, value in score.compute().items()}
     return metrics | quantization.compute() | {"bits_per_image": max(gather(bits))}
-
-
-def _id(key: str) -> int:
-    """An int64 by which samples have one order, however they were dealt to ranks, workers and batches."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
