@@ -19,7 +19,7 @@ demo: $(READY)
 	@echo "          runs/*/pictures (on the way); numbers: runs/*/evaluation/metrics.json; curves: runs/*/csv, runs/*/wandb"
 
 test: $(READY)
-	$(PY) -m pytest -m "not slurm"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slurm" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 fast: $(READY)
 	$(PY) -m pytest -m "not slow and not slurm"

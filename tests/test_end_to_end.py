@@ -421,9 +421,9 @@ def test_a_sharded_run_is_scored_exported_and_made_one_file(workspace, tmp_path)
 
 
 def test_two_processes_sample_and_score(workspace):
-    succeed(workspace, "train", REFINER + TWO_RANKS + " name=ddp logger=csv")
-    assert checkpoint(workspace, "ddp")["global_step"] == 12
-    (path,) = (workspace / "runs" / "ddp" / "csv").rglob("metrics.csv")
+    succeed(workspace, "train", REFINER + TWO_RANKS + " name=scored_by_two logger=csv")
+    assert checkpoint(workspace, "scored_by_two")["global_step"] == 12
+    (path,) = (workspace / "runs" / "scored_by_two" / "csv").rglob("metrics.csv")
     assert "eval/fid" in path.read_text()
 
 
