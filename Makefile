@@ -1,10 +1,11 @@
-# make demo: the whole method on real digits.  make test: every test.  Both build .venv first where it is missing.
+# make demo: the whole method on real digits.  make test: every test but those of a real SLURM (make slurm).
+# All build .venv first where it is missing.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast slurm lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -18,10 +19,13 @@ demo: $(READY)
 	@echo "          runs/*/pictures (on the way); numbers: runs/*/evaluation/metrics.json; curves: runs/*/csv, runs/*/wandb"
 
 test: $(READY)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slurm" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 fast: $(READY)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not slurm"
+
+slurm: $(READY)
+	GRN_SLURM=required $(PY) -m pytest -m slurm
 
 lint: $(READY)
 	$(PY) -m ruff check .

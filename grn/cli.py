@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -20,8 +21,10 @@ from grn.checkpoints.exported import is_exported_refiner
 from grn.checkpoints.sharded import is_sharded_checkpoint
 from grn.data.shards import read_manifest
 from grn.errors import UserError
+from grn.files import FULL, no_space
 from grn.launch import place
 from grn.networks.pretrained import HUB, is_pretrained
+from grn.sampler_file import read_sampler, sampler_config
 
 _PACKAGE = Path(__file__).resolve().parent
 # A checkout keeps conf/ at its top; an installed wheel carries it inside the package (pyproject.toml).
@@ -41,6 +44,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], 
                 return task(*arguments)
             except MISTAKES as error:
                 sys.exit(f"error: {explain(error)}")  # here already: Hydra would print a line of its own first
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                path = error.filename or HydraConfig.get().runtime.output_dir
+                sys.exit(f"error: {no_space(path)}")
 
         @functools.wraps(task)
         def main() -> None:
@@ -48,6 +56,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], object]], 
             os.environ["HYDRA_FULL_ERROR"] = "1"
             command = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(explained)
             try:
+                _check_given_once(sys.argv[1:])
                 command()
             except MISTAKES as error:
                 # Before the task starts, what is wrong is wrong for every process: the first one says it.
@@ -67,6 +76,8 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return _one_line(str(cause))
     for cause in chain:
+        if told := re.search(r"UserError raised while resolving interpolation: (.*)", str(cause)):
+            return told.group(1)
         if missing := re.search(r"[Mm]issing mandatory value: (\S+)", str(cause)):
             return f"{missing.group(1)} must be given: add {missing.group(1)}=... to the command"
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.key is not None:
@@ -86,6 +97,19 @@ def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     if not siblings:
         hint = "what it would stand under is null here: choose that first, e.g. sampler=entropy or scores=digits"
     return f"no config key {error.full_key or error.key!r}; {hint}"
+
+
+def _check_given_once(arguments: list[str]) -> None:
+    """Raises:
+    UserError: two arguments set the same key, of which Hydra would take the last.
+    """
+    given: dict[str, str] = {}
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-"):
+            key = argument.partition("=")[0].lstrip("+~")
+            if key in given:
+                raise UserError(f"{key} is set twice, by {given[key]} and by {argument}: leave one out")
+            given[key] = argument
 
 
 def _one_line(text: str) -> str:
@@ -129,7 +153,27 @@ def _train_samples(root: str) -> int | None:
     return manifest["splits"]["train"]["samples"] if manifest and "train" in manifest["splits"] else None
 
 
+def _sampler_file(path: str, key: str) -> object:
+    """A value of a sampler that grn.calibrate wrote."""
+    return sampler_config(read_sampler(path))[key]
+
+
+def _relative(path: str, folder: str) -> str:
+    """`path` as seen from `folder`; its last part where it lies elsewhere."""
+    path, folder = Path(path).absolute(), Path(folder).absolute()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+
+
+def _choices(*groups: str) -> list[str]:
+    """The options that were chosen of config groups; none outside a command."""
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return [chosen[group] for group in groups if chosen.get(group)]
+
+
+OmegaConf.register_new_resolver("relative", _relative, replace=True)
+OmegaConf.register_new_resolver("choices", _choices, replace=True)
 OmegaConf.register_new_resolver("train_samples", _train_samples, replace=True)
 OmegaConf.register_new_resolver("steps", _steps, replace=True)
 OmegaConf.register_new_resolver("wandb_offline", _wandb_offline, replace=True)
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+OmegaConf.register_new_resolver("sampler_file", _sampler_file, replace=True)

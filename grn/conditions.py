@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.text_encoder import TextEncoder
 from grn.networks.text_refiner import TextCache, TextRefiner
 
@@ -43,7 +44,10 @@ class Text:
 
 @torch.no_grad()
 def text_condition(
-    refiner: TextRefiner, encoder: TextEncoder, captions: Sequence[str], negative: str | Sequence[str] = ""
+    refiner: TextRefiner | CaptionedRefiner,
+    encoder: TextEncoder,
+    captions: Sequence[str],
+    negative: str | Sequence[str] = "",
 ) -> Text:
     """Captions, each encoded once however often it is asked for, as a condition for the sampler.
 
@@ -56,6 +60,6 @@ def text_condition(
         raise ValueError(f"{len(captions)} captions have {len(negatives)} negative ones")
     place = {text: number for number, text in enumerate(dict.fromkeys([*captions, *negatives]))}
     features, lengths = encoder(list(place))
-    cache = refiner.text_cache(features.to(refiner.text_projection.weight.device), lengths)
+    cache = refiner.text_cache(features.to(next(refiner.parameters()).device), lengths)
     index, null_index = (torch.tensor([place[text] for text in texts]) for texts in (captions, negatives))
     return Text(cache, index, null_index)

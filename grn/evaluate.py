@@ -26,7 +26,7 @@ from grn.checkpoints.native import load_tokenizer, read_checkpoint
 from grn.cli import MISTAKES, entry_point
 from grn.data.streaming import rank_and_world_size, report_skipped
 from grn.errors import UserError
-from grn.evaluation import build_scores, score_reconstructions, score_samples
+from grn.evaluation import build_scores, score_reconstructions, score_samples, steps_by_class
 from grn.files import write_json
 from grn.generation import Batch, best_device, equal_labels
 from grn.launch import place
@@ -36,7 +36,8 @@ from grn.networks.pretrained import is_pretrained
 from grn.networks.tokenizer import for_inference
 from grn.processes import gather, join, together
 from grn.sample_archive import SampleArchive
-from grn.training import RefinerModule, TokenizerModule
+from grn.sweeps import objective
+from grn.training import RefinerModule, TextRefinerModule, TokenizerModule
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ SHOWN = 100  # samples in the grid
 
 
 @entry_point("evaluate")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
     config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     try:
-        evaluate(config)
+        return objective(evaluate(config), config.monitor)
     except MISTAKES:
         if place()[0] == 0:
             raise
@@ -126,7 +127,7 @@ def _score_refiner(
             archive.add(batch.images, batch.ids)
 
     with archive or nullcontext():
-        metrics = score_samples(
+        metrics, steps = score_samples(
             module,
             scores,
             num=config.num,
@@ -140,7 +141,12 @@ def _score_refiner(
         if archive is not None:
             archive.save(equal_labels(config.num, range(module.num_labels)))
     _pictures(shown, scores, datamodule, out)
-    return metrics, {"num": config.num, "seed": config.seed, "sampler": repr(sampler)}
+    counts, by_class = steps.sum(dim=0).tolist(), [round(mean, 3) for mean in steps_by_class(steps)]
+    if rank == 0:
+        pictures.save(pictures.steps_chart(counts, by_class), out / "steps.png")
+    histogram = {number: count for number, count in enumerate(counts) if count}
+    settings = {"num": config.num, "seed": config.seed, "sampler": repr(sampler)}
+    return metrics, settings | {"steps_histogram": histogram, "steps_by_class": by_class}
 
 
 def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[str, Any]]:
@@ -154,6 +160,8 @@ def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[
             )
         if not official and is_exported_refiner(config.ckpt):
             module, subject = load_refiner(config.ckpt, ema=config.ema)
+            if isinstance(module, TextRefinerModule):  # which scores refer to, as they do in a run's config
+                OmegaConf.update(config, "training.prompts", module.prompts, force_add=True)
             return module, None, subject
         network, record = load_tokenizer(
             config.ckpt, embed=False, official=config.tokenizer.model, ema=config.ema, key="ckpt"

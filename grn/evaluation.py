@@ -1,17 +1,18 @@
 """Feeding scores: a generator's samples, or a tokenizer's reconstructions, to every configured score."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from torch import Tensor
 
+from grn.data.samples import key_id
 from grn.errors import UserError
 from grn.generation import Batch, equal_labels, generate
 from grn.metrics.quantization import QuantizationScores
-from grn.metrics.ranks import Rows
+from grn.metrics.ranks import Totals
 from grn.metrics.reconstruction import LPIPSScore, ReconstructionScores, TemporalPSNR
 from grn.metrics.splits import as_images
 from grn.pixels import from_uint8, to_uint8
@@ -46,14 +47,15 @@ def score_samples(
     rank: int = 0,
     world_size: int = 1,
     watch: Callable[[Batch], None] | None = None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor]:
     """Samples `num` images, an equal number a class, each rank its share, and scores them all.
 
     Args:
         watch: is shown every batch of this rank; no image is kept here.
 
     Returns:
-        The metrics of all scores and `steps_mean`, `steps_min`, `steps_max`, the same on every rank.
+        The metrics of all scores and `steps_mean`, `steps_min`, `steps_max`; and int64 [classes, most steps + 1] (CPU),
+        how many images of each class took so many steps. The same on every rank.
 
     Raises:
         UserError: `num` is not a multiple of the number of classes, or another rank failed.
@@ -63,7 +65,8 @@ def score_samples(
         raise UserError(f"num={num} is not a multiple of the {num_labels} classes: every class must come up equally")
     for score in scores.values():
         score.reset()
-    steps = Rows(dtype=torch.int64).to(module.device)
+    most = (sampler or module.sampler).schedule.max_steps
+    steps = Totals(num_labels, most + 1, dtype=torch.int64).to(module.device)
     with together():
         for batch in generate(
             module,
@@ -75,17 +78,25 @@ def score_samples(
             world_size=world_size,
         ):
             _update(scores.values(), batch)
-            steps.update(batch.refined.steps, batch.ids)
+            taken = torch.bincount(batch.labels * (most + 1) + batch.refined.steps, minlength=num_labels * (most + 1))
+            steps.update(taken.view(num_labels, most + 1))
             if watch is not None:
                 watch(batch)
-    steps = steps.compute()
+    steps = steps.compute().cpu()
     metrics = {key: value for score in scores.values() for key, value in score.compute().items()}
+    seen = torch.nonzero(steps.sum(dim=0)).squeeze(1)
     metrics |= {
-        "steps_mean": steps.double().mean().item(),
-        "steps_min": steps.min().item(),
-        "steps_max": steps.max().item(),
+        "steps_mean": (steps.sum(dim=0) * torch.arange(most + 1)).sum().item() / num,
+        "steps_min": seen.min().item(),
+        "steps_max": seen.max().item(),
     }
-    return metrics
+    return metrics, steps
+
+
+def steps_by_class(steps: Tensor) -> list[float]:
+    """The mean number of steps of each class, out of the counts of `score_samples`."""
+    counts = steps.double()
+    return (counts @ torch.arange(steps.shape[1], dtype=torch.float64) / counts.sum(dim=1)).tolist()
 
 
 def _update(scores: Iterable[Any], batch: Batch) -> None:
@@ -132,7 +143,7 @@ def score_reconstructions(
                 score.update(real, reconstructed)
             frames = pixels.shape[2]
             labels = batch["label"].repeat_interleave(frames).to(module.device) if "label" in batch else None
-            ids = torch.tensor([_id(key) for key in batch["key"]]).repeat_interleave(frames)
+            ids = torch.tensor([key_id(key) for key in batch["key"]]).repeat_interleave(frames)
             for score in of_images:
                 score.update(reconstructed, labels, ids)
             quantization.update(features)
@@ -142,8 +153,3 @@ def score_reconstructions(
     metrics = {key: value for score in (*of_pairs, of_clips) for key, value in score.compute().items()}
     metrics |= {f"r{key}": value for score in of_images for key, value in score.compute().items()}
     return metrics | quantization.compute() | {"bits_per_image": max(gather(bits))}
-
-
-def _id(key: str) -> int:
-    """An int64 by which samples have one order, however they were dealt to ranks, workers and batches."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)

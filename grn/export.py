@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import Tensor
 
 from grn import hbq
-from grn.checkpoints.exported import is_exported_refiner, save_exported_refiner
+from grn.checkpoints.exported import TextSide, is_exported_refiner
 from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, read_checkpoint, weights_hash
 from grn.checkpoints.official_class_refiner import (
@@ -17,17 +19,23 @@ from grn.checkpoints.official_class_refiner import (
     load_official_class_refiner,
     save_official_class_refiner,
 )
+from grn.checkpoints.official_text_refiner import load_official_text_refiner, save_official_text_refiner
 from grn.checkpoints.official_tokenizer import save_official_tokenizer
 from grn.cli import entry_point
 from grn.errors import UserError
-from grn.modules import build_sampler, module_from_checkpoint
+from grn.modules import build_sampler, module_from_checkpoint, save_refiner, text_refiner_module
 from grn.networks.class_refiner import ClassRefiner
-from grn.networks.pretrained import is_pretrained
+from grn.networks.pretrained import is_pretrained, read_config
+from grn.networks.text_encoder import PretrainedT5
+from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
+from grn.training import RefinerModule, TextRefinerModule
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("pretrained", "official")
+# What is drawn of the authors' text refiners where nobody asks for anything.
+OFFICIAL_PROMPTS, OFFICIAL_SIZE = ["an astronaut riding a horse"], (256, 256)
 
 
 @entry_point("export")
@@ -53,7 +61,7 @@ def export(config: DictConfig) -> Path:
         out, sha256 = _export_tokenizer(config, config.ckpt)
     else:
         checkpoint = read_checkpoint(config.ckpt)
-        out, sha256 = (_export_refiner if checkpoint.kind == "refiner" else _export_tokenizer)(config, checkpoint)
+        out, sha256 = (_export_tokenizer if checkpoint.kind == "tokenizer" else _export_refiner)(config, checkpoint)
     log.info("exported: %s (sha256 of the weights: %s)", out, sha256)
     return out
 
@@ -71,34 +79,34 @@ def _export_refiner(config: DictConfig, checkpoint: Checkpoint) -> tuple[Path, s
     if config.tokenizer.ckpt != config.ckpt:
         raise UserError(f"tokenizer.ckpt: {checkpoint.path} knows its tokenizer; leave it out")
     module = module_from_checkpoint(checkpoint, ema=config.ema)
-    sha256 = weights_hash(module.network.state_dict())
     if config.format == "official":
-        return _save_official(config, checkpoint, module.network), sha256
-    provenance = {"step": checkpoint.step, "ema": checkpoint.average(config.ema), "sha256": sha256}
-    out = save_exported_refiner(
-        config.out,
-        refiner=module.network,
-        tokenizer=module.tokenizer,
-        labeling=module.labeling,
-        sampler=build_sampler(config.sampler, module.sampler),
-        provenance={
-            "refiner": {"source": str(config.ckpt)} | provenance,
-            "tokenizer": _provenance(checkpoint.contents["tokenizer"]["path"], checkpoint.contents["tokenizer"]),
-        },
-    )
-    return out, sha256
+        network = module.refiner if isinstance(module, TextRefinerModule) else module.network
+        return _save_official(config, checkpoint, module), weights_hash(network.state_dict())
+    module.sampler = build_sampler(config.sampler, module.sampler)
+    if isinstance(module, TextRefinerModule):
+        module.ask_for(prompts=config.prompts, height=config.height, width=config.width)
+    return _save(module, config.out)
 
 
-def _save_official(config: DictConfig, checkpoint: Checkpoint, network: ClassRefiner) -> Path:
-    """The weights as trained and two averages: the chosen one stands for the authors' 0.9999, and for their 0.9996 too
-    where the run kept none of that decay."""
+def _save(module: RefinerModule, out: str) -> tuple[Path, str]:
+    folder = save_refiner(module, out)
+    return folder, read_config(folder / "refiner")["_provenance"]["sha256"]
+
+
+def _save_official(config: DictConfig, checkpoint: Checkpoint, module: RefinerModule) -> Path:
+    """Of classes, the weights as trained and two averages: the chosen one stands for the authors' 0.9999, and for their
+    0.9996 too where the run kept none of that decay. Of text, the chosen ones."""
+    path = f"{str(config.out).removesuffix('.pth')}.pth"
+    if isinstance(module, TextRefinerModule):
+        if module.network.encoder is not None:
+            raise UserError(f"format=official: the authors' files have no text encoder, and {config.ckpt} trained one")
+        return save_official_text_refiner(module.refiner.state_dict(), path)
     has_second = AVERAGED_FASTER in (checkpoint.contents.get("ema") or {})
     averages = {
-        SAMPLED: network.state_dict(),
+        SAMPLED: module.network.state_dict(),
         AVERAGED_FASTER: checkpoint.weights(AVERAGED_FASTER if has_second else config.ema),
     }
-    path = f"{str(config.out).removesuffix('.pth')}.pth"
-    return save_official_class_refiner(checkpoint.weights("none"), averages, network.position, path)
+    return save_official_class_refiner(checkpoint.weights("none"), averages, module.network.position, path)
 
 
 def _export_official_refiner(config: DictConfig) -> tuple[Path, str]:
@@ -108,35 +116,58 @@ def _export_official_refiner(config: DictConfig) -> tuple[Path, str]:
     if config.tokenizer.ckpt == config.ckpt:
         raise UserError(
             "tokenizer.ckpt: the authors' refiners do not hold their tokenizer; give tokenizer=official_image "
-            "tokenizer.ckpt=HBQ_image_tokenizer_16dim_M4.ckpt, or one of ours"
+            "tokenizer.ckpt=HBQ_image_tokenizer_16dim_M4.ckpt (of text: official_joint), or one of ours"
         )
     with torch.device("meta"):
         refiner = build_network(config.model)
+    is_text = isinstance(refiner, TextRefiner)
+    state, decay = (_official_text_weights if is_text else _official_class_weights)(config)
+    load_strict(refiner, state, source=str(config.ckpt))
+    tokenizer, record = load_tokenizer(
+        config.tokenizer.ckpt, embed=False, official=config.tokenizer.model, ema=config.tokenizer.ema
+    )
+    arguments = {
+        "tokenizer": tokenizer,
+        "sampler": build_sampler(config.sampler),
+        "labeling": _labeling(refiner, tokenizer),
+    }
+    if is_text:
+        module = text_refiner_module(refiner, _text_side(config), **arguments)
+        module.ask_for(prompts=config.prompts, height=config.height, width=config.width)
+    else:
+        module = RefinerModule(refiner, **arguments)
+    module.provenance = {
+        "refiner": {"source": str(config.ckpt), "step": None, "ema": decay},
+        "tokenizer": {"source": str(config.tokenizer.ckpt), "step": record["step"]},
+    }
+    return _save(module, config.out)
+
+
+def _official_class_weights(config: DictConfig) -> tuple[dict[str, Tensor], str]:
+    """(The chosen ones, their decay)."""
     decay = SAMPLED if config.ema is None else str(config.ema)
     loaded = load_official_class_refiner(config.ckpt, key="ckpt")
     states = {"none": loaded["model"], **loaded["ema"]}
     if decay not in states:
         raise UserError(f"ema={decay} is not in {config.ckpt}; it holds {', '.join(states)}")
-    load_strict(refiner, states[decay], source=str(config.ckpt))
-    tokenizer, record = load_tokenizer(
-        config.tokenizer.ckpt, embed=False, official=config.tokenizer.model, ema=config.tokenizer.ema
-    )
-    sha256 = weights_hash(states[decay])
-    out = save_exported_refiner(
-        config.out,
-        refiner=refiner,
-        tokenizer=tokenizer,
-        labeling=_labeling(refiner, tokenizer),
-        sampler=build_sampler(config.sampler),
-        provenance={
-            "refiner": {"source": str(config.ckpt), "step": None, "ema": decay, "sha256": sha256},
-            "tokenizer": _provenance(config.tokenizer.ckpt, record),
-        },
-    )
-    return out, sha256
+    return states[decay], decay
 
 
-def _labeling(refiner: ClassRefiner, tokenizer: HBQTokenizer) -> hbq.Labeling:
+def _official_text_weights(config: DictConfig) -> tuple[dict[str, Tensor], str]:
+    if config.ema not in (None, "none"):
+        raise UserError(f"ema={config.ema}: {config.ckpt} holds one set of weights; leave ema out")
+    return load_official_text_refiner(config.ckpt, key="ckpt"), "none"
+
+
+def _text_side(config: DictConfig) -> TextSide:
+    if config.text_encoder.get("_target_") != f"{PretrainedT5.__module__}.{PretrainedT5.__qualname__}":
+        raise UserError("text_encoder: the authors' text refiners need theirs, text_encoder=umt5_xxl")
+    return TextSide(
+        encoder=instantiate(config.text_encoder), prompts=OFFICIAL_PROMPTS, negative_prompt="", size=OFFICIAL_SIZE
+    )
+
+
+def _labeling(refiner: ClassRefiner | TextRefiner, tokenizer: HBQTokenizer) -> hbq.Labeling:
     size, sizes = (tokenizer.latent_channels, tokenizer.rounds), (refiner.channels, refiner.classes)
     for labeling in get_args(hbq.Labeling):
         if hbq.num_tokens(*size, labeling) == sizes:

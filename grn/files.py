@@ -1,21 +1,46 @@
 """Files are written whole or not at all."""
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from grn.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or its user's share of it
+
+
+def no_space(path: str | Path) -> str:
+    """What to say where an `OSError` of `FULL` is about `path`."""
+    return f"{path}: no space is left on its disk; free some and run again, or choose another folder"
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Lets `write` fill a temporary file beside `path` (its folder is made), then renames it to `path`."""
+    """Lets `write` fill a temporary file beside `path` (its folder is made), then renames it to `path`.
+
+    Raises:
+        UserError: the disk is full; what was at `path` is still there.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # mkstemp would make the file private to its owner; files on a cluster are shared.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        write(temporary)
-        os.replace(temporary, path)
+    try:
+        # mkstemp would make the file private to its owner; files on a cluster are shared.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            temporary = Path(folder) / path.name
+            try:
+                write(temporary)
+            except RuntimeError as error:  # torch.save's own writer does not say why
+                if shutil.disk_usage(folder).free < 2**20:
+                    raise OSError(errno.ENOSPC, "no space") from error
+                raise
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(no_space(path)) from error
+        raise
     return path
 
 

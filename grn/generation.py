@@ -1,13 +1,14 @@
 """Sampling many images from a trained refiner, the batch always full: for `grn.sample`, `grn.evaluate`, callbacks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from grn.errors import UserError
 from grn.sampler import Refined, Sampler, Start, Step
 from grn.training import RefinerModule
 
@@ -75,6 +76,14 @@ def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:
     rows = torch.nonzero(step.rows < number).squeeze(1)
     if len(rows):
         callback(step.select(rows))
+
+
+def check_labels(labels: Sequence[object], num_labels: int) -> None:
+    """Raises:
+    UserError: something that is no label, or no label at all.
+    """
+    if not labels or any(not isinstance(label, int) or not 0 <= label < num_labels for label in labels):
+        raise UserError(f"labels={labels}: labels of this checkpoint are 0..{num_labels - 1}")
 
 
 def equal_labels(num: int, labels: list[int] | range) -> Tensor:

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from grn.data.folders import read_file
-from grn.data.samples import IMAGE_SUFFIXES, Skip, decode_image, resize_and_crop, to_tensor
+from grn.data.samples import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    Reason,
+    Skip,
+    decode_image,
+    resize_and_crop,
+    to_rgb,
+    to_tensor,
+)
 from grn.errors import UserError
 from grn.sampler import Start
 from grn.training import RefinerModule
@@ -21,13 +30,18 @@ STRENGTH = 0.6  # where nothing is masked: the picture is still to be seen, and 
 
 
 def start_from_image(
-    module: RefinerModule, init: str | Path | None, *, strength: float | None = None, mask: str | Path | None = None
+    module: RefinerModule,
+    init: str | Path | Image.Image | None,
+    *,
+    strength: float | None = None,
+    mask: str | Path | Image.Image | None = None,
 ) -> Start | None:
     """One map, B = 1, on the module's device; None without `init`. Of clips, the first latent is the picture's, and all
     others are drawn.
 
     Args:
-        init: a PNG, JPEG or WebP of any size, brought to the size of the samples as training data are (DESIGN 1.4).
+        init: a PNG, JPEG or WebP, or a picture of Pillow's, of any size: brought to the size of the samples as training
+            data are (DESIGN 1.4).
         strength: of `Start`; None takes 1 with a mask, else 0.6.
         mask: a picture of the size of `init`: white (at least half) is drawn anew, black is kept. Of a token, all is
             drawn anew where any of its pixels is.
@@ -84,8 +98,15 @@ def positions_to_redraw(mask: Image.Image, positions: tuple[int, int]) -> Tensor
     return F.adaptive_max_pool2d(torch.from_numpy(white).float()[None, None], positions)[:, :, None] > 0
 
 
-def _read(key: str, path: str | Path) -> Image.Image:
-    path = Path(path).expanduser()
+def _read(key: str, given: str | Path | Image.Image) -> Image.Image:
+    if isinstance(given, Image.Image):
+        if given.width * given.height > MAX_PIXELS:
+            raise UserError(f"{key}: {Reason.TOO_MANY_PIXELS.value}")
+        try:
+            return to_rgb(ImageOps.exif_transpose(given))
+        except OSError:  # it was opened, and is read only here
+            raise UserError(f"{key}: {Reason.UNDECODABLE_IMAGE.value}") from None
+    path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(f"{key}={path}: there is no such file")
     if path.suffix.lower().removeprefix(".") not in IMAGE_SUFFIXES:

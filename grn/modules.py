@@ -1,5 +1,6 @@
-"""From a config, or from a checkpoint, to a LightningModule that is ready to train or to sample."""
+"""From a config, or from a checkpoint, to a LightningModule that is ready to train or to sample; and to a folder."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,9 +9,16 @@ from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from grn.checkpoints.exported import is_exported_refiner, load_exported_refiner
+from grn.checkpoints.exported import TextSide, is_exported_refiner, load_exported_refiner, save_exported_refiner
 from grn.checkpoints.mapping import check_state, load_strict
-from grn.checkpoints.native import Checkpoint, build_network, load_tokenizer, read_checkpoint, restore_tokenizer
+from grn.checkpoints.native import (
+    Checkpoint,
+    build_network,
+    load_tokenizer,
+    read_checkpoint,
+    restore_tokenizer,
+    weights_hash,
+)
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
 from grn.checkpoints.official_text_refiner import load_official_text_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
@@ -24,6 +32,7 @@ from grn.networks.text_encoder import ByteT5
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.sampler import Sampler
+from grn.sampler_file import sampler_config
 from grn.training import RefinerModule, TextRefinerModule
 
 
@@ -36,18 +45,19 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> Lightning
         hollow: leaves the network on the meta device, for a strategy to shard and to fill with the module's
             `initial_weights`, those of `model.weights`.
     """
-    network, state, averages = _build_network(config, hollow=hollow), None, {}
+    network, averages, for_strategy = _build_network(config, hollow=hollow), {}, None
+    if hasattr(network, "initializers") and not hollow:
+        network.init_weights(torch.Generator().manual_seed(config.seed))  # as a strategy that shards it does
     if weights := config.model.get("weights"):
         loaded = network.refiner if isinstance(network, CaptionedRefiner) else network
         state, averages = _initial_weights(loaded, weights)
-        for initial in (state, *averages.values()):
-            check_state(loaded, initial, source=str(weights))
-    if hasattr(network, "initializers") and not hollow:
-        network.init_weights(torch.Generator().manual_seed(config.seed))  # as a strategy that shards it does
-    if state is not None and not hollow:
-        load_strict(loaded, state, source=str(weights))
-    elif state is not None and loaded is not network:
-        state = _with_first_encoder(state, config)
+        for average in averages.values():
+            check_state(loaded, average, source=str(weights))
+        if hollow:
+            check_state(loaded, state, source=str(weights))
+            for_strategy = {("" if loaded is network else "refiner.") + name: state[name] for name in state}
+        else:
+            load_strict(loaded, state, source=str(weights))
     plain = OmegaConf.to_container(config, resolve=True)
     if config.tokenizer.ckpt is None:
         return _module(plain, network)
@@ -59,7 +69,7 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> Lightning
     )
     module = _module(plain, network, tokenizer, record)
     module.initial_averages = averages
-    module.initial_weights = state
+    module.initial_weights = for_strategy
     return module
 
 
@@ -74,7 +84,10 @@ def module_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = 
     record = checkpoint.contents.get("tokenizer")
     if not record:
         raise UserError(f"ckpt: {checkpoint.path} is a refiner without its tokenizer, and cannot be sampled")
-    return _module(plain, network, restore_tokenizer(record), record).eval()
+    module = _module(plain, network, restore_tokenizer(record), record).eval()
+    refiner = {"source": str(checkpoint.path), "step": checkpoint.step, "ema": checkpoint.average(ema)}
+    module.provenance = {"refiner": refiner, "tokenizer": {"source": record["path"], "step": record["step"]}}
+    return module
 
 
 def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerModule, dict[str, Any]]:
@@ -97,10 +110,59 @@ def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerM
         raise UserError(f"ema={ema}: {ckpt} holds one set of weights; leave ema out")
     try:
         found = load_exported_refiner(ckpt)
-        module = RefinerModule(found.refiner, found.tokenizer, found.sampler, labeling=found.labeling)
+        arguments = {"tokenizer": found.tokenizer, "sampler": found.sampler, "labeling": found.labeling}
+        if found.text is None:
+            module = RefinerModule(found.refiner, **arguments)
+        else:
+            module = text_refiner_module(found.refiner, found.text, **arguments)
     except UserError as error:
         raise UserError(f"ckpt: {error}") from None
+    module.provenance = found.provenance
     return module.eval(), {"ckpt": str(found.folder), "step": found.step}
+
+
+def text_refiner_module(refiner: TextRefiner, text: TextSide, **arguments: Any) -> TextRefinerModule:
+    """A module of a text refiner and what it has beside; `arguments` of `TextRefinerModule`.
+
+    Raises:
+        UserError: parts that do not fit together.
+    """
+    own = text.encoder if isinstance(text.encoder, ByteT5) else None
+    return TextRefinerModule(
+        CaptionedRefiner(refiner, own),
+        text_encoder=text.encoder if own is None else None,
+        prompts=text.prompts,
+        negative_prompt=text.negative_prompt,
+        size=text.size,
+        **arguments,
+    )
+
+
+def save_refiner(module: RefinerModule, folder: str | Path) -> Path:
+    """Writes a folder for others, as `save_exported_refiner` does; it tells `module.provenance`, too.
+
+    Raises:
+        UserError: as in `save_exported_refiner`.
+    """
+    parts, text = {"refiner": module.network, "tokenizer": module.tokenizer}, None
+    if isinstance(module, TextRefinerModule):
+        parts["refiner"] = module.refiner
+        text = TextSide(module.text_encoder, module.prompts, module.negative_prompt, module.size)
+        if isinstance(module.text_encoder, ByteT5):
+            parts["text_encoder"] = module.text_encoder
+    provenance = {
+        part: {**module.provenance.get(part, {}), "sha256": weights_hash(network.state_dict())}
+        for part, network in parts.items()
+    }
+    return save_exported_refiner(
+        folder,
+        refiner=parts["refiner"],
+        tokenizer=module.tokenizer,
+        labeling=module.labeling,
+        sampler=module.sampler,
+        provenance=provenance,
+        text=text,
+    )
 
 
 def check_fits(module: LightningModule, datamodule: LightningDataModule) -> None:
@@ -144,8 +206,9 @@ def build_sampler(config: DictConfig | dict, fallback: Sampler | DictConfig | di
     A schedule's keys fall back only on a schedule of the same kind.
     """
     if isinstance(fallback, Sampler):
-        fallback = _sampler_config(fallback)
-    chosen, trained = (OmegaConf.to_container(OmegaConf.create(c or {}), resolve=True) for c in (config, fallback))
+        fallback = sampler_config(fallback)
+    configs = (c if isinstance(c, DictConfig) else OmegaConf.create(c or {}) for c in (config, fallback))
+    chosen, trained = (OmegaConf.to_container(c, resolve=True) for c in configs)  # in its place, for what it refers to
     schedule, trained_schedule = chosen.pop("schedule", None), trained.pop("schedule", None) or {}
     if schedule is None:
         schedule = trained_schedule
@@ -154,13 +217,9 @@ def build_sampler(config: DictConfig | dict, fallback: Sampler | DictConfig | di
     chosen = _filled(chosen, trained)
     if schedule:
         chosen["schedule"] = instantiate(_filled(schedule))
-    chosen.pop("_target_", None)
+    for key in ("_target_", "file"):  # where the values of sampler=calibrated are from
+        chosen.pop(key, None)
     return Sampler(**_filled(chosen))
-
-
-def _sampler_config(sampler: Sampler) -> dict[str, Any]:
-    kind = type(sampler.schedule)
-    return vars(sampler) | {"schedule": {"_target_": f"{kind.__module__}.{kind.__qualname__}"} | vars(sampler.schedule)}
 
 
 def _filled(values: dict[str, Any], fallback: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -181,19 +240,6 @@ def _trains_encoder(config: DictConfig) -> bool:
     if "_target_" not in config.text_encoder:
         raise UserError("text_encoder: a text refiner needs one, e.g. text_encoder=byt5_tiny")
     return issubclass(get_class(config.text_encoder._target_), ByteT5)
-
-
-def _with_first_encoder(state: dict[str, Tensor], config: DictConfig) -> dict[str, Tensor]:
-    """The weights of a refiner as those of a `CaptionedRefiner`, whose encoder starts as it would without them."""
-    state = {f"refiner.{name}": tensor for name, tensor in state.items()}
-    if _trains_encoder(config):
-        encoder: ByteT5 = instantiate(config.text_encoder)
-        generator = torch.Generator().manual_seed(config.seed)
-        with torch.no_grad():
-            for tensor, fill in encoder.initializers(generator):
-                fill(tensor)
-        state |= encoder.state_dict(prefix="encoder.")
-    return state
 
 
 def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record: Any = None) -> LightningModule:

@@ -8,6 +8,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from grn.checkpoints.native import is_checkpoint, read_checkpoint
@@ -27,7 +28,8 @@ def record(folder: Path, config: DictConfig) -> None:
     versions |= {name: version(name) for name in PACKAGES}
     write_json(folder / "versions.json", versions)
     earlier = folder / "command.txt"
-    command = shlex.join(["python", "-m", "grn.train", *sys.argv[1:]])
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]  # of this point of a sweep
+    command = shlex.join(["python", "-m", "grn.train", *given])
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     write_text(earlier, f"{earlier.read_text() if earlier.exists() else ''}{started}  {command}\n")
 

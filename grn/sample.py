@@ -5,6 +5,7 @@ python -m grn.sample ckpt=runs/digits_t2v prompts=["a five falling"] frames=17, 
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from grn import pictures
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import Batch, best_device, equal_labels, generate
+from grn.generation import Batch, best_device, check_labels, equal_labels, generate
 from grn.initial_image import start_from_image
 from grn.modules import build_sampler, load_refiner
 from grn.mp4 import save_mp4
@@ -37,7 +38,7 @@ def main(config: DictConfig) -> None:
 
 
 def sample(config: DictConfig) -> Path:
-    """Writes `samples.png`, `refinement.gif` and `samples.json` to `out`; returns that folder.
+    """Writes `samples.png`, `sorted.png`, `refinement.gif` and `samples.json` to `out`; returns that folder.
 
     Of clips, the pictures show the first frames; the clips are in `videos/<number>.mp4`.
     """
@@ -51,10 +52,13 @@ def sample(config: DictConfig) -> Path:
         raise UserError(f"{odd} is for text refiners, {config.ckpt} is one of classes: give labels=[0,1,...] instead")
     else:
         labels = _labels(config, module.num_labels)
+    if config.num < 1:
+        raise UserError(f"num={config.num}: at least one sample")
+    labels = equal_labels(config.num, labels)
     start = start_from_image(module, config.init, strength=config.strength, mask=config.mask)
 
     started, batches = time.perf_counter(), []
-    film = pictures.FilmRecorder() if config.film else None
+    film = pictures.FilmRecorder(states=config.film_states) if config.film else None
     with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         task = progress.add_task("sampling", total=len(labels))
         for batch in generate(
@@ -69,23 +73,23 @@ def sample(config: DictConfig) -> Path:
             said = batch.refined
             clips = module.token_shape[1] > 1
             images = _save_clips(module, batch, Path(config.out), config.fps, progress) if clips else batch.images.cpu()
-            batches.append((batch.ids, images, said.steps, said.entropy, said.decision_entropy))
+            batches.append((batch.ids, images, said.steps, said.entropy, said.decision_entropy, said.trace))
             progress.advance(task, len(batch.ids))
     seconds = time.perf_counter() - started
 
     out = Path(config.out)
     ids, *columns = map(torch.cat, zip(*batches))
-    images, steps, entropy, decision_entropy = (column[ids.argsort()] for column in columns)
+    images, steps, entropy, decision_entropy, trace = (column[ids.argsort()] for column in columns)
     pictures.save(pictures.grid(images, config.columns, pictures.scale_for(images.shape[-1])), out / "samples.png")
+    difficulty = trace.nanmean(dim=1) if sampler.schedule.decide_at is None else decision_entropy
+    pictures.save(pictures.sorted_grid(images, difficulty, steps, config.columns), out / "sorted.png")
     if film is not None:
-        frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=config.columns)
+        columns = config.columns and math.ceil(config.columns / (1 + config.film_states))  # pairs are twice as wide
+        frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=columns)
         pictures.save_film(frames, out / "refinement.gif")
     if config.images:
         for i, image in enumerate(images):
-            pictures.save(
-                pictures.grid(image[None], 1).crop((2, 2, 2 + image.shape[2], 2 + image.shape[1])),
-                out / "images" / f"{i:05d}-{int(labels[i])}.png",
-            )
+            pictures.save(pictures.single(image), out / "images" / f"{i:05d}-{int(labels[i])}.png")
     write_json(
         out / "samples.json",
         {
@@ -101,6 +105,7 @@ def sample(config: DictConfig) -> Path:
             "steps": steps.tolist(),
             "entropy": [round(e, 5) for e in entropy.tolist()],
             "entropy_at_decision": [round(e, 5) for e in decision_entropy.tolist()],
+            "entropy_trace": [[round(e, 5) for e in row[:taken].tolist()] for row, taken in zip(trace, steps)],
         },
     )
     log.info("%d samples in %.1f s: %s", len(labels), seconds, out)
@@ -129,23 +134,18 @@ def _save_clips(module: RefinerModule, batch: Batch, out: Path, fps: float, prog
     return torch.cat(first)
 
 
-def _ask(config: DictConfig, module: TextRefinerModule) -> torch.Tensor:
-    """Has the module sample as `config` asks; the numbers of the prompts, which take turns."""
+def _ask(config: DictConfig, module: TextRefinerModule) -> list[int]:
+    """Has the module sample as `config` asks; the numbers of the prompts."""
     if config.labels is not None:
         raise UserError(f"labels={config.labels}: {config.ckpt} takes texts, prompts=[...] or prompts=file.txt")
-    if config.prompts is not None:
-        module.prompts = read_prompts(config.prompts)
-    if config.negative_prompt is not None:
-        module.negative_prompt = str(config.negative_prompt)
-    module.size = tuple(
-        own if asked is None else asked for asked, own in zip((config.height, config.width), module.size)
+    module.ask_for(
+        prompts=None if config.prompts is None else read_prompts(config.prompts),
+        negative_prompt=None if config.negative_prompt is None else str(config.negative_prompt),
+        height=config.height,
+        width=config.width,
+        frames=config.frames,
     )
-    if config.frames is not None:
-        module.frames = config.frames
-    _ = module.token_shape  # whether the size will do
-    if config.num < 1:
-        raise UserError(f"num={config.num}: at least one sample")
-    return equal_labels(config.num, range(module.num_labels))
+    return list(range(module.num_labels))
 
 
 def read_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -173,14 +173,10 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
     return found
 
 
-def _labels(config: DictConfig, num_labels: int) -> torch.Tensor:
+def _labels(config: DictConfig, num_labels: int) -> list[int]:
     labels = list(range(num_labels)) if config.labels is None else list(config.labels)
-    bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < num_labels]
-    if bad or not labels:
-        raise UserError(f"labels={labels}: labels of this checkpoint are 0..{num_labels - 1}")
-    if config.num < 1:
-        raise UserError(f"num={config.num}: at least one sample")
-    return equal_labels(config.num, labels)
+    check_labels(labels, num_labels)
+    return labels
 
 
 if __name__ == "__main__":

@@ -7,17 +7,22 @@ import warnings
 from pathlib import Path
 
 import torch
+import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from grn import runs
+from grn.callbacks.preemption import requeue
 from grn.cli import entry_point
 from grn.errors import UserError
+from grn.files import write_json
 from grn.modules import check_fits, module_from_config
+from grn.sweeps import objective
 from grn.training.activations import checkpoint_activations
 from grn.training.checkpoint_io import CheckpointIO
 from grn.training.fsdp import FSDP
@@ -41,19 +46,26 @@ KEYS = [
     "name",
     "seed",
     "ckpt_path",
+    "monitor",
     "overwrite",
     "paths",
 ]
 
 
 @entry_point("train")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
     config.paths.run = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
-    train(config)
+    try:
+        return objective(_measured(train(config)), config.monitor)
+    finally:
+        if wandb.run is not None:  # the next point of a sweep is another run
+            wandb.finish()
 
 
 def train(config: DictConfig) -> Trainer:
     """Trains as `config` says, in the run folder `paths.run`; returns the trainer when its steps are done.
+
+    What was measured last is in `metrics.json` then.
 
     After a SIGTERM it saves instead (`SaveOnSigterm`), and exits with the status `TERMINATED`.
     """
@@ -70,7 +82,10 @@ def train(config: DictConfig) -> Trainer:
     datamodule = instantiate(config.data)
     callbacks = [instantiate(callback) for callback in config.callbacks.values()]
     loggers = [instantiate(logger) for logger in config.logger.values()]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, plugins=[CheckpointIO()])
+    plugins = [CheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's way would save within the signal's handler
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, plugins=plugins)
     sharded = isinstance(trainer.strategy, FSDP)
     module = module_from_config(config, hollow=sharded)
     check_fits(module, datamodule)
@@ -87,13 +102,22 @@ def train(config: DictConfig) -> Trainer:
     log.info("run folder: %s (%.2f M parameters)", config.paths.run, _millions(module.network))
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
-    except SIGTERMException:
+    except SIGTERMException as stopped:
         if trainer.global_rank > 0:
             sys.exit(0)  # Lightning kills rank 0, which may still be closing its logs, where another fails
-        log.warning("stopped by SIGTERM after step %d: ckpt_path=last goes on from there", trainer.global_step)
+        received = signal.Signals(*stopped.args or [signal.SIGTERM])
+        step = trainer.global_step
+        log.warning("stopped by %s after step %d: ckpt_path=last goes on from there", received.name, step)
+        requeue(received)
         sys.exit(TERMINATED)
     trainer.save_checkpoint(Path(config.paths.run) / "checkpoints" / "last.ckpt", weights_only=False)
+    report = {"step": trainer.global_step, "metrics": _measured(trainer)}
+    rank_zero_only(write_json)(Path(config.paths.run) / "metrics.json", report)
     return trainer
+
+
+def _measured(trainer: Trainer) -> dict[str, float]:
+    return {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
 
 
 def _millions(network: torch.nn.Module) -> float:
@@ -108,6 +132,7 @@ def _quieten() -> None:
         "module\\(s\\) in eval mode",
         "no pre-optimization state was saved",  # the state after the step is the one to go on from
         "isinstance\\(treespec, LeafSpec\\)",
+        "The `srun` command is available",  # jobs are submitted by cluster=slurm_...
         "It is recommended to use `self.log",  # with sync_dist: every rank has the same scores
         "returned a view tensor",  # logits, in which nothing is written
         "Grad strides do not match bucket view strides",  # of 1x1 kernels, where either order is the same memory

@@ -4,7 +4,9 @@ import csv
 import importlib
 import json
 import os
+import runpy
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from grn.data.clips import probe_video
 
 pytestmark = pytest.mark.slow
 
+VERBS = ("prepare", "train", "calibrate", "sample", "evaluate", "encode", "export", "consolidate", "bench")
+
 TOKENIZER = (
     "+experiment=digits_tokenizer model.dim=8 model.decoder_dim=8 trainer.max_steps=12 trainer.val_check_interval=6"
 )
@@ -37,7 +41,13 @@ TWO_RANKS = " cluster=ddp cluster.accelerator=cpu cluster.devices=2 cluster.prec
 TWO_SHARDS = TWO_RANKS.replace("ddp", "fsdp")
 
 
-def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1):
+def last_of_each(arguments):
+    """What a test adds to a command replaces what was there: a command sets no key twice."""
+    return list({argument.partition("=")[0].lstrip("+"): argument for argument in arguments.split()}.values())
+
+
+def grn(workspace, verb, arguments, *, background=False, environment=None, processes=1, node=None):
+    """Runs a command, as so many processes; `node`: as one of two nodes, (its number, a port to meet at)."""
     environment = (
         os.environ
         | (environment or {})
@@ -48,8 +58,12 @@ def grn(workspace, verb, arguments, *, background=False, environment=None, proce
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", f"grn.{verb}", *arguments.split()]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    if node is None:
+        launcher += ["--standalone"]
+    else:
+        launcher += ["--nnodes=2", f"--node-rank={node[0]}", "--master-addr=127.0.0.1", f"--master-port={node[1]}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", f"grn.{verb}", *last_of_each(arguments)]
     if background:
         return subprocess.Popen(  # with its workers and ranks in a process group of their own
             command,
@@ -73,7 +87,7 @@ def mistaken(workspace, monkeypatch, verb, arguments):
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("GRN_DATA", str(workspace / "data"))
     monkeypatch.setenv("GRN_RUNS", str(workspace / "runs"))
-    monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *arguments.split()])
+    monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *last_of_each(arguments)])
     with pytest.raises(SystemExit) as exit:
         importlib.import_module(f"grn.{verb}").main()
     line = exit.value.code
@@ -114,6 +128,7 @@ def test_curves_are_in_the_csv(workspace):
     assert "train/tflops_per_second" in seen
     assert {"val/loss", "val/accuracy", "eval/fid", "eval/judge_accuracy", "eval/steps_mean", "data/skipped"} <= seen
     assert any(key.startswith("train/accuracy/t_0.") for key in seen)
+    assert path.with_name("steps-step0000012.csv").read_text().startswith("class,steps,samples\n")
 
 
 def wandb_records(path):
@@ -137,13 +152,31 @@ def wandb_records(path):
 
 def test_curves_and_pictures_are_in_the_offline_wandb_run(workspace):
     (path,) = (workspace / "runs" / "digits_c2i" / "wandb").glob("offline-run-*/run-*.wandb")
-    keys, config = set(), set()
+    keys, config, artifacts = set(), set(), set()
     for record in wandb_records(path):
+        artifacts.add(record.artifact.type)
         keys |= {"/".join(item.nested_key) or item.key for item in record.history.item}
         config |= {item.key for item in record.run.config.update} | {item.key for item in record.config.update}
     assert {"train/loss", "train/images_per_second", "val/loss", "eval/fid"} <= keys
-    assert {key.rsplit("/", 1)[0] for key in keys} >= {"sample/grid", "sample/film"}  # media: sample/grid/_type, ...
+    media = {key.rsplit("/", 1)[0] for key in keys}  # of sample/grid/_type, ...
+    assert media >= {"sample/grid", "sample/film", "eval/steps", "eval/steps_by_class"}
     assert {"model", "training", "data"} <= config
+    assert {"code", "config"} <= artifacts
+
+
+def test_the_dashboard_shows_what_runs_log(workspace):
+    """Every plot's curves are some run's, by the names that it has in the CSV."""
+    pytest.importorskip("wandb_workspaces", reason="pip install 'grn[dashboard]'")
+    dashboard = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "dashboard" / "workspace.py"))
+    seen = set()
+    for run in ("digits_c2i", "digits_tokenizer"):
+        (path,) = (workspace / "runs" / run / "csv").rglob("metrics.csv")
+        seen |= {key for row in rows_of(path) for key, value in row.items() if value}
+    shown = {curve for plots in dashboard["PLOTS"].values() for _, curves in plots for curve in curves}
+    elsewhere = {"train/mfu", "train/lpips", "train/gan", "train/discriminator"}  # GPUs; losses that digits lack
+    assert {curve for curve in shown - elsewhere if not curve.startswith("train/accuracy/t_")} <= seen
+    spec = dashboard["workspace"]("me", "grn")._to_model().model_dump_json(by_alias=True)
+    assert all(f'"{curve}"' in spec for curve in shown)
 
 
 def test_checkpoint_is_self_contained(workspace, tmp_path):
@@ -172,6 +205,18 @@ def test_samples_do_not_depend_on_the_batch(workspace, tmp_path):
     assert first == second
 
 
+def test_calibrated_samples_take_the_steps_asked_for(workspace, tmp_path):
+    """Of the weights as trained: the average of so few steps is as sure of one sample as of another."""
+    done = succeed(workspace, "calibrate", "ckpt=runs/digits_c2i ema=none target_steps=9 tmin=5 tmax=14 wp=2 num=400")
+    assert "fresh" in done.stdout
+    assert "sampler=calibrated" in done.stdout
+    arguments = f"ckpt=runs/digits_c2i/checkpoints/best.ckpt ema=none num=100 seed=5 film=false out={tmp_path}"
+    succeed(workspace, "sample", f"{arguments} sampler=calibrated")
+    steps = json.loads((tmp_path / "samples.json").read_text())["steps"]
+    assert 5 <= min(steps) < max(steps) <= 14
+    assert sum(steps) / 100 == pytest.approx(9, rel=0.1)
+
+
 def test_evaluate_writes_metrics(workspace):
     succeed(
         workspace,
@@ -182,7 +227,10 @@ def test_evaluate_writes_metrics(workspace):
     expected = {"fid", "fid_heldout", "isc_mean", "judge_accuracy", "judge_heldout_accuracy", "nn_median_ratio"}
     assert expected <= report["metrics"].keys()
     assert report["metrics"]["judge_heldout_accuracy"] >= 0.97
-    assert Image.open(workspace / "runs/digits_c2i/evaluation/nearest.png").format == "PNG"
+    assert sum(report["steps_histogram"].values()) == 20
+    assert len(report["steps_by_class"]) == 10
+    for name in ("nearest.png", "steps.png"):
+        assert Image.open(workspace / "runs/digits_c2i/evaluation" / name).format == "PNG"
     succeed(workspace, "evaluate", "ckpt=runs/digits_tokenizer")
     report = json.loads((workspace / "runs/digits_tokenizer/evaluation/metrics.json").read_text())
     assert {"psnr", "ssim", "l1", "rfid"} <= report["metrics"].keys()
@@ -339,9 +387,12 @@ def test_any_number_of_ranks_gives_one_curve_and_goes_on_from_the_others(workspa
         assert 3 <= checkpoint(workspace, name)["global_step"] < 40
         succeed(workspace, "train", second + name + " ckpt_path=last")
 
-    keys = ("train/loss", "train/accuracy/mean", "train/grad_norm", "val/loss")
+    keys = ("train/loss", "train/accuracy/mean", "train/grad_norm")
     expected, whole = curves(workspace, "one", *keys), checkpoint(workspace, "one")
-    assert sorted(expected) == list(range(41))
+    assert sorted(expected) == list(range(40))
+    validated, there = curves(workspace, "one", "val/loss"), curves(workspace, kind, "val/loss")
+    assert validated
+    assert there == {step: pytest.approx(values, abs=1e-5) for step, values in validated.items()}
     for name in (kind, f"{kind}_to_one", f"one_to_{kind}"):
         found, ended = curves(workspace, name, *keys), checkpoint(workspace, name)
         assert found.keys() == expected.keys()
@@ -371,9 +422,9 @@ def test_a_sharded_run_is_scored_exported_and_made_one_file(workspace, tmp_path)
 
 
 def test_two_processes_sample_and_score(workspace):
-    succeed(workspace, "train", REFINER + TWO_RANKS + " name=ddp logger=csv")
-    assert checkpoint(workspace, "ddp")["global_step"] == 12
-    (path,) = (workspace / "runs" / "ddp" / "csv").rglob("metrics.csv")
+    succeed(workspace, "train", REFINER + TWO_RANKS + " name=scored_by_two logger=csv")
+    assert checkpoint(workspace, "scored_by_two")["global_step"] == 12
+    (path,) = (workspace / "runs" / "scored_by_two" / "csv").rglob("metrics.csv")
     assert "eval/fid" in path.read_text()
 
 
@@ -393,13 +444,41 @@ def test_samples_from_an_image(workspace, tmp_path):
     assert (tmp_path / "5" / "samples.png").read_bytes() == (tmp_path / "12" / "samples.png").read_bytes()
 
 
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_optuna_looks_for_guidance(workspace):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'grn[optuna]'")
+    searched = "+search=guidance ckpt=runs/digits_c2i num=20 sampler=linear sampler.schedule.steps=2 out=searched"
+    succeed(workspace, "evaluate", searched + " hydra.sweeper.n_trials=2")
+    rows = rows_of(workspace / "searched" / "table.csv")
+    assert len(rows) == 2
+    assert all(0.9 <= float(row["sampler.temperature"]) <= 1.6 for row in rows)
+    best = (workspace / "searched" / "optimization_results.yaml").read_text()
+    assert f"best_value: {rows[0]['fid']}" in best
+
+
 def test_sweeps_leave_a_folder_a_point(workspace):
-    short = " trainer.max_steps=2 logger=csv name=swept training.learning_rate=1e-3,2e-3"
+    short = " trainer.max_steps=2 trainer.val_check_interval=2 name=swept training.learning_rate=1e-3,2e-3"
     succeed(workspace, "train", "-m +experiment=digits_tokenizer model.dim=8 training.warmup_steps=1" + short)
     for point, rate in (("0", 0.001), ("1", 0.002)):
         folder = workspace / "runs" / "sweeps" / "swept" / point
         assert f"learning_rate: {rate}" in (folder / "config.yaml").read_text()
         assert (folder / "checkpoints" / "last.ckpt").is_file()
+        (run,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+        (about,) = [record.run for record in wandb_records(run) if record.run.display_name]
+        assert (about.display_name, about.run_group) == (f"sweeps/swept/{point}", "swept")
+        assert "digits" in about.tags
+    rows = rows_of(workspace / "runs" / "sweeps" / "swept" / "table.csv")
+    assert [float(row["val/psnr"]) for row in rows] == sorted((float(row["val/psnr"]) for row in rows), reverse=True)
+    scored = "-m ckpt=runs/digits_c2i num=20 sampler=linear sampler.schedule.steps=2 sampler.temperature=1.2,1.31"
+    done = succeed(workspace, "evaluate", scored + " sampler.guidance=2.0,2.35 out=scored")
+    rows = rows_of(workspace / "scored" / "table.csv")
+    assert len({(row["sampler.temperature"], row["sampler.guidance"]) for row in rows}) == len(rows) == 4
+    assert [float(row["fid"]) for row in rows] == sorted(float(row["fid"]) for row in rows)
+    assert "table.csv" in done.stdout
     sampled = "-m ckpt=runs/digits_c2i num=4 sampler=linear sampler.schedule.steps=2,3 out=swept"
     succeed(workspace, "sample", sampled)
     steps = [json.loads((workspace / "swept" / point / "samples.json").read_text())["steps"] for point in "01"]
@@ -430,6 +509,11 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("train", REFINER + " name=x model.channels=5", "needs model.channels=4 model.classes=16"),
         ("train", REFINER + " name=x data.batch_size=0", "data.batch_size"),
         ("train", REFINER + NAN + " name=nan logger=csv", "NaN"),
+        (
+            "train",
+            REFINER + " monitor=val/los name=monitored logger=csv scores=none",
+            "monitor=val/los was not measured",
+        ),
         ("sample", "", "ckpt must be given"),
         ("sample", "ckpt=runs/digits_c2i sampler.schedule.max_steps=9", "sampler=entropy"),
         ("sample", "ckpt=/nowhere", "no such checkpoint"),
@@ -441,6 +525,9 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("sample", "ckpt=runs/digits_c2i batch_size=0 out=o", "batch_size must be at least 1"),
         ("sample", "ckpt=runs/digits_c2i mask=mask.png out=o", "init=image.png"),
         ("sample", "ckpt=runs/digits_c2i init=/nowhere.png out=o", "no such file"),
+        ("sample", "ckpt=runs/digits_c2i sampler=calibrated sampler.file=no.yaml out=o", "python -m grn.calibrate"),
+        ("calibrate", "ckpt=runs/digits_c2i out=o", "target_steps must be given"),
+        ("calibrate", "ckpt=runs/digits_c2i target_steps=40 out=o", "between tmin=12 and tmax=30"),
         ("evaluate", "ckpt=runs/digits_c2i num=15 out=o", "num=15"),
         ("evaluate", "ckpt=runs/digits_tokenizer images=true out=o", "images=true keeps the samples of a refiner"),
         ("evaluate", "ckpt=runs/digits_c2i scores=imagenet scores.fid.kid=true out=o", "scores.fid.kid compares"),
@@ -599,6 +686,26 @@ def test_images_and_videos_train_one_tokenizer(workspace, moving_digits):
     assert manifest["splits"]["train"]["samples"] == 9
 
 
+@pytest.mark.parametrize("cluster", ["ddp", "fsdp"])
+def test_two_nodes_train_as_one_process(workspace, cluster):
+    """Two times two processes; sharded within a node, a copy on each."""
+    command = REFINER + " logger=csv scores=none name="
+    if not (workspace / "runs" / "one_node").exists():
+        succeed(workspace, "train", command + "one_node")
+    arguments = command + f"two_nodes_{cluster} cluster={cluster} cluster.accelerator=cpu cluster.precision=32-true"
+    arguments += " cluster.num_nodes=2 cluster.devices=2"
+    arguments += " cluster.strategy.shard_size=2" if cluster == "fsdp" else ""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [grn(workspace, "train", arguments, background=True, processes=2, node=(i, port)) for i in range(2)]
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    one, two = (checkpoint(workspace, name) for name in ("one_node", f"two_nodes_{cluster}"))
+    assert one["global_step"] == two["global_step"] == 12
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-3, atol=1e-4)
+
+
 def test_a_gan_trains_in_two_processes(workspace):
     """Though images leave the temporal convolutions, and either loss the other network, without a gradient."""
     arguments = "+experiment=tokenizer_image training.gan_start=2 name=gan data=digits data.flip=false" + TINY
@@ -629,7 +736,7 @@ def test_official_weights_are_exported_and_scored(workspace, golden, tmp_path):
     )
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "sample", "evaluate", "encode", "export", "consolidate", "bench"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_says_what_to_type(workspace, verb):
     done = succeed(workspace, verb, "--help")
     assert f"python -m grn.{verb}" in done.stdout
@@ -724,6 +831,16 @@ def test_digits_move(workspace, tmp_path):
     assert len(list((tmp_path / "i2v" / "videos").iterdir())) == 1
 
 
+def test_an_exported_text_refiner_is_scored_as_its_run(captioned):
+    succeed(captioned, "export", "ckpt=runs/digits_t2i out=digits_t2i")
+    scored = []
+    for ckpt in ("runs/digits_t2i", "digits_t2i data=digits_t2i scores=digits_t2i"):
+        out = f"scored_{len(scored)}"
+        succeed(captioned, "evaluate", f"ckpt={ckpt} num=100 out={out}")
+        scored.append(json.loads((captioned / out / "metrics.json").read_text())["metrics"] | {"seconds": 0})
+    assert scored[0] == scored[1]
+
+
 @pytest.mark.parametrize("ranks", ["ddp", "fsdp"])
 def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
     command = TEXT + " data.batch_size=2 data.rank_streams=2 callbacks.scores.num=100 name="
@@ -745,7 +862,7 @@ def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
         ("sample", "ckpt=runs/digits_t2i width=30 out=o", "multiples of the tokenizer's stride 4"),
         ("sample", "ckpt=runs/digits_c2i frames=5 out=o", "frames is for text refiners"),
         ("sample", "ckpt=runs/digits_c2i prompts=[a] out=o", "give labels="),
-        ("train", TEXT + " name=x text_encoder=none", "text_encoder=byt5_tiny"),
+        ("train", "+experiment=digits_t2i name=x logger=none text_encoder=none", "text_encoder=byt5_tiny"),
         ("train", TEXT + " name=x model.text_width=64", "model.text_width=64 does not fit"),
         ("train", "+experiment=digits_t2i name=x logger=none data=digits", "trains from captioned images"),
         ("train", TEXT + " name=x data.max_tokens=100", "data.max_tokens=100 holds no image of 32x64"),
@@ -753,7 +870,7 @@ def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
         ("train", REFINER + " name=x data=digits_t2i", "packs are for text refiners"),
         ("train", TEXT + " ckpt_path=last data.lookahead=8", "data.lookahead=64"),
         ("encode", "ckpt=runs/digits_tokenizer data=digits_t2i", "only pixels are encoded"),
-        ("export", "ckpt=runs/digits_t2i", "not a tokenizer"),
+        ("export", "ckpt=runs/digits_t2i format=official", "the authors' files have no text encoder"),
     ],
 )
 def test_mistakes_with_texts_take_one_line(captioned, monkeypatch, verb, arguments, expected):

@@ -104,7 +104,12 @@ def test_layout(run, tokenizer, official, tmp_path):
     of_refiner, of_tokenizer = (
         json.loads((folder / part / "config.json").read_text())["_provenance"] for part in ("refiner", "tokenizer")
     )
-    assert of_refiner == {"source": str(run), "step": 12, "ema": "0.9999", "sha256": weights_hash(averaged)}
+    assert of_refiner == {
+        "source": str(run / "checkpoints" / "last.ckpt"),
+        "step": 12,
+        "ema": "0.9999",
+        "sha256": weights_hash(averaged),
+    }
     assert (of_tokenizer["source"], of_tokenizer["step"]) == (str(tokenizer), 5)
     assert (folder / "tokenizer" / "model.safetensors").read_bytes() == (tokenizer / "model.safetensors").read_bytes()
     assert files(exported(f"ckpt={run}", f"out={tmp_path}/second")) == files(folder)

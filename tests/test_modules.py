@@ -11,6 +11,7 @@ from grn.checkpoints.native import Checkpoint, load_tokenizer, read_checkpoint, 
 from grn.cli import CONF
 from grn.errors import UserError
 from grn.modules import module_from_checkpoint, module_from_config
+from grn.sampler import Linear, Sampler
 
 
 @pytest.fixture
@@ -133,3 +134,51 @@ def test_a_refiner_starts_from_an_export(official_tokenizer, tmp_path):
     again = module_from_config(config(official_tokenizer, f"model.weights={tmp_path}/refiner"))
     assert all(torch.equal(tensor, again.network.state_dict()[name]) for name, tensor in network.state_dict().items())
     assert again.initial_averages == {}
+
+
+@pytest.fixture
+def umt5(tmp_path):
+    """A tiny umT5 and its tokenizer, as transformers writes them."""
+    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    UMT5EncoderModel(UMT5Config(vocab_size=32, **sizes)).save_pretrained(tmp_path / "umt5")
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    T5Tokenizer([(piece, -float(rank)) for rank, piece in enumerate(pieces)], extra_ids=0).save_pretrained(
+        tmp_path / "umt5"
+    )
+    return tmp_path / "umt5"
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "trained along"])
+def test_a_text_refiner_and_its_encoder_come_back_from_a_checkpoint(official_tokenizer, umt5, tmp_path, encoder):
+    sizes = "model.channels=16 model.depth=1 model.width=48 model.heads=4 model.mlp_ratio=6 model.text_width=16"
+    sizes += " tokenizer.model.latent_channels=4 tokenizer.model.dim=8 tokenizer.model.decoder_dim=8"
+    sizes += f" text_encoder=t5 text_encoder.path={umt5} text_encoder.dtype=float32"
+    if encoder != "frozen":
+        sizes = sizes.partition(" text_encoder")[0] + " text_encoder=byt5_tiny text_encoder.width=16"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = compose("train", ["+experiment=t2i_2B", f"tokenizer.ckpt={official_tokenizer}", *sizes.split()])
+    module = module_from_config(chosen)
+    torch.nn.init.normal_(module.refiner.head.out.weight, std=0.1)
+    checkpoint = checkpoint_of(module, tmp_path / "x.ckpt")
+    parts = {".".join(name.split(".")[:2]) for name in checkpoint.contents["state_dict"]}
+    assert parts == {"network.refiner"} | ({"network.encoder"} if encoder != "frozen" else set())
+    again = module_from_checkpoint(checkpoint)
+    labels, ids = torch.tensor([0, 1]), torch.arange(2)
+    module.size = again.size = (32, 48)
+    sampler = Sampler(Linear(3), guidance=2.0)
+    expected, found = (it.eval().generate(labels, seed=0, ids=ids, sampler=sampler).tokens for it in (module, again))
+    assert torch.equal(found, expected)
+
+    # What a strategy shards starts as the network that one process makes.
+    hollow = module_from_config(chosen, hollow=True)
+    assert all(parameter.is_meta for parameter in hollow.network.parameters())
+    module.refiner.save_pretrained(tmp_path / "refiner")
+    chosen.model.weights = str(tmp_path / "refiner")
+    whole, hollow = module_from_config(chosen), module_from_config(chosen, hollow=True)
+    assert torch.equal(whole.refiner.head.out.weight, module.refiner.head.out.weight)
+    assert hollow.initial_weights.keys() == {f"refiner.{name}" for name in whole.refiner.state_dict()}
+    assert whole.initial_weights is None
+    for name, parameter in whole.refiner.named_parameters():
+        assert torch.equal(hollow.initial_weights[f"refiner.{name}"], parameter)

@@ -1,5 +1,5 @@
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from grn import pictures
 from grn.sampler import Step
@@ -36,3 +36,71 @@ def test_finished_samples_stand_still_in_the_film():
 
     assert len(recorder.frames(decode)) == 3
     assert seen == [[0, 0, 0], [0, 1, 1], [0, 1, 2]]
+
+
+def step(index, rows, predicted, tokens, kept):
+    ones = torch.ones(len(rows))
+    shaped = [torch.tensor(values).view(len(rows), -1, 1, 1, 2) for values in (tokens, predicted, kept)]
+    return Step(torch.tensor([index] * len(rows)), torch.tensor(rows), ones, ones, ones, *shaped)
+
+
+def test_states_say_what_becomes_of_each_token():
+    """Two samples of two channels at two positions; the second sample is done after its first step."""
+    filled, kept, erased, blank = range(4)
+    recorder = pictures.FilmRecorder(states=True)
+    true, false = True, False
+    recorder(
+        step(0, [0, 1], [[1, 1, 1, 1], [2, 2, 2, 2]], [[1, 0, 0, 0], [2, 0, 0, 0]], [[true, true, true, false]] * 2)
+    )
+    # Of sample 0: the same again, another one, none any more, none still.
+    recorder(step(1, [0], [[1, 3, 1, 1]], [[1, 1, 1, 0]], [[true, true, false, false]]))
+    recorder(step(2, [0], [[1, 3, 1, 1]], [[1, 3, 0, 0]], [[false, true, true, true]]))
+    first = [filled, filled, filled, blank]  # noise that happens to be what is predicted is no prediction
+    found = [states.flatten(1).tolist() for states in recorder._states]
+    assert found[0] == [first, first]
+    assert found[1] == [[kept, filled, erased, blank], first]
+    assert found[2] == [[erased, kept, filled, filled], first]
+
+    images = recorder.frames(lambda tokens: torch.zeros(len(tokens), 3, 1, 4, 4, dtype=torch.uint8), columns=1)
+    assert len(images) == 3
+    scale = pictures.scale_for(4)
+    assert images[0].size == (scale * (8 + 4), scale * (2 * 6 + 2))  # the state beside the prediction
+
+
+def test_positions_are_squares_of_their_tokens():
+    states = torch.tensor([0, 1, 2]).view(1, 3, 1, 1, 1).repeat(1, 1, 1, 1, 2).to(torch.uint8)  # D = 3, two columns
+    pixels = pictures.state_pixels(states, (4, 8))
+    assert pixels.shape == (1, 3, 4, 8)
+    seen = [[tuple(pixels[0, :, y, x].tolist()) for x in (0, 2, 4, 6)] for y in (0, 2)]
+    a, b, c, _ = pictures.STATE_COLOURS
+    assert seen == [[a, b] * 2, [c, pictures.GROUND] * 2]
+    assert pictures.state_pixels(states, (5, 7)).shape == (1, 3, 5, 7)
+
+
+def test_the_sorted_grid_goes_from_easy_to_difficult(monkeypatch):
+    images = torch.zeros(6, 3, 48, 48, dtype=torch.uint8)
+    images[:, 0] = (10 * torch.arange(6, dtype=torch.uint8)).view(6, 1, 1)
+    difficulty, steps = torch.tensor([0.3, 0.1, 0.5, 0.2, 0.6, 0.4]), torch.arange(6)
+    width, height = 2 * 48 + 2, 2 * 48 + 2 + pictures.CAPTION
+
+    def shown(picture, count):
+        return [picture.getpixel((10 + i % 3 * width, 10 + i // 3 * height))[0] // 10 for i in range(count)]
+
+    picture = pictures.sorted_grid(images, difficulty, steps, columns=3)
+    assert picture.size == (3 * width + 2, 2 * height + 2)
+    assert shown(picture, 6) == [1, 3, 0, 5, 2, 4]
+    other = pictures.sorted_grid(images, difficulty, steps + 10, columns=3)
+    changed = ImageChops.difference(picture, other).crop((0, 0, picture.width, height)).getbbox()
+    assert changed[1] >= height - pictures.CAPTION  # below the images alone
+    monkeypatch.setattr(pictures, "SORTED", 3)
+    assert shown(pictures.sorted_grid(images, difficulty, steps, columns=3), 3) == [1, 0, 4]
+
+
+def test_the_steps_chart_has_a_bar_a_number():
+    chart = pictures.steps_chart([0, 0, 4, 0, 2], [3.0, 1.5])
+
+    def height(x, base):
+        return sum(chart.getpixel((x, y)) == pictures.BAR for y in range(base - 145, base + 1))
+
+    assert [height(x, 180) for x in (100, 320, 540)] == [141, 0, 71]  # two, three and four steps
+    assert [height(x, 380) for x in (100, 500)] == [141, 71]

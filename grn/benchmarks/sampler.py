@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grn import sampler as sampling
 from grn.benchmarks import machine
+from grn.calibration import fit
 from grn.checkpoints.native import build_network
 from grn.errors import UserError
 from grn.modules import load_refiner
@@ -23,7 +24,6 @@ from grn.sampler import Condition, EntropyGuided, Labels, Linear, Sampler, refin
 
 SEED = 0
 BAR = 1.15  # entropy-guided sampling in S steps in the mean takes at most this times S/N of what N fixed steps take
-SPREAD = 8.0  # standard deviation of the steps, before they are clipped
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def benchmark(
     # A fixed schedule's first steps are those of an entropy-guided one: it knows the entropies that would decide.
     guided = EntropyGuided(min_steps=min_steps, max_steps=steps)
     entropy = run(FIXED, fixed, dtypes[0]).trace[:, guided.warmup]
-    guided = replace(fixed, schedule=fitted(guided, entropy, mean_steps))
+    guided = replace(fixed, schedule=fit(guided, entropy, target=mean_steps))
     rows, calls = [], []
     for dtype in dtypes:
         others = {}  # the same samples in other batches, by `guided`
@@ -136,19 +136,6 @@ def _refiner(model: DictConfig, ckpt: str | None) -> tuple[ClassRefiner, Sampler
         network.head.out.weight.normal_(std=0.1, generator=generator)
         network.label_embedding.weight.normal_(generator=generator)
     return network, Sampler(guidance=1.5, guidance_interval=(0.2, 1.0))
-
-
-def fitted(schedule: EntropyGuided, entropy: Tensor, mean_steps: float) -> EntropyGuided:
-    """Scale and offset for which samples of these entropies [N] take `mean_steps` in the mean (as near as clipping to
-    the schedule's limits lets them), and spread as `SPREAD` says."""
-    entropy = entropy.double()
-    scale = SPREAD / max(entropy.std().item(), 1e-9)
-    low, high = -scale * entropy.max().item(), schedule.max_steps - scale * entropy.min().item()
-    for _ in range(60):  # bisection: the mean grows with the offset
-        offset = (low + high) / 2
-        found = replace(schedule, scale=scale, offset=offset)
-        low, high = (offset, high) if found.plan(entropy).double().mean() < mean_steps else (low, offset)
-    return found
 
 
 @dataclass(frozen=True)

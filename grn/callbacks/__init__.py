@@ -1,5 +1,6 @@
 """Lightning callbacks: what a run keeps, draws and measures on its way."""
 
+from grn.callbacks.artifacts import CodeAndConfig
 from grn.callbacks.ema import EMA
 from grn.callbacks.pictures import ReconstructionGrid, RefinementFilm, SampleGrid
 from grn.callbacks.preemption import SaveOnSigterm
@@ -9,6 +10,7 @@ from grn.callbacks.throughput import SkippedSamples, Throughput
 
 __all__ = [
     "EMA",
+    "CodeAndConfig",
     "EvaluateSamples",
     "Progress",
     "ReconstructionGrid",

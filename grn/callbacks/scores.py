@@ -4,14 +4,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import wandb
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from grn.callbacks.validations import is_last_validation
-from grn.evaluation import build_scores, score_samples
+from grn.evaluation import build_scores, score_samples, steps_by_class
+from grn.files import write_text
 
 
 class EvaluateSamples(Callback):
     """Samples and scores with every `every`-th validation and with the last one; logs `eval/<metric>`.
+
+    How many steps samples took goes to W&B as the histogram `eval/steps` and the table `eval/steps_by_class`, and to a
+    file beside the CSV logger's curves: `steps-step<step>.csv`, how many samples of each class took so many.
 
     Args:
         scores: name -> partial of a score (config group `scores`); empty does nothing.
@@ -40,7 +49,7 @@ class EvaluateSamples(Callback):
             self.scores = build_scores(
                 self.configured, trainer.datamodule, device=pl_module.device, cache_dir=self.cache_dir
             )
-        metrics = score_samples(
+        metrics, steps = score_samples(
             pl_module,
             self.scores,
             num=self.num,
@@ -51,9 +60,26 @@ class EvaluateSamples(Callback):
         )
         for name, value in metrics.items():
             pl_module.log(f"eval/{name}", float(value))
+        _log_steps(trainer, steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict["validations"]
+
+
+@rank_zero_only
+def _log_steps(trainer: Trainer, steps: Tensor) -> None:
+    """`steps` as `score_samples` counts them."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            edges = torch.arange(steps.shape[1] + 1) - 0.5
+            histogram = wandb.Histogram(np_histogram=(steps.sum(dim=0).numpy(), edges.numpy()))
+            logger.log_metrics({"eval/steps": histogram}, step=trainer.global_step)
+            rows = [[label, mean] for label, mean in enumerate(steps_by_class(steps))]
+            logger.log_table("eval/steps_by_class", ["class", "steps"], rows, step=trainer.global_step)
+        elif isinstance(logger, CSVLogger):
+            rows = [f"{label},{number},{steps[label, number]}" for label, number in torch.nonzero(steps).tolist()]
+            path = Path(logger.log_dir) / f"steps-step{trainer.global_step:07d}.csv"
+            write_text(path, "\n".join(["class,steps,samples", *rows]) + "\n")

@@ -4,12 +4,18 @@
     refiner/            an export of its own: `ClassRefiner.from_pretrained(folder, subfolder="refiner")`
     tokenizer/          likewise of the `HBQTokenizer`; both know where their weights came from (`_provenance`)
 
+Of text, `refiner/` holds a `TextRefiner`, the index also what is drawn unless told otherwise, and there is
+
+    text_encoder/       an export of a `ByteT5`; or the config.json alone of a `PretrainedT5`: where that is to be had
+
 Nothing in such a folder names anything to call: a schedule is one of ours by its name, with plain numbers.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 from grn.errors import UserError
@@ -19,6 +25,7 @@ from grn.networks.class_refiner import ClassRefiner
 from grn.networks.pretrained import (
     CONFIG,
     HUB,
+    MAX_CONFIG_BYTES,
     WEIGHTS,
     brief,
     check_replaceable,
@@ -27,28 +34,50 @@ from grn.networks.pretrained import (
     read_config,
     read_marked_json,
 )
+from grn.networks.text_encoder import ByteT5, PretrainedT5, TextEncoder
+from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.sampler import Cosine, EntropyGuided, Linear, Sampler
 
 INDEX = "model_index.json"
 PIPELINE = "GRNPipeline"
-PARTS = {"refiner": ClassRefiner, "tokenizer": HBQTokenizer}  # a folder each
-FILES = (INDEX, *(f"{part}/{name}" for part in PARTS for name in (CONFIG, WEIGHTS)))
+# A folder each, and what may be in it; only text refiners have the third.
+PARTS = {
+    "refiner": (ClassRefiner, TextRefiner),
+    "tokenizer": (HBQTokenizer,),
+    "text_encoder": (ByteT5, PretrainedT5),
+}
+FILES = (INDEX, *(f"{part}/{name}" for part in ("refiner", "tokenizer") for name in (CONFIG, WEIGHTS)))
+TEXT_FILES = tuple(f"text_encoder/{name}" for name in (CONFIG, WEIGHTS))
 SCHEDULES = {schedule.__name__: schedule for schedule in (Linear, Cosine, EntropyGuided)}
 # What a file may ask for: every step is a call of the network, and other numbers meet in float32.
-MAX_STEPS, MAX_NUMBER = 10_000, 1e9
+MAX_STEPS, MAX_NUMBER, MAX_SIDE = 10_000, 1e9, 1 << 14
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """What a text refiner has beside: its encoder, and what is drawn unless somebody asks for something else: prompts,
+    a negative prompt, and (height, width) in pixels."""
+
+    encoder: TextEncoder
+    prompts: Sequence[str]
+    negative_prompt: str
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ExportedRefiner:
-    """What a folder holds, on the CPU and in evaluation mode; `step` of the refiner's training where it is known."""
+    """What a folder holds, on the CPU and in evaluation mode; `step` of the refiner's training where it is known;
+    `provenance` by part; `text` of text refiners."""
 
     folder: Path
-    refiner: ClassRefiner
+    refiner: ClassRefiner | TextRefiner
     tokenizer: HBQTokenizer
     labeling: Labeling
     sampler: Sampler
     step: int | None
+    provenance: dict[str, dict[str, Any]]
+    text: TextSide | None
 
 
 def is_exported_refiner(path_or_hub_id: str | Path) -> bool:
@@ -65,35 +94,48 @@ def is_exported_refiner(path_or_hub_id: str | Path) -> bool:
 def save_exported_refiner(
     folder: str | Path,
     *,
-    refiner: ClassRefiner,
+    refiner: ClassRefiner | TextRefiner,
     tokenizer: HBQTokenizer,
     labeling: Labeling,
     sampler: Sampler,
     provenance: Mapping[str, Mapping[str, Any]],
+    text: TextSide | None = None,
 ) -> Path:
     """Writes such a folder: all of it or nothing, and always to the same bytes.
 
     Args:
         folder: a new or an empty one, or an earlier one of this kind, which is replaced.
-        provenance: of `refiner` and of `tokenizer`, as in `Pretrained.save_pretrained`.
+        provenance: of `refiner`, `tokenizer` and a `text_encoder` with weights, as in `Pretrained.save_pretrained`.
+        text: of a `TextRefiner`.
 
     Returns:
         `folder`.
 
     Raises:
-        UserError: `folder` holds something else.
+        UserError: `folder` holds something else; a schedule or text encoder of a kind that could not be read again, or
+            more prompts than an index has room for.
     """
     folder = Path(folder).expanduser()
     _check_replaceable(folder)
-    networks = {"refiner": refiner, "tokenizer": tokenizer}
-    index = marks(PIPELINE) | {part: ["grn", network.__name__] for part, network in PARTS.items()}
+    networks = {"refiner": refiner, "tokenizer": tokenizer} | ({} if text is None else {"text_encoder": text.encoder})
+    index = marks(PIPELINE) | {part: ["grn", type(network).__name__] for part, network in networks.items()}
     index |= {"labeling": labeling, "sampler": _plain(sampler)}
-    _sampler(index["sampler"], folder / INDEX)  # a schedule of somebody's own cannot be read again
+    if text is not None:
+        index |= {"prompts": list(text.prompts), "negative_prompt": text.negative_prompt, "size": list(text.size)}
+        if len(json.dumps(index, indent=2)) >= MAX_CONFIG_BYTES:
+            raise UserError(f"prompts: {len(text.prompts)} of them are too long for {INDEX}; give fewer: prompts=[...]")
+    # What could not be read again: a schedule or an encoder of somebody's own.
+    _classes(index, folder / INDEX)
+    sampler_from_plain(index["sampler"], folder / INDEX)
 
     def write(temporary: Path) -> None:
         write_json(temporary / INDEX, index)
         for part, network in networks.items():
-            network.save_pretrained(temporary / part, provenance=provenance[part])
+            if isinstance(network, PretrainedT5):
+                (temporary / part).mkdir()
+                write_json(temporary / part / CONFIG, marks(PretrainedT5.__name__) | network.reference)
+            else:
+                network.save_pretrained(temporary / part, provenance=provenance.get(part))
 
     return write_folder(folder, write)
 
@@ -104,27 +146,75 @@ def load_exported_refiner(path_or_hub_id: str | Path) -> ExportedRefiner:
     Raises:
         UserError: not there, not whole, or its values are none; nothing in it is executed.
     """
-    folder = fetch(path_or_hub_id, files=FILES)
+    folder = fetch(path_or_hub_id, files=(*FILES, *TEXT_FILES))
     path = folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder} has no {INDEX}: it is no exported refiner; python -m grn.export writes one")
     index = read_marked_json(path)
     if index["_class_name"] != PIPELINE:
         raise UserError(f"{path} is of a {brief(index['_class_name'])}, not of a {PIPELINE}")
-    for part, network in PARTS.items():
-        if index.get(part) != ["grn", network.__name__]:
-            raise UserError(f"{path}: {part} is {brief(index.get(part))}, this GRN reads a {network.__name__} only")
+    classes = _classes(index, path)
     if index.get("labeling") not in get_args(Labeling):
         raise UserError(f"{path}: labeling is {brief(index.get('labeling'))}, not {' or '.join(get_args(Labeling))}")
-    step = read_config(folder / "refiner")["_provenance"].get("step")
+    provenance = {part: read_config(folder / part)["_provenance"] for part in classes}
+    step = provenance["refiner"].get("step")
     return ExportedRefiner(
         folder=folder,
-        sampler=_sampler(index.get("sampler"), path),
+        sampler=sampler_from_plain(index.get("sampler"), path),
         labeling=index["labeling"],
-        refiner=ClassRefiner.from_pretrained(folder / "refiner"),
+        text=_text_side(index, classes["text_encoder"], folder) if "text_encoder" in classes else None,
+        refiner=classes["refiner"].from_pretrained(folder / "refiner"),
         tokenizer=HBQTokenizer.from_pretrained(folder / "tokenizer"),
         step=step if isinstance(step, int) else None,
+        provenance=provenance,
     )
+
+
+def _classes(index: Mapping[str, Any], path: Path) -> dict[str, type]:
+    """The class of each part that an index names; that its folder is of this class is for that class to find."""
+    classes = {}
+    for part, known in PARTS.items():
+        if part == "text_encoder" and classes["refiner"] is not TextRefiner:
+            continue
+        found = [kind for kind in known if index.get(part) == ["grn", kind.__name__]]
+        if not found:
+            names = " or a ".join(kind.__name__ for kind in known)
+            raise UserError(f"{path}: {part} is {brief(index.get(part))}, this GRN reads a {names} only")
+        classes[part] = found[0]
+    return classes
+
+
+def _text_side(index: Mapping[str, Any], encoder: type[ByteT5] | type[PretrainedT5], folder: Path) -> TextSide:
+    """Of an index, and a folder, that may hold anything."""
+    told = {name: index.get(name) for name in ("prompts", "negative_prompt", "size")}
+    prompts, negative_prompt, size = told.values()
+    sound = {
+        "prompts": isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts),
+        "negative_prompt": isinstance(negative_prompt, str),
+        "size": isinstance(size, list) and [type(side) for side in size] == [int, int] and max(size) <= MAX_SIDE,
+    }
+    for name, value in told.items():
+        if not sound[name]:
+            raise UserError(f"{folder / INDEX}: {name} cannot be {brief(value)}")
+    place = folder / "text_encoder"
+    made = ByteT5.from_pretrained(place) if encoder is ByteT5 else _referred(place)
+    return TextSide(made, prompts, negative_prompt, tuple(size))
+
+
+def _referred(place: Path) -> PretrainedT5:
+    config, path = read_config(place), place / CONFIG
+    if config["_class_name"] != PretrainedT5.__name__:
+        raise UserError(f"{path} is of a {brief(config['_class_name'])}, not of a {PretrainedT5.__name__}")
+    reference = {name: value for name, value in config.items() if not name.startswith("_")}
+    texts = {name: value for name, value in reference.items() if name != "max_length"}
+    odd = reference.keys() ^ {"path", "weights", "tokenizer", "dtype", "max_length"}
+    odd |= {name for name, value in texts.items() if not isinstance(value, str if name == "path" else (str, NoneType))}
+    if odd:
+        raise UserError(f"{path} refers to no {PretrainedT5.__name__}: {brief(min(odd))} is odd or missing")
+    try:
+        return PretrainedT5(**reference)
+    except UserError as error:
+        raise UserError(f"{path}, which may be edited, refers to what is not here: {error}") from None
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -144,7 +234,7 @@ def _plain(sampler: Sampler) -> dict[str, Any]:
     return vars(sampler) | {"schedule": {"_class_name": type(sampler.schedule).__name__, **schedule}}
 
 
-def _sampler(values: Any, path: Path) -> Sampler:
+def sampler_from_plain(values: Any, path: Path) -> Sampler:
     """What `_plain` made, of any values that a file may hold; what is left out has its default."""
     values = dict(values) if isinstance(values, dict) else {}
     schedule = values.pop("schedule", None)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.official_class_refiner import is_official_class_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
-from grn.checkpoints.reading import check_targets, read_untrusted
-from grn.checkpoints.sharded import is_sharded_checkpoint, read_sharded
+from grn.checkpoints.reading import check_targets
+from grn.checkpoints.sharded import is_sharded_checkpoint, read_either
 from grn.errors import UserError
 from grn.networks.pretrained import fetch, is_pretrained, read_config
 from grn.networks.tokenizer import HBQTokenizer
@@ -106,11 +106,8 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True
         UserError: missing, damaged, or not a checkpoint of ours.
     """
     path = find_checkpoint(path, key=key)
-    complaint = f"{key}: {path} cannot be read as a checkpoint"
-    if is_sharded_checkpoint(path):
-        contents = read_sharded(path, complaint, skip=("optimizer_states", *(() if weights else ("state_dict", "ema"))))
-    else:
-        contents = read_untrusted(path, complaint, mmap=not weights)
+    skip = ("optimizer_states", *(() if weights else ("state_dict", "ema")))
+    contents = read_either(path, f"{key}: {path} cannot be read as a checkpoint", mmap=not weights, skip=skip)
     known = isinstance(contents, dict) and {"config", "global_step"} <= contents.keys()
     if is_official_class_refiner(contents):
         raise UserError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grn.checkpoints.mapping import Rule, rename, rename_back
-from grn.checkpoints.reading import read_untrusted
+from grn.checkpoints.reading import is_state, read_official
 from grn.errors import UserError
 from grn.files import write_atomically
 
@@ -74,16 +74,13 @@ def load_official_class_refiner(path: str | Path, *, key: str = "model.weights")
     Raises:
         UserError: missing, unreadable, or without the three state dicts; nothing in the file is executed.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}: no file {path}")
-    contents = read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint", mmap=True)
+    path, contents = read_official(path, key=key)
     if not is_official_class_refiner(contents):
         parts = ", ".join(("model", *EMAS))
         raise UserError(f"{key}: {path} is not an official class-conditional checkpoint, which has {parts}")
 
     def ours(state: Any) -> dict[str, Tensor]:
-        if not isinstance(state, dict) or not all(map(_is_weight, state.keys(), state.values())):
+        if not is_state(state):
             raise UserError(f"{key}: {path} is not an official class-conditional checkpoint: not all is named weights")
         bare = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
         return rename(bare, CLASS_REFINER_RULES, source=str(path))
@@ -92,15 +89,6 @@ def load_official_class_refiner(path: str | Path, *, key: str = "model.weights")
         "model": ours(contents["model"]),
         "ema": {decay: ours(contents[part]) for part, decay in EMAS.items()},
     }
-
-
-def _is_weight(name: Any, tensor: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and tensor.layout is torch.strided
-    )
 
 
 def official_state(state: Mapping[str, Tensor], position: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grn.checkpoints.mapping import Rule, rename, rename_back
-from grn.checkpoints.reading import read_untrusted
+from grn.checkpoints.reading import is_state, read_official
 from grn.errors import UserError
 from grn.files import write_atomically
 
@@ -46,11 +46,8 @@ def load_official_text_refiner(path: str | Path, *, key: str = "model.weights") 
     Raises:
         UserError: missing, unreadable, or not one flat state dict of a text refiner.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}: no file {path}")
-    state = read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint", mmap=True)
-    if not isinstance(state, dict) or not state or not all(map(_is_weight, state.keys(), state.values())):
+    path, state = read_official(path, key=key)
+    if not state or not is_state(state):
         raise UserError(f"{key}: {path} is not an official text refiner, which is one flat state dict of weights")
     return our_state(state, source=str(path))
 
@@ -99,12 +96,3 @@ def save_official_text_refiner(state: Mapping[str, Tensor], path: str | Path, *,
     """Writes a text refiner's state dict as a file of the authors' kind, atomically; returns its path."""
     contents = {name: tensor.detach().cpu() for name, tensor in official_state(state, chunks=chunks).items()}
     return write_atomically(Path(path).expanduser(), lambda temporary: torch.save(contents, temporary))
-
-
-def _is_weight(name: object, tensor: object) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and tensor.layout is torch.strided
-    )

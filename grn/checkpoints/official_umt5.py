@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from grn.checkpoints.mapping import Rule, rename
-from grn.checkpoints.reading import read_untrusted
+from grn.checkpoints.reading import is_state, read_official
 from grn.errors import UserError
 
 _ATTENTION, _MLP = r"encoder.block.\1.layer.0", r"encoder.block.\1.layer.1"
@@ -39,15 +39,9 @@ def load_official_umt5(
     Raises:
         UserError: missing, unreadable, or not one flat state dict of a umT5 encoder.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}: no file {path}")
-    state = read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint", mmap=True)
+    path, state = read_official(path, key=key)
     foreign = UserError(f"{key}: {path} is not the official umT5 encoder, which is one flat state dict of weights")
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
-        for name, tensor in state.items()
-    ):
+    if not is_state(state):
         raise foreign
     shapes = [state[f"{name}.weight"].shape if f"{name}.weight" in state else () for name in _SIZES]
     if not all(len(shape) == 2 and min(shape) > 0 for shape in shapes):

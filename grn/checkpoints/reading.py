@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grn.errors import UserError
 
@@ -29,6 +30,32 @@ def read_untrusted(path: Path, complaint: str, *, mmap: bool = False) -> Any:
     except Exception as error:  # torch raises half a dozen kinds for damaged, foreign and hostile files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{complaint} ({reason})") from None
+
+
+def read_official(path: str | Path, *, key: str) -> tuple[Path, Any]:
+    """(Its path, the contents) of one of the authors' files, on the CPU and mapped.
+
+    Args:
+        key: the config key that errors name.
+
+    Raises:
+        UserError: missing, or as in `read_untrusted`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{key}: no file {path}")
+    return path, read_untrusted(path, f"{key}: {path} cannot be read as a checkpoint", mmap=True)
+
+
+def is_state(contents: Any) -> bool:
+    """Whether that, out of a file, is a flat state dict of weights."""
+    return isinstance(contents, dict) and all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.layout is torch.strided
+        for name, tensor in contents.items()
+    )
 
 
 def check_targets(config: Any, complaint: str) -> None:

@@ -60,6 +60,18 @@ def write_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     dist.barrier()
 
 
+def read_either(path: Path, complaint: str, *, mmap: bool = False, **sharded: Any) -> Any:
+    """The contents of a checkpoint in a single file, or in a folder of shards.
+
+    Args:
+        complaint, mmap: as `read_untrusted` has them; a folder is never mapped.
+        sharded: as `read_sharded` has them; without effect on a single file.
+    """
+    if is_sharded_checkpoint(path):
+        return read_sharded(path, complaint, **sharded)
+    return read_untrusted(path, complaint, mmap=mmap)
+
+
 def read_sharded(
     path: Path,
     complaint: str,

@@ -10,18 +10,13 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from grn.data.digits import LABEL_NAMES, render, split_digits
+from grn.data.digits import LABEL_NAMES, digit_caption, render, split_digits
 from grn.data.shards import write_shards
 from grn.errors import UserError
 
 # (left, right): no training image shows these pairs. Every digit is on either side of one of them.
 HELDOUT_PAIRS = tuple((left, (left + 3) % 10) for left in range(10))
 PAIRS = tuple((left, right) for left in range(10) for right in range(10))
-
-
-def digit_caption(label: int) -> str:
-    """Of a digit alone, e.g. "a handwritten seven"."""
-    return f"a handwritten {LABEL_NAMES[label]}"
 
 
 def pair_caption(left: int, right: int) -> str:
@@ -46,7 +41,7 @@ class DigitPairsSource:
     """
 
     size: int = 32
-    copies: int = 100
+    copies: int = 40
     heldout_copies: int = 2
     heldout: int = 297
     seed: int = 0

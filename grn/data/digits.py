@@ -61,7 +61,7 @@ class DigitsSource:
                     "__key__": f"{index:04d}",
                     "png": render(digits[index].reshape(8, 8), self.image_size),
                     "cls": str(labels[index]),
-                    "txt": f"a handwritten {LABEL_NAMES[labels[index]]}",
+                    "txt": digit_caption(labels[index]),
                 }
 
         return write_shards(
@@ -79,6 +79,11 @@ class DigitsSource:
             rank=rank,
             world_size=world_size,
         )
+
+
+def digit_caption(label: int) -> str:
+    """E.g. "a handwritten seven"."""
+    return f"a handwritten {LABEL_NAMES[label]}"
 
 
 def split_digits(labels: np.ndarray, heldout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """From the raw bytes of one sample to tensors: pure functions that trust nothing, and the collation of samples."""
 
+import hashlib
 import io
 import json
 import random
@@ -96,6 +97,11 @@ class ImageDecoder:
             image = ImageOps.mirror(image)
         sample["pixels"] = to_tensor(image)
         return sample
+
+
+def key_id(key: str) -> int:
+    """An int64 that a sample has on whatever rank, in whatever batch, for its draws and for an order of samples."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def is_mirrored(seed: int, pass_number: int, key: object) -> bool:

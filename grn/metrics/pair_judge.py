@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS, digit_caption, pair_caption
+from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS, pair_caption
+from grn.data.digits import digit_caption
 from grn.errors import UserError
 from grn.metrics.judge import DigitsJudge
 from grn.metrics.ranks import Totals

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from grn.errors import UserError
 from grn.networks.text_encoder import TextEncoder
-from grn.networks.text_refiner import TextRefiner
+from grn.networks.text_refiner import TextCache, TextRefiner
 
 
 class CaptionedRefiner(nn.Module):
@@ -46,6 +46,14 @@ class CaptionedRefiner(nn.Module):
         """
         features, lengths = text if self.encoder is None else self.encoder(text)
         return self.refiner(tokens, t, features, lengths, **options)
+
+    def predict(self, *arguments: Any, **options: Any) -> Tensor:
+        """As `TextRefiner.predict`."""
+        return self.refiner.predict(*arguments, **options)
+
+    def text_cache(self, *arguments: Any, **options: Any) -> TextCache:
+        """As `TextRefiner.text_cache`."""
+        return self.refiner.text_cache(*arguments, **options)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """(Re)initialises all parameters, also after `to_empty` on a module that was made on the meta device."""

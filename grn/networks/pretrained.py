@@ -185,7 +185,7 @@ def fetch(
         return path
     if path.exists():
         raise UserError(f"{path} is no folder with {CONFIG} and {WEIGHTS}; python -m grn.export ckpt={path} makes one")
-    if not _is_hub_id(hub_id):
+    if not is_hub_id(hub_id):
         raise UserError(
             f"no such folder: {path}; python -m grn.export writes one from a checkpoint (from the Hub: owner/name)"
         )
@@ -307,7 +307,7 @@ def check_replaceable(folder: Path) -> None:
         read_config(folder)  # somebody else's network has files of the same names
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether `name` is like `owner/name`, and is not plainly meant as a path: one into a folder that is here."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) or Path(name).parent.is_dir():
         return False

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.official_umt5 import load_official_umt5
 from grn.errors import UserError
-from grn.networks.pretrained import brief
+from grn.networks.pretrained import Pretrained, brief
 
 CHARACTERS = 64  # of a caption, for every token that is kept: the rest of an endless one is not even tokenized
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -61,18 +61,24 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """The tokens of each caption, at least one and at most max_length."""
-        limit = CHARACTERS * self.max_length
-        clean = [caption[:limit].encode("utf-8", "replace").decode("utf-8") for caption in captions]
-        ids = self.tokenizer(clean, truncation=True, max_length=self.max_length)["input_ids"]
-        return [list(caption) or [self.tokenizer.pad_token_id or 0] for caption in ids]
+        return tokenize(captions, tokenizer=self.tokenizer, max_length=self.max_length)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """int64 [B, L], and where they are tokens rather than padding -> features [B, L, width], any at padding."""
         return self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
 
-class ByteT5(TextEncoder):
+def tokenize(captions: Sequence[str], *, tokenizer: Any, max_length: int) -> list[list[int]]:
+    """As `TextEncoder.tokenize`, without the encoder: for processes that only count."""
+    clean = [caption[: CHARACTERS * max_length].encode("utf-8", "replace").decode("utf-8") for caption in captions]
+    ids = tokenizer(clean, truncation=True, max_length=max_length)["input_ids"]
+    return [list(caption) or [tokenizer.pad_token_id or 0] for caption in ids]
+
+
+class ByteT5(Pretrained, TextEncoder):
     """A small T5 encoder on the bytes of a caption, without files or downloads: for training along with the refiner.
+
+    `from_pretrained` loads a trained one.
 
     Args:
         width, depth, heads: of the encoder.
@@ -148,6 +154,10 @@ class PretrainedT5(TextEncoder):
             raise UserError(f"text_encoder.{key}: {source} has no tokenizer; give one as text_encoder.tokenizer")
         encoder = _official(weights) if weights is not None else _pretrained(path, DTYPES[dtype])
         super().__init__(encoder.to(DTYPES[dtype]), found, max_length=max_length)
+        # Arguments that make this encoder again, also in another folder.
+        places = {"path": path, "weights": weights, "tokenizer": tokenizer}
+        self.reference = {name: _absolute(place) for name, place in places.items()}
+        self.reference |= {"dtype": dtype, "max_length": max_length}
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PretrainedT5":
@@ -156,6 +166,13 @@ class PretrainedT5(TextEncoder):
     @torch.no_grad()
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         return super().encode(ids, mask)
+
+
+def _absolute(place: str | None) -> str | None:
+    """Of what is here; ids on the Hub stay as they are."""
+    if place is None or not Path(place).expanduser().exists():
+        return place
+    return str(Path(place).expanduser().resolve())
 
 
 def _pretrained(path: str, dtype: torch.dtype) -> nn.Module:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from grn.checkpoints.reading import read_untrusted
-from grn.checkpoints.sharded import is_sharded_checkpoint, read_sharded
+from grn.checkpoints.sharded import read_either
 from grn.files import write_atomically
 
 
@@ -24,7 +23,4 @@ class CheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), write)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        complaint = f"ckpt_path: {path} cannot be read as a checkpoint"
-        if is_sharded_checkpoint(Path(path)):
-            return read_sharded(Path(path), complaint)
-        return read_untrusted(Path(path), complaint)
+        return read_either(Path(path), f"ckpt_path: {path} cannot be read as a checkpoint")

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor, empty
 from torch.optim import Optimizer
 
-from grn.checkpoints.reading import read_untrusted
-from grn.checkpoints.sharded import is_sharded_checkpoint, read_sharded, write_sharded
+from grn.checkpoints.sharded import read_either, write_sharded
 from grn.errors import UserError
 
 
@@ -41,10 +40,13 @@ class FSDP(ModelParallelStrategy):
         """Before any process is started.
 
         Raises:
-            UserError: `shard_size` does not divide the number of ranks, or such a network cannot be sharded.
+            UserError: `shard_size` does not divide the number of ranks, or such a network or precision cannot be
+                sharded.
         """
         if not hasattr(network, "initializers"):
             raise UserError("cluster=fsdp shards refiners; a tokenizer fits any GPU: train it with cluster=ddp")
+        if (precision := self.precision_plugin.precision) not in ("32-true", "bf16-mixed"):
+            raise UserError(f"cluster.precision={precision} does not go with cluster=fsdp: bf16-mixed or 32-true does")
         ranks = self.num_nodes * self.num_processes
         if self.shard_size is not None and (self.shard_size < 1 or ranks % self.shard_size):
             raise UserError(f"cluster.strategy.shard_size={self.shard_size} does not divide the {ranks} ranks")
@@ -66,7 +68,8 @@ class FSDP(ModelParallelStrategy):
         """Shards a network that is on the meta device and gives it `weights`, or its first ones: never whole anywhere.
 
         Args:
-            weights: whole, by name; None: those of `network.initializers` with this seed, on any number of ranks.
+            weights: whole, by name; what they leave out has the values of `network.initializers` with this seed, as on
+                any number of ranks.
         """
         bf16 = self.precision_plugin.precision == "bf16-mixed"
         mesh = self.device_mesh
@@ -86,16 +89,14 @@ class FSDP(ModelParallelStrategy):
             fully_shard(block, **arguments)
         fully_shard(network, **arguments)
         network.to_empty(device=self.root_device)
-        if weights is not None:
-            own = network.state_dict()
-            network.load_state_dict({name: shard_like(own[name], whole) for name, whole in weights.items()})
         with torch.no_grad():
             for tensor, fill in network.initializers(torch.Generator().manual_seed(seed)):
-                if weights is not None and isinstance(tensor, nn.Parameter):
-                    continue
                 whole = torch.empty(tensor.shape, dtype=tensor.dtype)
                 fill(whole)
                 tensor.copy_(shard_like(tensor, whole))
+            own = network.state_dict()
+            for name, whole in (weights or {}).items():
+                own[name].copy_(shard_like(own[name], whole))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -119,12 +120,14 @@ class FSDP(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint with DTensors out of a folder, or with whole tensors, mapped, out of a single file."""
         path = Path(self.broadcast(checkpoint_path))
-        complaint = f"ckpt_path: {path} cannot be read as a checkpoint"
-        if not is_sharded_checkpoint(path):
-            return read_untrusted(path, complaint, mmap=True)
         like = next(p for p in self.lightning_module.parameters() if isinstance(p, DTensor))
         placed = {"device_mesh": like.device_mesh, "placements": like.placements}
-        return read_sharded(path, complaint, empty=lambda shape, dtype: empty(shape, dtype=dtype, **placed))
+        return read_either(
+            path,
+            f"ckpt_path: {path} cannot be read as a checkpoint",
+            mmap=True,
+            empty=lambda shape, dtype: empty(shape, dtype=dtype, **placed),
+        )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         own = self.lightning_module.state_dict()

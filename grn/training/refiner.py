@@ -1,6 +1,5 @@
 """Training a refiner (DESIGN 1.3, 1.4): pixels -> tokens -> corrupted tokens -> the network tells the true ones."""
 
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,6 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from grn import hbq, philox, refinement
+from grn.data.samples import key_id
 from grn.errors import UserError
 from grn.flops import forward_flop, training_flop
 from grn.networks.tokenizer import HBQTokenizer
@@ -79,6 +79,7 @@ class RefinerModule(LightningModule):
         self.seed = seed
         self.finite_loss = FiniteLoss()
         self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
+        self.provenance: dict[str, dict[str, Any]] = {}  # of its parts' weights, for exports of it (grn.modules)
         self.initial_weights: dict[str, Tensor] | None = None  # for `configure_model` to shard
         self.initial_averages: dict[str, dict[str, Tensor]] = {}  # decay -> state, for EMAs that start elsewhere
         self._accuracy: tuple[Tensor, Tensor] | None = None
@@ -194,7 +195,7 @@ class RefinerModule(LightningModule):
 
     def _validation_ids(self, batch: dict[str, Any]) -> Tensor:
         """By their keys, so that a sample is corrupted alike on whatever rank and in whatever batch it is."""
-        return torch.tensor([zlib.crc32(key.encode()) for key in batch["key"]], device=self.device)
+        return torch.tensor([key_id(key) % 2**32 for key in batch["key"]], device=self.device)
 
     # --- optimisation -----------------------------------------------------------------------------------------------
 

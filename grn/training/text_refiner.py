@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from grn import philox, refinement
 from grn.conditions import Text, text_condition
@@ -15,7 +16,7 @@ from grn.data.text_images import PackedTokens
 from grn.errors import UserError
 from grn.flops import forward_flop, hollow, training_flop
 from grn.networks.captioned_refiner import CaptionedRefiner, check_features
-from grn.networks.text_encoder import TextEncoder
+from grn.networks.text_encoder import TextEncoder, tokenize
 from grn.networks.text_refiner import MAX_FRAMES, TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.philox import Stream
@@ -80,6 +81,33 @@ class TextRefinerModule(RefinerModule):
         self.frames, self.context_ratio = frames, context_ratio
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
 
+    def ask_for(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+    ) -> None:
+        """Has samples be of these from now on; None leaves what was asked for before.
+
+        Raises:
+            UserError: no prompt, or a size or number of frames that the networks do not take.
+        """
+        if prompts is not None:
+            if not prompts:
+                raise UserError("prompts is empty: what should samples show?")
+            self.prompts = list(prompts)
+        if negative_prompt is not None:
+            self.negative_prompt = negative_prompt
+        self.size = tuple(own if asked is None else asked for asked, own in zip((height, width), self.size))
+        if frames is not None:
+            if type(frames) is not int:
+                raise UserError(f"frames={frames}: a whole number")
+            self.frames = frames
+        _ = self.token_shape  # whether the size will do
+
     @property
     def refiner(self) -> TextRefiner:
         return self.network.refiner
@@ -104,8 +132,10 @@ class TextRefinerModule(RefinerModule):
 
     @property
     def packed_tokens(self) -> PackedTokens:
-        """For the data to pack by."""
-        return PackedTokens(self.tokenizer.stride, self.tokenizer.temporal_stride, self.text_encoder.tokenize)
+        """For the data to pack by, in processes that get no copy of the encoder."""
+        encoder = self.text_encoder
+        count = functools.partial(tokenize, tokenizer=encoder.tokenizer, max_length=encoder.max_length)
+        return PackedTokens(self.tokenizer.stride, self.tokenizer.temporal_stride, count)
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
@@ -114,6 +144,12 @@ class TextRefinerModule(RefinerModule):
 
     def setup(self, stage: str) -> None:
         self._hollow = [hollow(self.refiner)]  # before a strategy shards the network
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        # Else blocks would run outside of their root, which leaves ranks that sample more than others out of step.
+        for method in ("predict", "text_cache"):
+            register_fsdp_forward_method(self.network, method)
 
     def flop_per_sample(self, batch: dict[str, Any]) -> int:
         """As of `RefinerModule`, a mean over the batch's samples; without the text encoder's."""
@@ -238,10 +274,10 @@ class TextRefinerModule(RefinerModule):
     def condition(self, labels: Tensor) -> Text:
         """What samples of the prompts of these numbers, int64 [B], are conditioned on."""
         prompts = [self.prompts[label] for label in labels.tolist()]
-        return text_condition(self.refiner, self.text_encoder, prompts, self.negative_prompt)
+        return text_condition(self.network, self.text_encoder, prompts, self.negative_prompt)
 
     def predict(self, tokens: Tensor, t: Tensor, condition: Text) -> Tensor:
-        return self.refiner.predict(tokens, t, condition.cache, condition.index)
+        return self.network.predict(tokens, t, condition.cache, condition.index)
 
 
 def _renumbered(callback: Callable[[Step], None], rows: Tensor, step: Step) -> None:

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS, DigitPairsSource, digit_caption, pair_caption
-from grn.data.digits import render
+from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS, DigitPairsSource, pair_caption
+from grn.data.digits import digit_caption, render
 from grn.data.shards import read_manifest, shard_paths
 from grn.data.streaming import MAX_ENTRY_BYTES, read_shard
 from grn.errors import UserError

@@ -1,8 +1,6 @@
 """The order of training: the same on any number of ranks and workers, whole, and going on where a run broke off."""
 
-import io
 import multiprocessing
-import tarfile
 from collections import Counter
 from itertools import count, islice
 from pathlib import Path
@@ -12,20 +10,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tars import write_labels
 
 from grn.data import endless
 from grn.data.endless import GlobalBatches, Place, ResumableLoader
 from grn.data.samples import Reason, Skip
 from grn.errors import UserError
-
-
-def write_tar(path, labels):
-    with tarfile.open(path, "w") as tar:
-        for key, label in labels.items():
-            info = tarfile.TarInfo(f"{key}.cls")
-            info.size = len(label)
-            tar.addfile(info, io.BytesIO(label))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +25,7 @@ def shards(tmp_path_factory):
     for shard in range(14):
         numbers = range(number, number + 2 + shard * 7 % 5)
         labels = {f"{n:03d}": b"bad" if n % 5 == 0 else b"%d" % n for n in numbers}
-        urls.append(write_tar(folder / f"s-{shard:02d}.tar", labels))
+        urls.append(write_labels(folder / f"s-{shard:02d}.tar", labels))
         number = numbers.stop
     return urls
 
@@ -146,7 +136,7 @@ def pool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
     sizes = [7, 0, 3, 9, 1, 4, 4, 8, 2, 5] * 2
     return {
-        write_tar(folder / f"{i}.tar", {f"{i}-{n}": b"1" for n in range(size)}): size for i, size in enumerate(sizes)
+        write_labels(folder / f"{i}.tar", {f"{i}-{n}": b"1" for n in range(size)}): size for i, size in enumerate(sizes)
     }
 
 
@@ -180,7 +170,7 @@ def test_nothing_is_lost_or_doubled(pool, monkeypatch, draw):
 
 
 def test_resuming_reads_at_most_a_shard_and_two_blocks(tmp_path, monkeypatch):
-    urls = [write_tar(tmp_path / f"{i}.tar", {f"{i}-{n}": b"1" for n in range(50)}) for i in range(20)]
+    urls = [write_labels(tmp_path / f"{i}.tar", {f"{i}-{n}": b"1" for n in range(50)}) for i in range(20)]
     arguments = {"rank_streams": 1, "worker_streams": 1, "batch_size": 1, "shuffle_buffer": 10}
     _, state = run(monkeypatch, urls, 935, **arguments)
     read = Counter()
@@ -284,7 +274,7 @@ def test_the_state_of_every_rank_is_that_of_all(shards, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_usable_is_one_clear_error(tmp_path, workers):
-    urls = [write_tar(tmp_path / f"{i}.tar", {"a": b"bad", "b": b"bad"}) for i in range(2)]
+    urls = [write_labels(tmp_path / f"{i}.tar", {"a": b"bad", "b": b"bad"}) for i in range(2)]
     with pytest.raises(UserError) as caught:
         next(iter(make(urls, workers, rank_streams=1, worker_streams=1)))
     assert "no usable sample (label is not an integer: 32)" in str(caught.value)
@@ -294,12 +284,12 @@ def test_nothing_usable_is_one_clear_error(tmp_path, workers):
 
 def test_archives_without_entries_are_an_error_too(tmp_path):
     with pytest.raises(UserError, match="they are empty"):
-        next(iter(make([write_tar(tmp_path / "0.tar", {})], rank_streams=1, worker_streams=1)))
+        next(iter(make([write_labels(tmp_path / "0.tar", {})], rank_streams=1, worker_streams=1)))
 
 
 def test_a_stream_outlives_shards_without_a_usable_sample(tmp_path):
     """Though all that it has in some pass is one of them."""
-    good = write_tar(tmp_path / "good.tar", {"a": b"1", "b": b"1"})
+    good = write_labels(tmp_path / "good.tar", {"a": b"1", "b": b"1"})
     (tmp_path / "garbage.tar").write_bytes(b"this is no tar" * 100)
     loader = make([good, str(tmp_path / "garbage.tar")], rank_streams=2, worker_streams=1, batch_size=2)
     batches = list(islice(iter(loader), 30))

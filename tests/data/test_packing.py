@@ -1,11 +1,10 @@
 """Packs: full, of whole samples, the same on any number of ranks and workers, and going on where a run broke off."""
 
-import io
 import random
-import tarfile
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
+from tars import write_labels
 
 from grn.data import endless
 from grn.data.endless import GlobalBatches, ResumableLoader
@@ -22,14 +21,11 @@ def shards(tmp_path_factory):
     """Eight shards of 40 samples of mixed sizes, every ninth of them not to be used, two too large for any pack."""
     folder, draws, urls = tmp_path_factory.mktemp("shards"), random.Random(0), []
     for shard in range(8):
-        urls.append(str(folder / f"s-{shard}.tar"))
-        with tarfile.open(urls[-1], "w") as tar:
-            for number in range(shard * 40, shard * 40 + 40):
-                size = BUDGET + 1 if number in (50, 150) else draws.choice(SIZES) + draws.randrange(30)
-                data = b"bad" if number % 9 == 0 else b"%d" % size
-                info = tarfile.TarInfo(f"{number:03d}.cls")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+        labels = {}
+        for number in range(shard * 40, shard * 40 + 40):
+            size = BUDGET + 1 if number in (50, 150) else draws.choice(SIZES) + draws.randrange(30)
+            labels[f"{number:03d}"] = b"bad" if number % 9 == 0 else b"%d" % size
+        urls.append(write_labels(folder / f"s-{shard}.tar", labels))
     return urls
 
 
@@ -98,7 +94,7 @@ def test_every_pack_begins_with_what_has_waited_longest(shards, monkeypatch):
     order = {sample: place for place, sample in enumerate(order)}
     for number, pack in enumerate(packs):
         assert all(order[pack[0]] < order[later] for own in packs[number + 1 :] for later in own)
-    assert sum(order[a] > order[b] for pack in packs for a, b in zip(pack, pack[1:])) > 20
+    assert sum(order[a] > order[b] for pack in packs for a, b in pairwise(pack)) > 20
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (2, 2), (4, 1)])

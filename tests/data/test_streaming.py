@@ -8,20 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tars import write_tar
 from torch.utils.data import DataLoader
 
 from grn.data.samples import Reason, Skip
 from grn.data.streaming import MAX_ENTRY_BYTES, ShardStream, read_shard, resolve_urls
 from grn.errors import UserError
-
-
-def write_tar(path, entries):
-    with tarfile.open(path, "w") as tar:
-        for name, data in entries:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 @pytest.fixture

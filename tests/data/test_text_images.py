@@ -2,11 +2,11 @@
 
 import io
 import json
-import tarfile
 
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 
 from grn.data.samples import Reason
 from grn.data.text_images import PackedTokens, TextImageDataModule
@@ -22,20 +22,11 @@ def encoded(size, kind="JPEG", mode="RGB", color=None):
     return data.getvalue()
 
 
-def write(path, samples):
-    with tarfile.open(path, "w") as tar:
-        for name, data in samples:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
-
-
 def make(shard, **arguments):
     sizes = {} if "resolutions" in arguments else {"pixels": "0.06M"}
     defaults = {"name": "text_image", "max_tokens": 2048, "batch_size": 1, "lookahead": 8, "caption_dropout": 0.0}
     module = TextImageDataModule(**(defaults | sizes | {"train": shard, "heldout": shard} | arguments))
-    module.packed_by(PackedTokens(16, 4, lambda captions: [list(c.encode()[:64]) + [1] for c in captions]))
+    module.packed_by(PackedTokens(16, 4, lambda captions: [[*c.encode()[:64], 1] for c in captions]))
     return module
 
 
@@ -60,7 +51,7 @@ def cc12m(tmp_path_factory):
             (f"{key}.json", json.dumps(metadata | {"key": key, "long": f"{CAPTION}, number {number}"}).encode()),
             (f"{key}.txt", CAPTION.encode()),
         ]
-    return write(tmp_path_factory.mktemp("cc12m") / "00000.tar", samples)
+    return write_tar(tmp_path_factory.mktemp("cc12m") / "00000.tar", samples)
 
 
 @pytest.mark.parametrize("prefix", ["", "file://", "pipe:cat "])
@@ -125,7 +116,7 @@ def test_hostile_samples_are_handled_or_counted(tmp_path):
     samples += [("narrow.jpg", encoded((640, 40))), ("narrow.txt", b"narrow")]
     samples += [("tiny.jpg", encoded((8, 8))), ("tiny.txt", b"tiny")]
     samples += [("pictureless.txt", b"nothing"), ("torn.jpg", picture[:99]), ("torn.txt", b"torn")]
-    shard = write(tmp_path / "s.tar", samples)
+    shard = write_tar(tmp_path / "s.tar", samples)
     module = make(shard, captions={"txt": 1, "caption": 1}, min_size=16, max_aspect=4)
     found = held_out(module)
     assert set(found) == {"ok", "alpha", "grey", *usable}

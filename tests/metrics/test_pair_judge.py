@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS, DigitPairsSource, digit_caption, pair_caption
+from grn.data.digit_pairs import HELDOUT_PAIRS, PAIRS, DigitPairsSource, pair_caption
+from grn.data.digits import digit_caption
 from grn.data.text_images import TextImageDataModule
 from grn.errors import UserError
 from grn.metrics.pair_judge import DigitPairsJudge, single_digits
@@ -72,6 +73,6 @@ def test_single_digits_are_found(data):
 
 def test_mistakes_are_explained(data):
     with pytest.raises(UserError, match=r"scores\.judge\.prompts asks for no pair of digits"):
-        DigitPairsJudge(prompts=["a cat"], train=lambda: [], heldout=lambda: [])
+        DigitPairsJudge(prompts=["a cat"], train=list, heldout=list)
     with pytest.raises(UserError, match="has no images"):
-        DigitPairsJudge(prompts=PROMPTS, train=lambda: [], heldout=lambda: [])
+        DigitPairsJudge(prompts=PROMPTS, train=list, heldout=list)

@@ -164,7 +164,7 @@ def test_a_folders_own_code_is_never_run(folder):
 def test_configs():
     def config(name, *overrides):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", ["tokenizer.ckpt=x", f"+text_encoder={name}", *overrides]).text_encoder
+            return compose("train", ["tokenizer.ckpt=x", f"text_encoder={name}", *overrides]).text_encoder
 
     encoder = instantiate(config("byt5_tiny"))
     assert encoder.width == 128

@@ -59,6 +59,10 @@ def run_rank(rank, folder):
     zeroed = {name: torch.zeros_like(weight) for name, weight in state.items()}
     assert not any(p.full_tensor().any() for p in sharded(mesh, zeroed).parameters())
 
+    part = {"head.out.weight": zeroed["head.out.weight"] + 7}  # the rest starts as without it
+    for name, parameter in sharded(mesh, part).named_parameters():
+        assert torch.equal(parameter.full_tensor(), part.get(name, state[name])), name
+
     # Each rank alone, as often as it likes; then shards again.
     with torch.no_grad():
         expected.head.out.bias.fill_(0.5)
@@ -99,3 +103,6 @@ def test_mistakes_are_found_before_processes_start():
         made.check(torch.nn.Linear(1, 1))
     made.shard_size = 2
     made.check(single())
+    made.precision_plugin = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(UserError, match=r"cluster\.precision=16-mixed"):
+        made.check(single())

@@ -1,0 +1,226 @@
+"""Quality against the mean number of steps, by schedule, and whom entropy calls difficult (README.md beside this file).
+
+    python experiments/entropy_sampling/study.py [CKPT [SAMPLES]]
+
+from where the checkpoint's data are (pip install -e '.[studies]'). What runs/entropy_sampling holds is not measured
+again.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import grn.cli  # noqa: F401  its resolvers
+from grn import pictures
+from grn.calibration import decision_entropies, fit, steps_taken
+from grn.checkpoints.native import read_checkpoint
+from grn.evaluation import build_scores, score_samples
+from grn.files import write_atomically, write_json
+from grn.generation import Batch, equal_labels
+from grn.metrics.judge import DigitsJudge
+from grn.modules import module_from_checkpoint
+from grn.sampler import Cosine, EntropyGuided, Linear, Schedule
+from grn.training import RefinerModule
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+log = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+OUT = Path(os.environ.get("GRN_RUNS", "runs")) / "entropy_sampling"
+BATCH = 64
+SEED, CALIBRATION_SEED = 1, 2
+PLAIN, GUIDED = 1.0, 1.5  # without guidance a sampler's own faults show; 1.5 is what the checkpoint samples with
+STEPS = (5, 8, 12, 20, 30, 50)
+MAIN, CONTROLS = ("linear", "cosine", "entropy"), ("unscaled", "shuffled")
+POINTS = (  # (guidance, schedule, steps)
+    *((PLAIN, name, steps) for steps in (5, 8, 12, 20) for name in MAIN),
+    *((PLAIN, name, steps) for steps in (8, 12, 20) for name in CONTROLS),
+    *((GUIDED, name, 20) for name in MAIN),
+    *((PLAIN, name, steps) for steps in (30, 50) for name in MAIN),
+    *((GUIDED, name, 8) for name in MAIN),
+)
+LOOKED_AT = {(GUIDED, "linear", 20), (GUIDED, "entropy", 20)}  # whose samples are kept
+
+
+@dataclass(frozen=True)
+class Unscaled(EntropyGuided):
+    """Entropy-guided, at one temperature for all."""
+
+    def temperature_scale(self, step: int | Tensor, total: Tensor) -> Tensor:
+        return torch.ones(total.shape, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Shuffled(EntropyGuided):
+    """As many samples of every number of steps as entropy-guided, but drawn by lot: the entropy has no say."""
+
+    plans: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def plan(self, entropy: Tensor) -> Tensor:
+        return self.plans[torch.randint(len(self.plans), entropy.shape, generator=self.generator)]
+
+
+def warmup_of(steps: int) -> int:
+    return max(1, round(steps / 6))
+
+
+def schedule(name: str, steps: int, module: RefinerModule, guidance: float, num: int) -> Schedule:
+    """The schedule of a point, calibrated where it looks at entropies; limits in the proportions of the reference's."""
+    if name == "linear":
+        return Linear(steps)
+    if name == "cosine":
+        return Cosine(steps)
+    guided = EntropyGuided(warmup=warmup_of(steps), min_steps=round(steps * 2 / 3), max_steps=round(steps * 5 / 3))
+    sampler = replace(module.sampler, schedule=guided, guidance=guidance)
+    labels = equal_labels(num, range(module.num_labels))
+    entropy = decision_entropies(module, labels, sampler, batch_size=BATCH, seed=CALIBRATION_SEED)
+    guided = fit(guided, entropy, target=steps)
+    if name == "unscaled":
+        return Unscaled(**vars(guided))
+    if name == "shuffled":
+        return Shuffled(**vars(guided), plans=steps_taken(guided, entropy))
+    return guided
+
+
+def measure(ckpt: str, num: int) -> None:
+    """Leaves `<point>.json` of every point in OUT, and `<point>.pt`, the samples, of those that are looked at."""
+    checkpoint = read_checkpoint(ckpt)
+    module = module_from_checkpoint(checkpoint)
+    datamodule = instantiate(checkpoint.config.data)
+    configs = {name: checkpoint.config.scores[name] for name in ("fid", "judge")}
+    partials = instantiate(OmegaConf.merge(configs, {"fid": {"isc": False}}))
+    scores = build_scores(partials, datamodule, device=module.device, cache_dir=OUT / "cache")
+    for point in POINTS:
+        guidance, name, steps = point
+        path = OUT / f"{name}-{steps}-{guidance}.json"
+        if path.exists():
+            continue
+        batches: list[Batch] = []
+        started = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16):
+            chosen = schedule(name, steps, module, guidance, num // 2)
+            sampler = replace(module.sampler, schedule=chosen, guidance=guidance)
+            metrics, _ = score_samples(
+                module,
+                scores,
+                num=num,
+                batch_size=BATCH,
+                seed=SEED,
+                sampler=sampler,
+                watch=batches.append if point in LOOKED_AT else None,
+            )
+        if batches:
+            write_atomically(path.with_suffix(".pt"), lambda file, batches=batches: torch.save(_kept(batches), file))
+        taken = {"guidance": guidance, "schedule": name, "target": steps, "num": num}
+        taken |= {"warmup": getattr(chosen, "warmup", None), "cpu_seconds": time.process_time() - started}
+        write_json(path, taken | metrics)
+        log.info("%s: judge %.3f, FID %.2f", path.stem, metrics["judge_accuracy"], metrics["fid"])
+
+
+def _kept(batches: list[Batch]) -> dict[str, Tensor]:
+    """images uint8 [N, 3, H, W]; labels, steps int64 [N]; trace float32 [N, steps], in the order of the samples."""
+    order = torch.cat([batch.ids for batch in batches]).argsort()
+    parts = {
+        "images": [batch.images for batch in batches],
+        "labels": [batch.labels for batch in batches],
+        "steps": [batch.refined.steps for batch in batches],
+        "trace": [batch.refined.trace for batch in batches],
+    }
+    return {name: torch.cat(part)[order] for name, part in parts.items()}
+
+
+def tabulate() -> list[dict[str, Any]]:
+    """Writes results.csv, prints it as a table, and returns its rows."""
+    columns = ("guidance", "schedule", "target", "steps_mean", "steps_min", "steps_max", "judge_accuracy", "fid", "num")
+    rows = [json.loads((OUT / f"{name}-{steps}-{guidance}.json").read_text()) for guidance, name, steps in POINTS]
+    rows.sort(key=lambda row: (row["guidance"], row["target"], (*MAIN, *CONTROLS).index(row["schedule"])))
+    with open(HERE / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns) + " |")
+    print("CPU seconds:", round(sum(row["cpu_seconds"] for row in rows)))
+    return rows
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """steps.png: FID and the judge by mean steps."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    styles = dict(zip((*MAIN, *CONTROLS), ("o-C0", "s-C2", "D-C3", "D:C1", "x:C4")))
+    panels = [(PLAIN, "fid", "FID"), (PLAIN, "judge_accuracy", "judge's accuracy"), (GUIDED, "fid", "FID")]
+    for axis, (guidance, key, label) in zip(axes, panels):
+        for name, style in styles.items():
+            points = [row for row in rows if (row["guidance"], row["schedule"]) == (guidance, name)]
+            if points:
+                axis.plot([row["steps_mean"] for row in points], [row[key] for row in points], style, label=name)
+        axis.set(xlabel="mean steps", ylabel=label, title=f"guidance {guidance}", xscale="log")
+        axis.set_xticks(STEPS, STEPS)
+        axis.minorticks_off()
+    axes[0].legend()
+    figure.savefig(HERE / "steps.png", dpi=100)
+
+
+def look(ckpt: str) -> None:
+    """difficulty.png, the easiest and the hardest of each class; and prints what the judge thinks of them."""
+    checkpoint = read_checkpoint(ckpt)
+    datamodule = instantiate(checkpoint.config.data)
+    splits = {name: partial(datamodule.split_dataloader, name) for name in ("train", "heldout")}
+    judge = DigitsJudge(**splits)
+    print("guidance, schedule: rank correlation of entropy and the judge's margin, over all and within classes")
+    for guidance, name, steps in sorted(LOOKED_AT):
+        kept = torch.load(OUT / f"{name}-{steps}-{guidance}.pt", weights_only=True)
+        images, labels = kept["images"], kept["labels"]
+        entropy = kept["trace"][:, warmup_of(steps)]
+        cells = F.adaptive_avg_pool2d(images.float().mean(dim=1, keepdim=True) / 255, 8).flatten(1)
+        votes = torch.from_numpy(judge.svc.decision_function(cells.numpy()))
+        asked = votes.gather(1, labels[:, None]).squeeze(1)
+        margin = asked - votes.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+        within = [spearmanr(entropy[labels == c], margin[labels == c])[0] for c in labels.unique()]
+        print(f"{guidance}, {name}: {spearmanr(entropy, margin)[0]:.2f}, {sum(within) / len(within):.2f}")
+        wrong = (judge.read(images) != labels).double()
+        groups = {"fifths of the entropy": entropy.argsort().chunk(5)}
+        groups["classes"] = [torch.nonzero(labels == c).squeeze(1) for c in labels.unique()]
+        for name_of_groups, members in groups.items():
+            print(f"  by {name_of_groups}: entropy, steps, misread in 100, margin")
+            for rows in members:
+                means = [x[rows].double().mean().item() for x in (entropy, kept["steps"], 100 * wrong, margin)]
+                print("    {:.3f}  {:.1f}  {:.1f}  {:.2f}".format(*means))
+        if (guidance, name) == (GUIDED, "entropy"):
+            orders = [rows[entropy[rows].argsort()] for rows in groups["classes"]]
+            rows = [torch.stack([order[place] for order in orders]) for place in (0, 1, 2, -3, -2, -1)]
+            pictures.save(pictures.grid(images[torch.cat(rows)], len(orders), 2), HERE / "difficulty.png")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("ckpt", nargs="?", default="runs/digits_c2i")
+    parser.add_argument("num", nargs="?", type=int, default=1000)
+    arguments = parser.parse_args()
+    measure(arguments.ckpt, arguments.num)
+    plot(tabulate())
+    look(arguments.ckpt)
+
+
+if __name__ == "__main__":
+    main()
