@@ -1,7 +1,4 @@
-"""A picture that samples start from, and a mask of what is drawn anew: image to image and inpainting, by `Start`.
-
-Of clips, the picture is the first frame, which stays: image to video.
-"""
+"""A picture that samples start from, and a mask of what is drawn anew: image to image and inpainting, by `Start`."""
 
 from pathlib import Path
 
@@ -36,8 +33,7 @@ def start_from_image(
     strength: float | None = None,
     mask: str | Path | Image.Image | None = None,
 ) -> Start | None:
-    """One map, B = 1, on the module's device; None without `init`. Of clips, the first latent is the picture's, and all
-    others are drawn.
+    """One map, B = 1, on the module's device; None without `init`.
 
     Args:
         init: a PNG, JPEG or WebP, or a picture of Pillow's, of any size: brought to the size of the samples as training
@@ -47,8 +43,8 @@ def start_from_image(
             drawn anew where any of its pixels is.
 
     Raises:
-        UserError: a file that cannot be used, another size of mask, a mask or strength without `init` or of clips, or a
-            strength outside (0, 1].
+        UserError: a file that cannot be used, another size of mask, a mask or strength without `init`, or a strength
+            outside (0, 1].
     """
     if init is None:
         for key, value in (("mask", mask), ("strength", strength)):
@@ -57,23 +53,16 @@ def start_from_image(
         return None
     if strength is not None and not isinstance(strength, (int, float)):
         raise UserError(f"strength={strength} must be a number above 0 and at most 1")
-    image = _read("init", init)
-    (latents, *positions), stride = module.token_shape[1:], module.tokenizer.stride
-    for key, value in (("mask", mask), ("strength", strength)):
-        if latents > 1 and value is not None:
-            raise UserError(f"{key}={value}: of clips, init is the first frame as it stays: leave {key} out")
+    image = read_image("init", init)
+    positions, stride = module.token_shape[2:], module.tokenizer.stride
     try:
         cropped = resize_and_crop(image, *(side * stride for side in positions))
     except Skip as skip:
         raise UserError(f"init={init}: {skip}") from None
     tokens = torch.stack(list(module.tokenize({"pixels": to_tensor(cropped)[None].to(module.device)})))
-    if latents > 1:
-        redraw = torch.ones(1, 1, latents, *positions, dtype=torch.bool, device=module.device)
-        redraw[:, :, 0] = False
-        return Start(tokens.expand(-1, -1, latents, -1, -1), 1.0, redraw)
     if mask is None:
         return Start(tokens, STRENGTH if strength is None else strength)
-    masked = _read("mask", mask)
+    masked = read_image("mask", mask)
     if masked.size != image.size:
         raise UserError(
             f"mask={mask} is {masked.width}x{masked.height}, but init={init} is {image.width}x{image.height}: "
@@ -98,7 +87,12 @@ def positions_to_redraw(mask: Image.Image, positions: tuple[int, int]) -> Tensor
     return F.adaptive_max_pool2d(torch.from_numpy(white).float()[None, None], positions)[:, :, None] > 0
 
 
-def _read(key: str, given: str | Path | Image.Image) -> Image.Image:
+def read_image(key: str, given: str | Path | Image.Image) -> Image.Image:
+    """An upright RGB picture out of a file that nobody vouches for, or of Pillow's.
+
+    Raises:
+        UserError: it cannot be used; `key` says whose mistake it is.
+    """
     if isinstance(given, Image.Image):
         if given.width * given.height > MAX_PIXELS:
             raise UserError(f"{key}: {Reason.TOO_MANY_PIXELS.value}")

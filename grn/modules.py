@@ -134,6 +134,8 @@ def text_refiner_module(refiner: TextRefiner, text: TextSide, **arguments: Any) 
         prompts=text.prompts,
         negative_prompt=text.negative_prompt,
         size=text.size,
+        frames=text.frames,
+        context_latents=text.context_latents,
         **arguments,
     )
 
@@ -147,7 +149,14 @@ def save_refiner(module: RefinerModule, folder: str | Path) -> Path:
     parts, text = {"refiner": module.network, "tokenizer": module.tokenizer}, None
     if isinstance(module, TextRefinerModule):
         parts["refiner"] = module.refiner
-        text = TextSide(module.text_encoder, module.prompts, module.negative_prompt, module.size)
+        text = TextSide(
+            module.text_encoder,
+            module.prompts,
+            module.negative_prompt,
+            module.size,
+            module.frames,
+            module.context_latents,
+        )
         if isinstance(module.text_encoder, ByteT5):
             parts["text_encoder"] = module.text_encoder
     provenance = {

@@ -20,7 +20,7 @@ from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
 from grn.generation import Batch, best_device, check_labels, equal_labels, generate
-from grn.initial_image import start_from_image
+from grn.initial_clip import start_from
 from grn.modules import build_sampler, load_refiner
 from grn.mp4 import save_mp4
 from grn.training import RefinerModule, TextRefinerModule
@@ -52,10 +52,19 @@ def sample(config: DictConfig) -> Path:
         raise UserError(f"{odd} is for text refiners, {config.ckpt} is one of classes: give labels=[0,1,...] instead")
     else:
         labels = _labels(config, module.num_labels)
+    if type(config.fps) not in (int, float) or not 0 < config.fps <= 1000:
+        raise UserError(f"fps={config.fps}: frames a second, above 0 and at most 1000")
     if config.num < 1:
         raise UserError(f"num={config.num}: at least one sample")
     labels = equal_labels(config.num, labels)
-    start = start_from_image(module, config.init, strength=config.strength, mask=config.mask)
+    start = start_from(
+        module,
+        config.init,
+        strength=config.strength,
+        mask=config.mask,
+        frames=config.init_frames,
+        fps=config.fps,
+    )
 
     started, batches = time.perf_counter(), []
     film = pictures.FilmRecorder(states=config.film_states) if config.film else None

@@ -11,8 +11,9 @@ from grn import pictures
 from grn import sample as command
 from grn.cli import CONF
 from grn.data.clips import probe_video
-from grn.data.samples import center_crop, to_tensor
+from grn.data.samples import center_crop, resize_and_crop, to_tensor
 from grn.errors import UserError
+from grn.initial_clip import start_from
 from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.text_encoder import ByteT5
 from grn.networks.text_refiner import TextRefiner
@@ -100,15 +101,53 @@ def test_a_first_frame_stays(clips, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("fps", "asked", "times"), [(24, 5, range(43, 48)), (24, None, range(43, 48)), (12, 5, range(38, 48, 2))]
+)
+def test_a_clip_goes_on_from_the_end_of_another(clips, moving_digits, tmp_path, fps, asked, times):
+    source = moving_digits(tmp_path / "videos", 1) / "000.mp4"  # 48 frames, 24 a second
+    clips.context_latents = 2
+    clips.ask_for(frames=13)
+    start = start_from(clips, source, frames=asked, fps=fps)
+    with av.open(str(source)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    pixels = torch.cat([to_tensor(resize_and_crop(frames[time], 16, 16)) for time in times], dim=1)
+    (given,) = clips.tokenize({"pixels": [pixels]})
+    assert torch.equal(start.tokens[0, :, :2], given)
+    assert start.redraw[0, 0, :, 0, 0].tolist() == [False, False, True, True]
+
+
+def test_going_on_where_training_did_not_is_warned_of(clips, caplog):
+    pictures = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue", "black", "white", "red")]
+    clips.ask_for(frames=9)
+    start_from(clips, pictures, frames=5)
+    assert "training gave 0 (training.context_latents)" in caplog.text
+    caplog.clear()
+    clips.context_latents = 2
+    clips.ask_for(frames=17)
+    start = start_from(clips, pictures[:3])  # of three, the last one
+    assert start.redraw[0, 0, :, 0, 0].tolist() == [False, True, True, True, True]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
         (["frames=8"], r"8 frames are not 1 \+ 4\*k"),
-        (["frames=9", "init=frame.png", "strength=0.5"], r"strength=0\.5: of clips, init is the first frame"),
+        (["frames=abc"], "frames=abc: a whole number"),
+        (["frames=9", "fps=0"], "fps=0: frames a second"),
+        (["frames=9", "init=frame.png", "strength=0.5"], r"strength=0\.5: clips go on from init as it is"),
+        (["frames=9", "init=frame.png", "init_frames=4"], r"init_frames=4 must be 1 \+ 4\*k"),
+        (["frames=9", "init=frame.png", "init_frames=5"], "init has 1 frames"),
+        (["frames=9", "init=frame.png", "init_frames=9"], "init_frames=9 leaves nothing to draw of frames=9"),
+        (["frames=1", "init=frame.png", "init_frames=1"], "init_frames=1 is of clips"),
+        (["frames=9", "init=nothing.mp4"], "init=nothing.mp4: there is no such file"),
+        (["frames=9", "init=no_clip.mp4"], "init=no_clip.mp4: "),
         (["frames=99999997"], "are more than a text refiner's"),
     ],
 )
 def test_mistakes_about_clips(clips, tmp_path, monkeypatch, overrides, complaint):
     Image.new("RGB", (16, 16)).save(tmp_path / "frame.png")
+    (tmp_path / "no_clip.mp4").write_bytes(b"ftyp" * 100)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=complaint):
         run(tmp_path, "num=1", *overrides)

@@ -56,13 +56,15 @@ MAX_STEPS, MAX_NUMBER, MAX_SIDE = 10_000, 1e9, 1 << 14
 
 @dataclass(frozen=True)
 class TextSide:
-    """What a text refiner has beside: its encoder, and what is drawn unless somebody asks for something else: prompts,
-    a negative prompt, and (height, width) in pixels."""
+    """What a text refiner has beside: its encoder, what is drawn unless somebody asks for something else (prompts, a
+    negative prompt, (height, width) in pixels, frames), and how many first latents it was trained to go on from."""
 
     encoder: TextEncoder
     prompts: Sequence[str]
     negative_prompt: str
     size: tuple[int, int]
+    frames: int = 1
+    context_latents: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def save_exported_refiner(
     index |= {"labeling": labeling, "sampler": _plain(sampler)}
     if text is not None:
         index |= {"prompts": list(text.prompts), "negative_prompt": text.negative_prompt, "size": list(text.size)}
+        index |= {"frames": text.frames, "context_latents": text.context_latents}
         if len(json.dumps(index, indent=2)) >= MAX_CONFIG_BYTES:
             raise UserError(f"prompts: {len(text.prompts)} of them are too long for {INDEX}; give fewer: prompts=[...]")
     # What could not be read again: a schedule or an encoder of somebody's own.
@@ -186,19 +189,21 @@ def _classes(index: Mapping[str, Any], path: Path) -> dict[str, type]:
 
 def _text_side(index: Mapping[str, Any], encoder: type[ByteT5] | type[PretrainedT5], folder: Path) -> TextSide:
     """Of an index, and a folder, that may hold anything."""
-    told = {name: index.get(name) for name in ("prompts", "negative_prompt", "size")}
-    prompts, negative_prompt, size = told.values()
+    told = {name: index.get(name) for name in ("prompts", "negative_prompt", "size", "frames", "context_latents")}
+    prompts, negative_prompt, size, frames, context_latents = told.values()
     sound = {
         "prompts": isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts),
         "negative_prompt": isinstance(negative_prompt, str),
         "size": isinstance(size, list) and [type(side) for side in size] == [int, int] and max(size) <= MAX_SIDE,
+        "frames": type(frames) is int and 1 <= frames <= MAX_SIDE,
+        "context_latents": type(context_latents) is int and 0 <= context_latents <= MAX_SIDE,
     }
     for name, value in told.items():
         if not sound[name]:
             raise UserError(f"{folder / INDEX}: {name} cannot be {brief(value)}")
     place = folder / "text_encoder"
     made = ByteT5.from_pretrained(place) if encoder is ByteT5 else _referred(place)
-    return TextSide(made, prompts, negative_prompt, tuple(size))
+    return TextSide(made, prompts, negative_prompt, tuple(size), frames, context_latents)
 
 
 def _referred(place: Path) -> PretrainedT5:

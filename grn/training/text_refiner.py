@@ -45,8 +45,9 @@ class TextRefinerModule(RefinerModule):
         negative_prompt: what guidance leads away from; empty: the caption that training drops to.
         size: (height, width) in pixels of samples.
         frames: of samples; 1 for images.
-        context_ratio: share of clips whose first latent is given in training, true and without loss, so that samples
-            can go on from an image (first-frame condition, DESIGN 1.5).
+        context_latents: as many first latents as may be given to a clip in training, true and without loss, so that
+            samples can go on from an image or a clip (first-frame condition, DESIGN 1.5); 0: none ever are.
+        context_ratio: share of clips that are given some: each number of them is as likely.
         training: as `RefinerModule` has it.
 
     Raises:
@@ -64,10 +65,13 @@ class TextRefinerModule(RefinerModule):
         negative_prompt: str = "",
         size: Sequence[int],
         frames: int = 1,
-        context_ratio: float = 0.0,
+        context_latents: int = 0,
+        context_ratio: float = 0.2,
         **training: Any,
     ):
         super().__init__(network, tokenizer, sampler, label_dropout=0.0, **training)
+        if context_latents < 0:
+            raise UserError(f"training.context_latents={context_latents} must not be negative")
         if not 0 <= context_ratio <= 1:
             raise UserError(f"training.context_ratio={context_ratio} must lie in 0 to 1")
         if (text_encoder is None) == (network.encoder is None):
@@ -78,7 +82,7 @@ class TextRefinerModule(RefinerModule):
             raise UserError("training.prompts is empty: what should pictures show?")
         self.frozen_encoder = text_encoder
         self.prompts, self.negative_prompt, self.size = list(prompts), negative_prompt, tuple(size)
-        self.frames, self.context_ratio = frames, context_ratio
+        self.frames, self.context_latents, self.context_ratio = frames, context_latents, context_ratio
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
 
     def ask_for(
@@ -201,11 +205,14 @@ class TextRefinerModule(RefinerModule):
         return t, self.network(noisy, t, text, context_frames=context)
 
     def draw_context(self, tokens: list[Tensor], ids: Tensor) -> list[int]:
-        """How many first latents of each sample are given in this step: one, of `context_ratio` of the clips."""
-        if self.context_ratio == 0:
+        """How many first latents of each sample are given in this step; some are always left."""
+        if self.context_latents == 0 or self.context_ratio == 0:
             return [0] * len(tokens)
-        drawn = philox.uniform(self.seed, Stream.CONTEXT, ids, self.global_step) < self.context_ratio
-        return [int(given and sample.shape[1] > 1) for given, sample in zip(drawn.tolist(), tokens)]
+        drawn = philox.uniform(self.seed, Stream.CONTEXT, ids, self.global_step) / self.context_ratio
+        return [
+            0 if share >= 1 else min(1 + int(share * self.context_latents), sample.shape[1] - 1)
+            for share, sample in zip(drawn.tolist(), tokens)
+        ]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         tokens, packs = self.tokenize(batch), batch["packs"]

@@ -131,7 +131,7 @@ def build_video(**changes):
 
 
 def test_given_latents_stay_true_and_count_for_nothing():
-    module, batch = build_video(context_ratio=1.0), clip_pack()
+    module, batch = build_video(context_latents=1, context_ratio=1.0), clip_pack()
     tokens = module.tokenize(batch)
     assert [tuple(sample.shape) for sample in tokens] == [(3, 3, 2, 2), (3, 1, 2, 2), (3, 2, 2, 2), (3, 3, 2, 2)]
     assert module.token_shape == (3, 3, 2, 2)
@@ -146,7 +146,7 @@ def test_given_latents_stay_true_and_count_for_nothing():
         assert torch.equal(noisy[:, :given], true[:, :given])
         assert not torch.equal(noisy[:, given:], true[:, given:])
 
-    module = build_video(context_ratio=1.0)
+    module = build_video(context_latents=1, context_ratio=1.0)
     logged(module)
     loss = module.training_step(batch, 0)
     _, logits = module.predict_corrupted(tokens, batch["caption"], seed=0, ids=ids, step=5, context=context)
@@ -155,12 +155,16 @@ def test_given_latents_stay_true_and_count_for_nothing():
     torch.testing.assert_close(loss, F.cross_entropy(flat, target), atol=1e-5, rtol=1e-5)
 
 
-def test_a_share_of_clips_has_a_given_latent():
-    module = build_video(context_ratio=0.3)
-    tokens = [torch.zeros(3, 2, 1, 1, dtype=torch.long)] * 2000
-    assert 0.25 < sum(module.draw_context(tokens, torch.arange(2000))) / 2000 < 0.35
+def test_a_share_of_clips_has_given_latents_and_each_number_is_as_likely():
+    tokens = [torch.zeros(3, 3, 1, 1, dtype=torch.long)] * 3000
+    for most, expected in ((1, [2100, 900, 0]), (2, [2100, 450, 450]), (9, [2100, 100, 800])):
+        given = build_video(context_latents=most, context_ratio=0.3).draw_context(tokens, torch.arange(3000))
+        assert [given.count(number) for number in range(3)] == pytest.approx(expected, abs=90)
+    assert set(build_video(context_latents=0).draw_context(tokens, torch.arange(3000))) == {0}
     with pytest.raises(UserError, match=r"training\.context_ratio=1\.5 must lie in 0 to 1"):
         build(context_ratio=1.5)
+    with pytest.raises(UserError, match=r"training\.context_latents=-1 must not be negative"):
+        build(context_latents=-1)
 
 
 def test_frames_that_no_tokenizer_has_are_refused():

@@ -1,0 +1,133 @@
+"""Pictures that clips go on from: image to video and continuation, by `Start` (DESIGN 1.5)."""
+
+import logging
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from grn.data.clips import (
+    MAX_DECODED_FRAMES,
+    MAX_FRAME_PIXELS,
+    duration,
+    frames_from,
+    open_video,
+    resample,
+    timed,
+    to_rgb,
+)
+from grn.data.folders import read_file
+from grn.data.samples import VIDEO_SUFFIXES, Skip, resize_and_crop, to_tensor
+from grn.errors import UserError
+from grn.initial_image import read_image, start_from_image
+from grn.sampler import Start
+from grn.training import RefinerModule, TextRefinerModule
+
+log = logging.getLogger(__name__)
+
+Init = str | Path | Image.Image | Sequence[Image.Image]
+
+
+def start_from(
+    module: RefinerModule,
+    init: Init | None,
+    *,
+    strength: float | None = None,
+    mask: str | Path | Image.Image | None = None,
+    frames: int | None = None,
+    fps: float = 16,
+) -> Start | None:
+    """What samples start from: `start_from_clip` where they are clips, else `start_from_image`; None without `init`.
+
+    Raises:
+        UserError: as these do; something that is not for the other kind.
+    """
+    if init is None or module.token_shape[1] == 1:
+        if frames is not None:
+            raise UserError(
+                f"init_frames={frames} is of clips that go on from init=clip.mp4: give that, and frames=..."
+            )
+        return start_from_image(module, init, strength=strength, mask=mask)
+    for key, value in (("mask", mask), ("strength", strength)):
+        if value is not None:
+            raise UserError(f"{key}={value}: clips go on from init as it is: leave {key} out")
+    return start_from_clip(module, init, frames=frames, fps=fps)
+
+
+def start_from_clip(module: TextRefinerModule, init: Init, *, frames: int | None = None, fps: float = 16) -> Start:
+    """One map, B = 1, on the module's device, whose first latents are those of the given pictures; others are drawn.
+
+    Args:
+        init: a PNG, JPEG or WebP, a video (mp4, mov, webm, mkv), or pictures of Pillow's: brought to the size of the
+            samples as training data are.
+        frames: how many of them to go on from, 1 + 4k (of the tokenizer), the last ones; None: as many as there are, of
+            a kind that the refiner was trained to go on from.
+        fps: of the samples; videos are resampled to it.
+
+    Raises:
+        UserError: a file that cannot be used; fewer frames in it, or a number of frames that leaves none to draw.
+    """
+    stride, (_, latents, rows, columns) = module.tokenizer.temporal_stride, module.token_shape
+    if frames is None:
+        most = 1 + stride * (min(max(1, module.context_latents), latents - 1) - 1)
+    elif type(frames) is not int or frames < 1 or (frames - 1) % stride:
+        raise UserError(f"init_frames={frames} must be 1 + {stride}*k, what latents are of")
+    elif (most := frames) > 1 + stride * (latents - 2):
+        raise UserError(
+            f"init_frames={frames} leaves nothing to draw of frames={module.frames}: give fewer, or more frames"
+        )
+    sides = rows * module.tokenizer.stride, columns * module.tokenizer.stride
+
+    def fitted(picture: Image.Image) -> Tensor:
+        return to_tensor(resize_and_crop(picture, *sides))
+
+    try:
+        if isinstance(init, (str, Path)) and Path(init).suffix.lower().removeprefix(".") in VIDEO_SUFFIXES:
+            pictures = _last_frames(Path(init).expanduser(), most, fps, fitted)
+        else:
+            images = list(init) if isinstance(init, Sequence) and not isinstance(init, str) else [init]
+            pictures = [fitted(read_image("init", image)) for image in images[-most:]]
+    except Skip as skip:
+        raise UserError(f"init={init}: {skip}") from None
+    if not pictures or (frames is not None and len(pictures) < frames):
+        raise UserError(f"init_frames={most}: init has {len(pictures)} frames at fps={fps:g}")
+    pixels = torch.cat(pictures[(len(pictures) - 1) % stride :], dim=1)
+    tokens = torch.stack(module.tokenize({"pixels": [pixels.to(module.device)]}))
+    if (given := tokens.shape[2]) > module.context_latents:
+        log.warning(
+            "init gives %d latents, but training gave %d (training.context_latents): clips may not go on well from it",
+            given,
+            module.context_latents,
+        )
+    redraw = torch.arange(latents, device=tokens.device) >= given
+    return Start(
+        F.pad(tokens, (0, 0, 0, 0, 0, latents - given)),
+        1.0,
+        redraw[None, None, :, None, None].expand(1, 1, -1, rows, columns),
+    )
+
+
+def _last_frames(path: Path, most: int, fps: float, fitted: Callable[[Image.Image], Tensor]) -> list[Tensor]:
+    """Of a video, each uint8 [3, 1, H, W].
+
+    Raises:
+        Skip, UserError: what is wrong with it.
+    """
+    if not path.is_file():
+        raise UserError(f"init={path}: there is no such file")
+    reformatter = VideoReformatter()
+    with open_video(read_file(path), path.suffix.lower().removeprefix("."), max_pixels=MAX_FRAME_PIXELS) as video:
+        end, interval = duration(video), 1 / Fraction(fps)
+        count = max(1, min(most, int(end / interval)))
+        times = [max(Fraction(0), end - (count - number) * interval) for number in range(count)]
+        frames = timed(frames_from(video, times[0], max_decoded_frames=MAX_DECODED_FRAMES), video)
+        return resample(
+            frames,
+            times,
+            lambda frame: fitted(to_rgb(frame, max_pixels=MAX_FRAME_PIXELS, reformatter=reformatter)),
+        )
