@@ -1,6 +1,7 @@
 """Sampling in Python, in the habits of diffusers: `GRNPipeline.from_pretrained("runs/digits_c2i")(labels=[3]).images`.
 
-One pipeline for refiners of classes and of texts; its samples are those of `python -m grn.sample` with the same seed.
+One pipeline for refiners of classes and of texts, of images and of clips; its samples are those of
+`python -m grn.sample` with the same seed.
 """
 
 import copy
@@ -18,7 +19,7 @@ from torch import Tensor
 from grn.cli import MISTAKES, explain
 from grn.errors import UserError
 from grn.generation import check_labels
-from grn.initial_image import start_from_image
+from grn.initial_clip import Init, start_from
 from grn.modules import load_refiner, save_refiner
 from grn.networks.pretrained import HUB, is_hub_id
 from grn.pictures import single
@@ -32,12 +33,15 @@ Output = Literal["pil", "pt", "tokens"]
 class PipelineOutput:
     """N samples, on the CPU.
 
-    images: a list of Pillow's, or uint8 [N, 3, H, W] (output="pt"), or None (output="tokens"). tokens: int64
-    [N, D, T, h, w]. steps: int64 [N], taken. entropy: float32 [N], normalised to [0, 1], of the last prediction. seed:
-    what draws the same samples again.
+    images: a list of Pillow's, or uint8 [N, 3, H, W] (output="pt"), or None (of clips, and with output="tokens").
+    frames: of clips, a list of those of each, or uint8 [N, T, 3, H, W] (output="pt"), or None;
+    `grn.mp4.save_mp4(frames[0], "clip.mp4", fps=16)` writes one of the latter. tokens: int64 [N, D, T', h, w]. steps:
+    int64 [N], taken. entropy: float32 [N], normalised to [0, 1], of the last prediction. seed: what draws the same
+    samples again.
     """
 
     images: list[Image.Image] | Tensor | None
+    frames: list[list[Image.Image]] | Tensor | None
     tokens: Tensor
     steps: Tensor
     entropy: Tensor
@@ -115,13 +119,16 @@ class GRNPipeline:
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
         steps: int | Literal["entropy"] | Schedule | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         temperature: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        init: Image.Image | str | Path | None = None,
+        init: Init | None = None,
+        init_frames: int | None = None,
+        fps: float = 16,
         strength: float | None = None,
         mask: Image.Image | str | Path | None = None,
         batch_size: int | None = None,
@@ -138,12 +145,14 @@ class GRNPipeline:
             num_images_per_prompt: of each prompt or label; they stand side by side in the output. Image k of prompt p
                 of P is sample k * P + p of `grn.sample` with this seed, so that more of them do not change the first.
             height, width: in pixels, of a refiner of texts.
+            frames: of clips, 1 + 4k, of a refiner of texts; 1: images.
             steps: so many, in equal steps of t (where it was trained to be sampled along a cosine, along that);
                 "entropy": more of them for harder samples; or any schedule of `grn.sampler`.
             guidance, guidance_interval, temperature: of `grn.sampler.Sampler`.
             seed: an image is a function of it, what is asked for, and its number.
             generator: what a seed is drawn from, where none is given; None: torch's own.
             init, strength, mask: an image that all samples start from, as `grn.initial_image.start_from_image` has it.
+            init, init_frames, fps: of clips, what they go on from, as `grn.initial_clip.start_from_clip` has it.
             batch_size: samples at a time; None: all of them.
             callback_on_step: called after every step; `Step.rows` are places in the output.
             progress: shows a bar.
@@ -157,10 +166,10 @@ class GRNPipeline:
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{name}={value}: a whole number of at least 1")
-        module, wanted = self._asked(prompt, labels, negative_prompt, height, width)
+        module, wanted = self._asked(prompt, labels, negative_prompt, height, width, frames)
         sampler = self._sampler(steps, guidance, guidance_interval, temperature)
         seed = _seed(seed, generator)
-        start = start_from_image(module, init, strength=strength, mask=mask)
+        start = start_from(module, init, strength=strength, mask=mask, frames=init_frames, fps=fps)
 
         number = len(wanted) * num_images_per_prompt
         sample_of = torch.arange(number).view(num_images_per_prompt, -1).T.flatten()  # of each place in the output
@@ -181,14 +190,16 @@ class GRNPipeline:
                 start=None if start is None else start.expand(number),
                 callback=watch,
             ):
-                images = [] if output == "tokens" else [module.decode(refined.tokens)[:, :, 0].cpu()]
-                done.append((rows, refined.tokens.cpu(), refined.steps, refined.entropy, *images))
+                clips = [] if output == "tokens" else [_decoded(module, refined.tokens)]
+                done.append((rows, refined.tokens.cpu(), refined.steps, refined.entropy, *clips))
         rows, *columns = map(torch.cat, zip(*done))
-        tokens, taken, entropy, *images = (column[rows.argsort()][sample_of] for column in columns)
-        shown = images[0] if images else None
-        if output == "pil":
-            shown = [single(image) for image in shown]
-        return PipelineOutput(images=shown, tokens=tokens, steps=taken, entropy=entropy, seed=seed)
+        tokens, taken, entropy, *clips = (column[rows.argsort()][sample_of] for column in columns)
+        images = moving = None
+        if clips and module.token_shape[1] > 1:
+            moving = [[single(frame) for frame in clip] for clip in clips[0]] if output == "pil" else clips[0]
+        elif clips:
+            images = [single(clip[0]) for clip in clips[0]] if output == "pil" else clips[0][:, 0]
+        return PipelineOutput(images=images, frames=moving, tokens=tokens, steps=taken, entropy=entropy, seed=seed)
 
     def _asked(
         self,
@@ -197,10 +208,12 @@ class GRNPipeline:
         negative_prompt: str | None,
         height: int | None,
         width: int | None,
+        frames: int | None,
     ) -> tuple[RefinerModule, Tensor]:
         """(A module that samples what is asked for, the numbers, int64, by which it knows that)."""
         if not isinstance(self.module, TextRefinerModule):
             of_texts = {"prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width}
+            of_texts["frames"] = frames
             if odd := next((name for name, value in of_texts.items() if value is not None), None):
                 raise UserError(
                     f"{odd} is for refiners of texts, this one is of classes: give labels=[0, 1, ...] instead"
@@ -219,7 +232,7 @@ class GRNPipeline:
             if value is not None and type(value) is not int:
                 raise UserError(f"{name}={value}: a whole number of pixels")
         module = copy.copy(self.module)  # the same networks; what it draws where nobody asks stays as it is
-        module.ask_for(prompts=prompts, negative_prompt=negative_prompt, height=height, width=width)
+        module.ask_for(prompts=prompts, negative_prompt=negative_prompt, height=height, width=width, frames=frames)
         return module, torch.arange(len(prompts))
 
     def _sampler(
@@ -246,6 +259,13 @@ class GRNPipeline:
             return replace(own, schedule=schedule, **chosen)
         except (TypeError, ValueError):
             raise UserError(f"guidance_interval={guidance_interval}: two numbers, (low, high)") from None
+
+
+def _decoded(module: RefinerModule, tokens: Tensor) -> Tensor:
+    """int64 [B, D, T', h, w] -> uint8 [B, T, 3, H, W] on the CPU, in memory elsewhere that does not grow with T."""
+    if tokens.shape[2] == 1:
+        return module.decode(tokens).transpose(1, 2).cpu()
+    return torch.stack([frame.cpu() for frame in module.decode_stream(tokens)], dim=1)
 
 
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,11 @@ def composed(name, *overrides):
         return compose(name, [str(override) for override in overrides])
 
 
-def write_run(folder, overrides):
+def write_run(folder, overrides, temporal=False):
     """A run folder as training leaves it, of a network that says something."""
     torch.manual_seed(0)
     tokenizer = HBQTokenizer(
-        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2), blocks_per_stage=1, temporal=(False,)
+        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2), blocks_per_stage=1, temporal=(temporal,)
     ).save_pretrained(folder / "tokenizer", provenance={"step": 5})
     module = module_from_config(composed("train", f"tokenizer.ckpt={tokenizer}", *overrides.split(), *STEPS.split()))
     generator = torch.Generator().manual_seed(0)
@@ -69,6 +70,13 @@ def texts(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("texts"), TEXTS)
 
 
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    return write_run(
+        tmp_path_factory.mktemp("videos"), f"{TEXTS} training.frames=5 training.context_latents=1", temporal=True
+    )
+
+
 def said_by_command(out, *overrides):
     """(The report of grn.sample, its images)."""
     config = composed("sample", *overrides, "film=false", "images=true", "device=cpu", f"out={out}")
@@ -83,6 +91,32 @@ def assert_same(result, report, pictures):
     assert result.steps.tolist() == report["steps"]
     assert [round(e, 5) for e in result.entropy.tolist()] == report["entropy"]
     assert np.array_equal(np.stack([np.asarray(image) for image in result.images]), pictures)
+
+
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_clips_are_those_of_the_command(videos, tmp_path, is_exported):
+    """With the number of frames that the run had, another one, and from a first frame."""
+    pipe = GRNPipeline.from_pretrained(videos)
+    if is_exported:
+        pipe = GRNPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "export"))
+    assert (pipe.module.frames, pipe.module.context_latents) == (5, 1)
+    asked = [f"ckpt={videos}", f"prompts={json.dumps(PROMPTS[:2])}", "num=2", "seed=3"]
+    report, pictures = said_by_command(tmp_path / "own", *asked)
+    result = pipe(PROMPTS[:2], seed=3, progress=False)
+    assert (result.images, len(result.frames), len(result.frames[0])) == (None, 2, 5)
+    assert result.tokens.shape == (2, 3, 3, 4, 8)
+    assert_same(replace(result, images=[clip[0] for clip in result.frames]), report, pictures)
+    pixels = pipe(PROMPTS[:2], seed=3, progress=False, output="pt").frames
+    assert pixels.shape == (2, 5, 3, 16, 32)
+    assert np.array_equal(pixels[1, 4].permute(1, 2, 0), np.asarray(result.frames[1][4]))
+    assert pipe(PROMPTS[0], frames=1, seed=3, progress=False).images[0].size == (32, 16)
+
+    frame = Image.linear_gradient("L").convert("RGB").resize((32, 16))
+    frame.save(tmp_path / "frame.png")
+    report, pictures = said_by_command(tmp_path / "init", *asked, f"init={tmp_path / 'frame.png'}", "frames=7")
+    result = pipe(PROMPTS[:2], seed=3, frames=7, init=frame, progress=False)
+    assert len(result.frames[0]) == 7
+    assert_same(replace(result, images=[clip[0] for clip in result.frames]), report, pictures)
 
 
 def test_grn_itself_is_quick_to_import():
