@@ -1,7 +1,7 @@
 """Pictures of samples: PNG grids, GIF films of the map being refined, and what becomes of each token meanwhile."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from grn.files import write_atomically
+from grn.mp4 import save_mp4
 from grn.sampler import Step
 
 # What a step makes of a token: a prediction that was not there before, the prediction of before, noise where there was
@@ -23,9 +24,17 @@ SORTED = 200  # samples in a sorted grid
 
 def grid(images: Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:
     """uint8 [N, 3, H, W] -> one picture, row by row, as square as may be; `scale` enlarges each pixel."""
-    picture = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=GROUND[0])
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    return single(_tiled(images, columns, scale))
+
+
+def save_clips(frames: Iterable[Tensor], path: Path, *, fps: float, columns: int | None = None) -> Path:
+    """Writes clips side by side as one mp4, atomically: frames uint8 [N, 3, H, W] each, H and W even, as they come."""
+    return save_mp4((_tiled(frame, columns, scale_for(frame.shape[-1])) for frame in frames), path, fps=fps)
+
+
+def _tiled(images: Tensor, columns: int | None, scale: int) -> Tensor:
+    tiled = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=GROUND[0])
+    return tiled.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
 
 
 def scale_for(size: int) -> int:

@@ -1,3 +1,5 @@
+import av
+import numpy as np
 import torch
 from PIL import Image, ImageChops
 
@@ -11,6 +13,21 @@ def test_grid_is_row_by_row_and_scaled():
     picture = pictures.grid(images, columns=3, scale=2)
     assert picture.size == (2 * (3 * 6 + 2), 2 * (2 * 6 + 2))
     assert picture.getpixel((2 * (2 + 6 + 1), 2 * (2 + 6 + 1))) == (255, 0, 0)
+
+
+def test_clips_stand_side_by_side_in_an_mp4(tmp_path):
+    colours = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250]], dtype=torch.uint8)
+    frames = [colours.roll(number, 0)[:, :, None, None].expand(-1, -1, 32, 32) for number in range(4)]
+    path = pictures.save_clips(iter(frames), tmp_path / "clips.mp4", fps=8)
+    with av.open(str(path)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 8
+    assert len(shown) == 4
+    for number, (picture, frame) in enumerate(zip(shown, frames)):
+        expected = np.asarray(pictures.grid(frame, scale=3))
+        assert picture.shape == expected.shape
+        for row, column in ((54, 54), (54, 156), (156, 54)):  # within the clips
+            assert abs(picture[row, column].astype(int) - expected[row, column]).max() < 24, number
 
 
 def test_film_has_every_frame_and_is_whole_or_absent(tmp_path):

@@ -1,6 +1,7 @@
 """Pictures that a run leaves in `<run folder>/pictures` and in its loggers."""
 
 import math
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,23 +20,32 @@ class SampleGrid(Callback):
     """Samples a grid with every validation, always the same classes and noise, so that grids can be compared.
 
     Args:
-        folder: where `samples-step<step>.png` goes.
+        folder: where `samples-step<step>.png` goes; of clips, it shows the first frames, and
+            `samples-step<step>.mp4` all of them.
         num: how many samples; the classes take turns.
         seed: of the sampling.
+        fps: of clips, frames a second.
     """
 
-    def __init__(self, folder: str, num: int = 40, seed: int = 0):
-        self.folder, self.num, self.seed = Path(folder), num, seed
+    def __init__(self, folder: str, num: int = 40, seed: int = 0, fps: float = 16):
+        self.folder, self.num, self.seed, self.fps = Path(folder), num, seed, fps
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         labels = equal_labels(self.num, range(pl_module.num_labels)).to(pl_module.device)
         ids = torch.arange(self.num, device=pl_module.device)
-        images = pl_module.decode(pl_module.generate(labels, seed=self.seed, ids=ids).tokens)[:, :, 0]
+        tokens = pl_module.generate(labels, seed=self.seed, ids=ids).tokens
+        frames = pl_module.decode_stream(tokens)
+        images = next(frames)
         columns = pl_module.num_labels if self.num % pl_module.num_labels == 0 else None
         picture = pictures.grid(images, columns, pictures.scale_for(images.shape[-1]))
-        pictures.save(picture, self.folder / f"samples-step{trainer.global_step:07d}.png")
+        name = f"samples-step{trainer.global_step:07d}"
+        pictures.save(picture, self.folder / f"{name}.png")
         _log_image(trainer, "sample/grid", picture)
+        if tokens.shape[2] > 1:
+            frames = chain([images], frames)
+            path = pictures.save_clips(frames, self.folder / f"{name}.mp4", fps=self.fps, columns=columns)
+            _log_video(trainer, "sample/clips", path)
 
 
 class ReconstructionGrid(Callback):
@@ -83,12 +93,16 @@ class RefinementFilm(Callback):
         pl_module.generate(labels, seed=self.seed, ids=torch.arange(num, device=pl_module.device), callback=recorder)
         frames = recorder.frames(lambda tokens: pl_module.decode(tokens.to(pl_module.device)))
         path = pictures.save_film(frames, self.folder / "refinement.gif")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_video("sample/film", [str(path)], format=["gif"])
+        _log_video(trainer, "sample/film", path)
 
 
 def _log_image(trainer: Trainer, key: str, picture: Image.Image) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(key, [picture], step=trainer.global_step)
+
+
+def _log_video(trainer: Trainer, key: str, path: Path) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_video(key, [str(path)], format=[path.suffix.removeprefix(".")])
