@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import struct
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from grn.checkpoints.native import is_checkpoint
@@ -82,14 +84,19 @@ def succeed(workspace, verb, arguments, **keywords):
     return done
 
 
-def mistaken(workspace, monkeypatch, verb, arguments):
-    """Runs a command, in this process, that must end with one clear line on stderr; returns that line."""
+def grn_here(workspace, monkeypatch, verb, arguments):
+    """Runs a command in this process, which is sooner done."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("GRN_DATA", str(workspace / "data"))
     monkeypatch.setenv("GRN_RUNS", str(workspace / "runs"))
     monkeypatch.setattr(sys, "argv", [f"grn.{verb}", *last_of_each(arguments)])
+    importlib.import_module(f"grn.{verb}").main()
+
+
+def mistaken(workspace, monkeypatch, verb, arguments):
+    """Runs a command, in this process, that must end with one clear line on stderr; returns that line."""
     with pytest.raises(SystemExit) as exit:
-        importlib.import_module(f"grn.{verb}").main()
+        grn_here(workspace, monkeypatch, verb, arguments)
     line = exit.value.code
     assert isinstance(line, str)
     assert line.startswith("error: ")
@@ -98,13 +105,34 @@ def mistaken(workspace, monkeypatch, verb, arguments):
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def built_once(tmp_path_factory, worker_id):
+    """built_once(name, build): what build(folder) leaves there; one of pytest's workers builds, each has a copy."""
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        shared = shared.parent
+
+    def built(name, build):
+        template, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                template.mkdir()  # fails in the second worker where building did in the first one
+                build(template)
+                done.touch()
+        return shutil.copytree(template, tmp_path_factory.mktemp(name), dirs_exist_ok=True)
+
+    return built
+
+
+@pytest.fixture(scope="module")
+def workspace(built_once):
     """Prepared digits, a briefly trained tokenizer and refiner."""
-    folder = tmp_path_factory.mktemp("grn")
-    succeed(folder, "prepare", "data=digits")
-    succeed(folder, "train", TOKENIZER)
-    succeed(folder, "train", REFINER)
-    return folder
+
+    def build(folder):
+        succeed(folder, "prepare", "data=digits")
+        succeed(folder, "train", TOKENIZER)
+        succeed(folder, "train", REFINER)
+
+    return built_once("workspace", build)
 
 
 def test_run_folder_holds_everything(workspace):
@@ -737,11 +765,14 @@ def test_official_weights_are_exported_and_scored(workspace, golden, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_says_what_to_type(workspace, verb):
-    done = succeed(workspace, verb, "--help")
-    assert f"python -m grn.{verb}" in done.stdout
-    assert "data" in done.stdout
-    assert succeed(workspace, verb, "--cfg job").stdout.strip()
+def test_help_says_what_to_type(tmp_path, monkeypatch, capsys, verb):
+    with pytest.raises(SystemExit, check=lambda exit: not exit.code):
+        grn_here(tmp_path, monkeypatch, verb, "--help")
+    said = capsys.readouterr().out
+    assert f"python -m grn.{verb}" in said
+    assert "data" in said
+    grn_here(tmp_path, monkeypatch, verb, "--cfg job")
+    assert capsys.readouterr().out.strip()
 
 
 TEXT = "+experiment=digits_t2i model.depth=2 model.width=32 model.heads=2 model.mlp_ratio=8 text_encoder.depth=1"
@@ -751,11 +782,16 @@ TEXT += " sampler.schedule.max_steps=13 logger=csv"
 
 
 @pytest.fixture(scope="module")
-def captioned(workspace):
-    """In the workspace: prepared pairs of digits, and a text refiner that was trained for six steps."""
-    succeed(workspace, "prepare", "data=digits_t2i")
-    succeed(workspace, "train", TEXT)
-    return workspace
+def captioned(workspace, built_once):
+    """As the workspace, with prepared pairs of digits, and a text refiner that was trained for six steps."""
+
+    def build(folder):
+        for kept in ("data", "runs/digits_tokenizer", "runs/digits_c2i"):
+            shutil.copytree(workspace / kept, folder / kept)
+        succeed(folder, "prepare", "data=digits_t2i")
+        succeed(folder, "train", TEXT)
+
+    return built_once("captioned", build)
 
 
 def test_a_text_refiner_trains_on_full_packs(captioned):
