@@ -1,5 +1,6 @@
 """Networks whose features tell clips apart: I3D as the field's TorchScript file, or torchvision's, of local weights."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -64,7 +65,9 @@ class I3D(nn.Module):
     def __init__(self, path: Path):
         super().__init__()
         try:
-            self.network = torch.jit.load(str(path), map_location="cpu")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # that there are newer formats: the field's file is this
+                self.network = torch.jit.load(str(path), map_location="cpu")
         except Exception as error:  # of several kinds, with C++'s stack in their words
             raise UserError(f"{KEY}.path: {path} cannot be read as TorchScript ({type(error).__name__})") from None
 
