@@ -1,5 +1,6 @@
 """Feeding scores: a generator's samples, or a tokenizer's reconstructions, to every configured score."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from grn.pixels import from_uint8, to_uint8
 from grn.processes import gather, together
 from grn.sampler import Sampler
 from grn.training import RefinerModule, TokenizerModule
+
+log = logging.getLogger(__name__)
 
 
 def build_scores(
@@ -77,7 +80,7 @@ def score_samples(
             rank=rank,
             world_size=world_size,
         ):
-            _update(scores.values(), batch)
+            _update(scores.values(), batch.pixels, batch.labels.to(batch.pixels.device), batch.ids)
             taken = torch.bincount(batch.labels * (most + 1) + batch.refined.steps, minlength=num_labels * (most + 1))
             steps.update(taken.view(num_labels, most + 1))
             if watch is not None:
@@ -99,15 +102,19 @@ def steps_by_class(steps: Tensor) -> list[float]:
     return (counts @ torch.arange(steps.shape[1], dtype=torch.float64) / counts.sum(dim=1)).tolist()
 
 
-def _update(scores: Iterable[Any], batch: Batch) -> None:
+def _update(scores: Iterable[Any], pixels: Tensor, labels: Tensor | None, ids: Tensor) -> None:
     """Scores that read clips (`reads_clips`) get them whole, others their frames as images."""
-    pixels, labels = batch.pixels, batch.labels.to(batch.pixels.device)
     frames = pixels.shape[2]
     for score in scores:
-        if getattr(score, "reads_clips", False):
-            score.update(pixels, labels, batch.ids)
+        if _reads_clips(score):
+            score.update(pixels, labels, ids)
         else:
-            score.update(as_images(pixels), labels.repeat_interleave(frames), batch.ids.repeat_interleave(frames))
+            of_frames = None if labels is None else labels.repeat_interleave(frames)
+            score.update(as_images(pixels), of_frames, ids.repeat_interleave(frames))
+
+
+def _reads_clips(score: Any) -> bool:
+    return getattr(score, "reads_clips", False)
 
 
 @torch.no_grad()
@@ -117,19 +124,21 @@ def score_reconstructions(
     datamodule: LightningDataModule,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Reconstructs the held-out split, images or clips frame by frame, and tells what each round of HBQ is worth.
+    """Reconstructs the held-out split, images or clips, and tells what each round of HBQ is worth.
 
     Each rank of a process group takes its share, and gets the metrics of all.
 
     Returns:
         PSNR, SSIM and L1; of clips, `temporal_psnr`; LPIPS where `scores` has it; every other score of the
-        reconstructions as `r<name>` (rFID); `QuantizationScores`; and `bits_per_image` (of a clip, all of it).
+        reconstructions as `r<name>` (rFID; of clips alone rFVD); `QuantizationScores`; and `bits_per_image` (of a clip,
+        all of it).
     """
     network = module.network
-    of_clips = TemporalPSNR(device=module.device)
+    temporal = TemporalPSNR(device=module.device)
     of_pairs = [ReconstructionScores(device=module.device)]
     of_pairs += [score for score in scores.values() if isinstance(score, LPIPSScore)]
-    of_images = [score for score in scores.values() if not isinstance(score, LPIPSScore)]
+    alone = {name: score for name, score in scores.items() if not isinstance(score, LPIPSScore)}
+    of_images = [score for score in alone.values() if not _reads_clips(score)]
     quantization = QuantizationScores(network.latent_channels, network.rounds).to(module.device)
     bits = 0
     with together():
@@ -137,19 +146,21 @@ def score_reconstructions(
             pixels = batch["pixels"].to(module.device)
             reconstruction, features = network(from_uint8(pixels))
             reconstruction = to_uint8(reconstruction)
-            of_clips.update(pixels, reconstruction)
+            temporal.update(pixels, reconstruction)
             real, reconstructed = as_images(pixels), as_images(reconstruction)
             for score in of_pairs:
                 score.update(real, reconstructed)
-            frames = pixels.shape[2]
-            labels = batch["label"].repeat_interleave(frames).to(module.device) if "label" in batch else None
-            ids = torch.tensor([key_id(key) for key in batch["key"]]).repeat_interleave(frames)
-            for score in of_images:
-                score.update(reconstructed, labels, ids)
+            labels = batch["label"].to(module.device) if "label" in batch else None
+            ids = torch.tensor([key_id(key) for key in batch["key"]])
+            _update(of_images if pixels.shape[2] == 1 else alone.values(), reconstruction, labels, ids)
             quantization.update(features)
             bits = features[0].numel() * network.rounds
             if advance is not None:
                 advance(len(pixels))
-    metrics = {key: value for score in (*of_pairs, of_clips) for key, value in score.compute().items()}
-    metrics |= {f"r{key}": value for score in of_images for key, value in score.compute().items()}
+    metrics = {key: value for score in (*of_pairs, temporal) for key, value in score.compute().items()}
+    if "temporal_psnr" not in metrics:  # the same on every rank
+        if left_out := [name for name, score in alone.items() if _reads_clips(score)]:
+            log.warning("scores.%s reads clips, and there are images alone: left out", ", scores.".join(left_out))
+        alone = {name: score for name, score in alone.items() if not _reads_clips(score)}
+    metrics |= {f"r{key}": value for score in alone.values() for key, value in score.compute().items()}
     return metrics | quantization.compute() | {"bits_per_image": max(gather(bits))}

@@ -1,6 +1,7 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all; and told by their digest."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -64,3 +65,12 @@ def write_text(path: Path, text: str) -> Path:
 def write_json(path: Path, content: object) -> Path:
     """Writes indented JSON atomically."""
     return write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

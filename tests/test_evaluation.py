@@ -8,7 +8,9 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from test_generation import GUIDED, tiny_module
 
 from grn.callbacks import EvaluateSamples
-from grn.evaluation import score_samples, steps_by_class
+from grn.evaluation import score_reconstructions, score_samples, steps_by_class
+from grn.networks.tokenizer import HBQTokenizer
+from grn.training import TokenizerModule
 
 
 class Brightness:
@@ -77,3 +79,64 @@ def test_the_callback_logs_the_histogram_and_the_classes(tmp_path, monkeypatch):
     table, _ = media["eval/steps_by_class"]
     assert table.columns == ["class", "steps"]
     assert [row[1] for row in table.data] == pytest.approx(steps_by_class(steps))
+
+
+class Seen:
+    """Keeps what it is given, and reports how much of it there was."""
+
+    def __init__(self, name, reads_clips):
+        self.name, self.reads_clips, self.seen = name, reads_clips, []
+
+    def update(self, pixels, labels, ids):
+        self.seen.append((pixels, labels, ids))
+
+    def compute(self):
+        return {self.name: float(sum(len(pixels) for pixels, _, _ in self.seen))}
+
+
+class Reconstructed:
+    """A held-out split of two batches, as a datamodule gives it."""
+
+    def __init__(self, frames, labels):
+        pixels = torch.randint(256, (5, 3, frames, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+        self.batches = [
+            {"pixels": pixels[part], "key": [f"{i}" for i in range(5)][part]}
+            | ({"label": torch.arange(5)[part]} if labels else {})
+            for part in (slice(3), slice(3, 5))
+        ]
+
+    def split_dataloader(self, split, *, share):
+        assert (split, share) == ("heldout", True)
+        return self.batches
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_reconstructions_are_scored_as_clips_or_as_images(labels, caplog):
+    torch.manual_seed(0)
+    network = HBQTokenizer(
+        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 1, 1), blocks_per_stage=1,
+        temporal=(True, True),
+    )  # fmt: skip
+    module = TokenizerModule(network, perceptual_weight=0.0, gan_weight=0.0).eval()
+    scores = {"fid": Seen("fid", False), "fvd": Seen("fvd", True)}
+    metrics = score_reconstructions(module, scores, Reconstructed(5, labels))
+    assert (metrics["rfid"], metrics["rfvd"]) == (25, 5)
+    clips, of_clips, ids = (torch.cat(x) if x[0] is not None else None for x in zip(*scores["fvd"].seen))
+    images, of_images, ids_of_images = (torch.cat(x) if x[0] is not None else None for x in zip(*scores["fid"].seen))
+    assert clips.shape == (5, 3, 5, 16, 16)
+    assert clips.dtype == torch.uint8
+    assert torch.equal(images, clips.transpose(1, 2).flatten(0, 1))
+    assert torch.equal(ids_of_images, ids.repeat_interleave(5))
+    if labels:
+        assert of_clips.tolist() == list(range(5))
+        assert torch.equal(of_images, of_clips.repeat_interleave(5))
+    else:
+        assert of_clips is None
+        assert of_images is None
+    assert "left out" not in caplog.text
+
+    scores = {"fid": Seen("fid", False), "fvd": Seen("fvd", True)}
+    metrics = score_reconstructions(module, scores, Reconstructed(1, labels))
+    assert metrics["rfid"] == 5
+    assert "rfvd" not in metrics
+    assert "scores.fvd reads clips, and there are images alone: left out" in caplog.text

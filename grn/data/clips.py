@@ -16,6 +16,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain
 from math import floor
+from mmap import mmap
 
 import av
 import torch
@@ -178,7 +179,7 @@ class Video:
 
 
 @contextmanager
-def open_video(data: bytes, suffix: str, *, max_pixels: int) -> Iterator[Video]:
+def open_video(data: bytes | mmap, suffix: str, *, max_pixels: int) -> Iterator[Video]:
     """Opens the first video stream, for one thread; inside the block too, whatever FFmpeg raises becomes a `Skip`."""
     options = {
         "threads": "1",  # there are many DataLoader workers
@@ -190,7 +191,7 @@ def open_video(data: bytes, suffix: str, *, max_pixels: int) -> Iterator[Video]:
         if DEMUXERS[suffix] == "mov":
             refuse_index_bomb(data)
         with av.open(
-            io.BytesIO(data),
+            as_file(data),
             format=DEMUXERS[suffix],
             options=options,
             metadata_errors="replace",
@@ -209,6 +210,14 @@ def open_video(data: bytes, suffix: str, *, max_pixels: int) -> Iterator[Video]:
         raise
     except Exception:  # PyAV raises nearly anything on values that it did not expect
         raise Skip(Reason.UNDECODABLE_VIDEO) from None
+
+
+def as_file(data: bytes | mmap) -> io.BytesIO | mmap:
+    """To read from its beginning; of a file that is mapped, no more is read than what is asked for."""
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    data.seek(0)
+    return data
 
 
 def refuse_to_open(url: str, *_) -> None:

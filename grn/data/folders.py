@@ -98,10 +98,10 @@ class ClassFolders:
             root,
             name=self.name,
             parameters=_parameters(self, folder),
-            shards=_deal(images, self.shard_size, self.seed),
+            shards=deal(images, self.shard_size, self.seed),
             write=partial(self._samples, folder, label_names),
             facts={"image_size": self.image_size, "num_labels": len(classes), "label_names": label_names},
-            num_workers=_num_workers(self.num_workers),
+            num_workers=worker_count(self.num_workers),
             overwrite=overwrite,
             rank=rank,
             world_size=world_size,
@@ -172,10 +172,10 @@ class CaptionedFiles(ABC):
             root,
             name=self.name,
             parameters=_parameters(self, folder),
-            shards=_deal(self._splits(folder), self.shard_size, self.seed),
+            shards=deal(self._splits(folder), self.shard_size, self.seed),
             write=partial(self._samples, folder),
             facts=self.facts(),
-            num_workers=_num_workers(self.num_workers),
+            num_workers=worker_count(self.num_workers),
             overwrite=overwrite,
             rank=rank,
             world_size=world_size,
@@ -223,11 +223,15 @@ class CaptionedFiles(ABC):
                 yield Rejected(path, skip.reason.value)
 
     def _captions(self, folder: Path, paths: Sequence[str]) -> dict[str, bytes]:
-        """{"txt": bytes, "json": bytes}, as far as they are there, and as a reader of the shards would take them."""
+        """{"txt": bytes, "json": bytes}, as far as they are there, and as a reader of the shards would take them.
+
+        A caption is in "txt", too, which is what text refiners read unless `data.captions` says otherwise.
+        """
         raw = {suffix_of(path): read_file(folder / path) for path in paths}
-        if not read_caption(raw, read_metadata(raw)) and self.needs_caption:
+        caption = read_caption(raw, read_metadata(raw))
+        if not caption and self.needs_caption:
             raise Skip(Reason.NO_CAPTION)
-        return raw
+        return {"txt": encode_caption(caption)} | raw if caption else raw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +282,13 @@ class Clips(CaptionedFiles):
         data = read_file(path)
         probe_video(data, suffix_of(path))
         return {suffix_of(path): data}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedClips(Clips):
+    """`Clips`, of which those without a caption are rejected."""
+
+    needs_caption: ClassVar = True
 
 
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[str]:
@@ -345,6 +356,14 @@ def read_file(path: Path) -> bytes:
     return data
 
 
+def encode_caption(caption: str) -> bytes:
+    """As UTF-8; a `Skip` where that has no such letters (JSON's escapes may spell halves of some)."""
+    try:
+        return caption.encode()
+    except UnicodeEncodeError:
+        raise Skip(Reason.BAD_CAPTION) from None
+
+
 def decode(data: bytes) -> Image.Image:
     """An image as `decode_image` gives it; a `Skip` too where there is next to nothing to see on it."""
     image = decode_image(data)
@@ -388,11 +407,12 @@ def _parameters(source: ClassFolders | CaptionedFiles, folder: Path) -> dict:
     return parameters
 
 
-def _num_workers(num_workers: int | None) -> int:
+def worker_count(num_workers: int | None) -> int:
+    """None: one per CPU."""
     return cpu_count() if num_workers is None else num_workers
 
 
-def _deal(splits: dict[str, list], shard_size: int, seed: int) -> dict[str, list[tuple]]:
+def deal(splits: dict[str, list], shard_size: int, seed: int) -> dict[str, list[tuple]]:
     """Each split shuffled, in shards that are all about as large."""
     if shard_size < 1:
         raise UserError(f"source.shard_size={shard_size} must be at least 1")

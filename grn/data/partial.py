@@ -1,6 +1,5 @@
 """The folder in which a data set grows, shard by shard, until it is whole: what lets a killed run go on."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -15,7 +14,7 @@ import webdataset as wds
 
 from grn.data.pool import check_stopped
 from grn.errors import UserError
-from grn.files import write_atomically, write_json
+from grn.files import sha256_of, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class ShardWriter:
 
         try:
             tar = write_atomically(self.folder.shards / f"{job.shard}.tar", fill)
-            entry = {"name": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": _sha256(tar)}
+            entry = {"name": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": sha256_of(tar)}
             if not samples:
                 tar.unlink()  # whose share it were would wait for samples in vain
             self.folder.finish(job.shard, entry | {"rejected": rejected})
@@ -197,11 +196,3 @@ def difference(own: Mapping[str, object], other: Mapping[str, object]) -> tuple[
     own, other = ({"name": it["name"]} | it["parameters"] | it.get("facts", {}) | it for it in (own, other))
     key = next(key for key in [*own, *other] if own.get(key) != other.get(key))
     return key, *(textwrap.shorten(str(it.get(key)), 80, placeholder="...") for it in (own, other))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -8,7 +8,7 @@ import hashlib
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +125,8 @@ class GenerationScores:
             self._check_sizes(len(self.real_features), "real")
         self.heldout_fid = None
         if heldout_fid:
-            self.heldout_fid = _fid(self._split_statistics(heldout, "held-out", cache_dir), self.reference)
+            own = self._split_statistics(heldout, "held-out", cache_dir)
+            self.heldout_fid = frechet_distance(own, self.reference)
 
     def update(self, images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> None:
         """Adds generated images uint8 [B, 3, H, W]; their labels are not read; ids: `Rows.update`."""
@@ -143,12 +144,12 @@ class GenerationScores:
             UserError: too few images for a covariance, `isc_splits`, `kid_subset_size` or `prc_neighborhood`.
         """
         sums = self.statistics.compute()
-        n, statistics = int(sums["n"]), _as_numpy(sums)
+        n, statistics = int(sums["n"]), as_numpy(sums)
         least = 2 if self.logits is None else max(2, self.isc_splits)
         if n < least:
             raise UserError(f"scores.fid needs at least {least} images (2, and scores.fid.isc_splits), got {n}")
         self._check_sizes(n, "generated")
-        scores = {"fid": _fid(statistics, self.reference)}
+        scores = {"fid": frechet_distance(statistics, self.reference)}
         if self.logits is not None:
             isc = isc_features_to_metric(self.logits.gathered().cpu(), splits=self.isc_splits)
             scores |= {"isc_mean": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
@@ -192,35 +193,73 @@ class GenerationScores:
 
     def _split_statistics(self, split: Split, name: str, cache_dir: str | Path | None) -> Statistics:
         """Statistics of a whole split, out of the cache where it has them."""
-        path = None
-        width = len(self.statistics.sum)
-        if cache_dir is not None:
-            key = hashlib.sha256(f"{self.extractor.get_name()} {self.fid_features}".encode())
-            for parameter, value in sorted(self.extractor.state_dict().items()):
-                key.update(parameter.encode())
-                key.update(value.cpu().numpy().tobytes())
-            key.update(image_digest(image_batches(split, name=name)).encode())
-            path = Path(cache_dir) / f"fid-statistics-{key.hexdigest()[:16]}.npz"
-            if path.is_file():
-                return load_statistics(path, width)
-        sums = FeatureStatistics(width, over_ranks=False).to(self.statistics.device)
-        for batch in image_batches(split, name=name):
-            sums.update(extract(self.extractor, batch)[self.fid_features])
-        if sums.n < 2:
-            raise UserError(f"scores.fid.reference: the {name} split needs at least 2 images")
-        statistics = _as_numpy(sums.compute())
-        if path is not None:
-            write_atomically(path, lambda temporary: np.savez(temporary, **statistics))
-        return statistics
+        identity = hashlib.sha256(f"{self.extractor.get_name()} {self.fid_features}".encode())
+        for parameter, value in sorted(self.extractor.state_dict().items()):
+            identity.update(parameter.encode())
+            identity.update(value.cpu().numpy().tobytes())
+        return split_statistics(
+            lambda: image_batches(split, name=name),
+            lambda images: extract(self.extractor, images)[self.fid_features],
+            like=self.statistics,
+            identity=identity.hexdigest(),
+            cache_dir=cache_dir,
+            score="fid",
+            name=name,
+        )
 
 
-def load_statistics(path: str | Path, width: int) -> Statistics:
+def split_statistics(
+    batches: Callable[[], Iterable[Tensor]],
+    features: Callable[[Tensor], Tensor],
+    *,
+    like: FeatureStatistics,
+    identity: str,
+    cache_dir: str | Path | None,
+    score: str,
+    name: str,
+) -> Statistics:
+    """Statistics of the features of a whole split, which every rank sees whole; out of the cache where it has them.
+
+    Args:
+        batches: reads the split: images or clips, uint8 [B, ...].
+        features: images or clips -> float [B, width].
+        like: statistics of the same features, whose width and device these have.
+        identity: of the features, in the cache.
+        cache_dir: None: no cache.
+        score: the score's key.
+        name: of the split.
+
+    Raises:
+        UserError: the split has fewer than two of them, or the cache is damaged.
+    """
+    path, width = None, len(like.sum)
+    if cache_dir is not None:
+        key = hashlib.sha256(f"{identity} {image_digest(batches())}".encode())
+        path = Path(cache_dir) / f"{score}-statistics-{key.hexdigest()[:16]}.npz"
+        if path.is_file():
+            return load_statistics(path, width, score=score)
+    sums = FeatureStatistics(width, over_ranks=False).to(like.sum.device)
+    for batch in batches():
+        sums.update(features(batch))
+    if sums.n < 2:
+        raise UserError(f"scores.{score}.reference: the {name} split needs at least 2 images")
+    statistics = as_numpy(sums.compute())
+    if path is not None:
+        write_atomically(path, lambda temporary: np.savez(temporary, **statistics))
+    return statistics
+
+
+def load_statistics(path: str | Path, width: int, *, score: str = "fid") -> Statistics:
     """Reads `mu` and `sigma` of an npz (other members are left unread) as float64.
+
+    Args:
+        width: the number of features.
+        score: the score's key, for messages.
 
     Raises:
         UserError: no such file, not an npz, or statistics that are missing, not finite or not of `width` features.
     """
-    key = "scores.fid.reference"
+    key = f"scores.{score}.reference"
     if not path or not Path(path).is_file():
         raise UserError(f"{key}: no such file: {path} (an npz with mu and sigma, or the split `train` or `heldout`)")
     statistics = {}
@@ -256,10 +295,12 @@ def _default_features(extractor: str, metric: str) -> str:
         raise UserError(f"scores.fid.extractor: {extractor} has no features for {metric}; choose another") from None
 
 
-def _as_numpy(sums: dict[str, Tensor]) -> Statistics:
+def as_numpy(sums: dict[str, Tensor]) -> Statistics:
+    """What `FeatureStatistics.compute` gives, on the CPU."""
     mu = sums["mu"].reshape(-1)
     return {"mu": mu.cpu().numpy(), "sigma": sums["sigma"].reshape(len(mu), len(mu)).cpu().numpy()}
 
 
-def _fid(generated: Statistics, reference: Statistics) -> float:
+def frechet_distance(generated: Statistics, reference: Statistics) -> float:
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)), by torch-fidelity."""
     return fid_statistics_to_metric(generated, reference, verbose=False)[KEY_METRIC_FID]

@@ -57,3 +57,9 @@ def test_imagenet_reads_its_statistics(load, splits, tmp_path, monkeypatch):
     assert score.logits.shape == (1008,)
     score.update(next(splits["train"]())["pixels"][:2].squeeze(2))
     assert score.statistics.n == 2
+
+
+def test_fvd_asks_for_its_network(load, splits):
+    config = load("fvd")
+    with pytest.raises(UserError, match=r"scores\.fvd\.network\.path must be given: .*i3d_torchscript\.pt"):
+        config["fvd"](**splits, device="cpu", cache_dir=None)

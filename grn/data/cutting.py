@@ -1,0 +1,93 @@
+"""A part of a video cut out of its file by copying packets: nothing is decoded, nothing encoded anew."""
+
+import io
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from math import floor
+from mmap import mmap
+
+import av
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from grn.data.clips import MAX_DECODED_FRAMES, MAX_FRAME_PIXELS, Video, duration, open_video
+from grn.data.samples import Reason, Skip
+
+MUXERS = {"mp4": "mp4", "mov": "mov", "webm": "webm", "mkv": "matroska"}  # what a container holds, it holds again
+
+
+def cut_video(
+    data: bytes | mmap, suffix: str, begin: Fraction, end: Fraction | None, *, max_bytes: int
+) -> tuple[bytes, Fraction]:
+    """The pictures of a video that are shown from `begin` to `end`, with all that decoding them needs; no sound.
+
+    Args:
+        data: the whole file.
+        suffix: of its name, one of `VIDEO_SUFFIXES`; also of what is cut out.
+        begin, end: seconds from the beginning of the video stream; None: to its end.
+        max_bytes: what is cut out may have.
+
+    Returns:
+        (file, moment of the video, in seconds, from which the file's times count: at or before `begin`).
+
+    Raises:
+        Skip: with the reason: it cannot be read, begins after its end, is too large, or needs more than
+            `MAX_DECODED_FRAMES` before `begin`.
+    """
+    with open_video(data, suffix, max_pixels=MAX_FRAME_PIXELS) as video:
+        if begin >= duration(video):
+            raise Skip(Reason.BAD_SECTION)
+        packets = list(_packets(video, begin, end, max_bytes))
+        first = video.time(packets[0].pts)
+        cut = _mux(packets, video.stream, MUXERS[suffix])
+    if len(cut) > max_bytes:
+        raise Skip(Reason.OVERSIZE_ENTRY)
+    with open_video(cut, suffix, max_pixels=MAX_FRAME_PIXELS) as video:  # muxers begin where they see fit
+        return cut, first - video.time(next(video.container.demux(video.stream)).pts)
+
+
+def _packets(video: Video, begin: Fraction, end: Fraction | None, max_bytes: int) -> Iterator[Packet]:
+    """Those from the keyframe before `begin` to the last one that may be shown before `end`, in order of decoding."""
+    size = 0
+    for number, packet in enumerate(_packets_from(video, begin)):
+        if packet.dts is not None and end is not None and video.time(packet.dts) >= end:
+            return  # nor is what follows shown before it is decoded
+        size += packet.size
+        if size > max_bytes:
+            raise Skip(Reason.OVERSIZE_ENTRY)
+        if number >= MAX_DECODED_FRAMES and packet.dts is not None and video.time(packet.dts) < begin:
+            raise Skip(Reason.TOO_MANY_FRAMES)
+        yield packet
+
+
+def _packets_from(video: Video, begin: Fraction) -> Iterator[Packet]:
+    """All packets from a keyframe on that is shown at `begin` or before."""
+    target, back = begin, Fraction(1)
+    while True:
+        video.container.seek(video.first_pts + floor(target / video.time_base), stream=video.stream)
+        packets = (packet for packet in video.container.demux(video.stream) if packet.size)
+        if (first := next(packets, None)) is None or first.pts is None:
+            raise Skip(Reason.UNCUTTABLE_VIDEO)
+        if target == 0 or (first.is_keyframe and video.time(first.pts) <= begin):
+            yield first
+            yield from packets
+            return
+        # Containers seek by the order of decoding, so that the keyframe may be shown only after `begin`.
+        target, back = max(target - back, Fraction(0)), 2 * back
+
+
+def _mux(packets: Sequence[Packet], stream: VideoStream, format: str) -> bytes:
+    """A file of these packets, whose bytes depend on them alone (bitexact: Matroska would draw ids)."""
+    file = io.BytesIO()
+    start = packets[0].pts if packets[0].dts is None else packets[0].dts
+    try:
+        with av.open(file, "w", format=format, container_options={"fflags": "+bitexact"}) as container:
+            copy = container.add_stream_from_template(stream)
+            for packet in packets:
+                packet.stream = copy
+                packet.pts -= start
+                packet.dts = None if packet.dts is None else packet.dts - start
+                container.mux(packet)
+    except (av.FFmpegError, ValueError, TypeError):
+        raise Skip(Reason.UNCUTTABLE_VIDEO) from None
+    return file.getvalue()
