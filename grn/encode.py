@@ -1,10 +1,11 @@
 """python -m grn.encode ckpt=runs/digits_tokenizer data=digits: pixel shards -> token shards (conf/encode.yaml)."""
 
 import hashlib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from grn.checkpoints.native import load_tokenizer
@@ -13,9 +14,14 @@ from grn.data.datamodule import ShardsDataModule
 from grn.data.encoding import ShardEncoder
 from grn.data.images import ImageShardsDataModule
 from grn.data.shards import write_shards
+from grn.data.text_features import encoder_record
+from grn.data.text_images import TextImageDataModule
+from grn.data.text_tokens import pixel_arguments
+from grn.data.text_videos import TextVideoDataModule
 from grn.data.videos import VideoShardsDataModule
 from grn.errors import UserError
 from grn.launch import place
+from grn.networks.text_encoder import PretrainedT5
 from grn.networks.tokenizer import HBQTokenizer
 
 
@@ -27,7 +33,7 @@ def main(config: DictConfig) -> None:
 def encode(config: DictConfig) -> bool:
     """Writes the token shards of `data` into `out`; returns whether there was anything to do."""
     datamodule = instantiate(config.data)
-    if not isinstance(datamodule, (ImageShardsDataModule, VideoShardsDataModule)):
+    if not isinstance(datamodule, (ImageShardsDataModule, VideoShardsDataModule, TextImageDataModule)):
         raise UserError(f"data={datamodule.name}: only pixels are encoded, one data set at a time (data=digits, ...)")
     official = config.tokenizer.model
     source = {
@@ -45,12 +51,16 @@ def encode(config: DictConfig) -> bool:
             "source": record["path"],
         },
         "views": 1 + bool(config.flip),
-        "token_shape": _token_shape(tokenizer, datamodule),
         "source": _source(datamodule),
-        "image_size": datamodule.image_size,
         "num_labels": datamodule.num_labels,
         "label_names": datamodule.label_names,
     }
+    if isinstance(datamodule, TextImageDataModule):
+        facts["text"] = _text_facts(tokenizer, datamodule)
+    else:
+        facts |= {"token_shape": _token_shape(tokenizer, datamodule), "image_size": datamodule.image_size}
+    if (text_encoder := _text_encoder(config, datamodule)) is not None:
+        facts["text"]["encoder"] = encoder_record(text_encoder)
     rank, local_rank, world_size = place()
     encoder = ShardEncoder(
         tokenizer=source,
@@ -62,21 +72,26 @@ def encode(config: DictConfig) -> bool:
         compile=config.compile,
         first_process=local_rank * max(1, config.num_workers),
         processes=max(1, config.num_workers),
+        text_encoder=None if text_encoder is None else OmegaConf.to_container(config.text_encoder, resolve=True),
+        captions=[name for name, _ in datamodule.captions] if text_encoder is not None else (),
     )
     if not config.num_workers:
-        encoder.start_worker(0, tokenizer)
-    del tokenizer  # workers read their own, and this process does not hold another beside them
+        encoder.start_worker(0, tokenizer, text_encoder)
+    del tokenizer, text_encoder  # workers read their own, and this process does not hold others beside them
     urls = {split: datamodule.urls(split) for split in config.splits}
+    parameters = {
+        "tokenizer": record["sha256"],
+        "flip": bool(config.flip),
+        "bf16": config.bf16,
+        "shards": {split: _digest(datamodule, own) for split, own in urls.items()},
+        "decoder": repr(encoder.decode),
+    }
+    if "text" in facts:
+        parameters["text_encoder"] = facts["text"]["encoder"]
     return write_shards(
         Path(config.out),
         name=f"{datamodule.name}_tokens",
-        parameters={
-            "tokenizer": record["sha256"],
-            "flip": bool(config.flip),
-            "bf16": config.bf16,
-            "shards": {split: _digest(datamodule, own) for split, own in urls.items()},
-            "decoder": repr(encoder.decode),
-        },
+        parameters=parameters,
         shards=urls,
         write=encoder,
         facts=facts,
@@ -95,17 +110,58 @@ def _token_shape(tokenizer: HBQTokenizer, datamodule: ShardsDataModule) -> list[
     return [1 + (frames - 1) // tokenizer.temporal_stride, side, side]
 
 
-def _source(datamodule: ShardsDataModule) -> dict[str, Any] | None:
-    """Where the images are, for scores of refiners that train from their tokens; None of clips."""
-    if not isinstance(datamodule, ImageShardsDataModule):
+def _text_encoder(config: DictConfig, datamodule: ShardsDataModule) -> PretrainedT5 | None:
+    """The frozen encoder whose features are written, too."""
+    if "_target_" not in config.text_encoder:
         return None
+    if not isinstance(datamodule, TextImageDataModule):
+        raise UserError(
+            f"text_encoder: data={datamodule.name} is not for text refiners: leave it out, or give data=text_image"
+        )
+    if not issubclass(get_class(config.text_encoder._target_), PretrainedT5):
+        raise UserError(
+            "text_encoder: this one is trained along with the refiner, so that its features change: leave it out; only "
+            "those of a frozen one, such as umt5_xxl, can be computed ahead"
+        )
+    return instantiate(config.text_encoder)
+
+
+def _text_facts(tokenizer: HBQTokenizer, datamodule: TextImageDataModule) -> dict[str, Any]:
+    """What text refiners' tokens may be; what does not fit the strides is refused before anything is read."""
+    if len(datamodule.budgets) > 1:
+        raise UserError(
+            f"{datamodule.key}.pixels={datamodule.pixels}: a sample is encoded in one size: give one budget, such as "
+            f"{datamodule.key}.pixels={next(iter(datamodule.pixels))}, and another out=... for each"
+        )
+    ((_, shapes),) = datamodule.budgets
+    sizes = [size for _, size in shapes]
+    lengths = [1]
+    if isinstance(datamodule, TextVideoDataModule):  # what a bucket is, any number of them are
+        lengths += [1 + datamodule.bucket_frames, datamodule.max_frames]
+    for frames, (height, width) in product(lengths, sizes):
+        tokenizer.check_video((1, 3, frames, height, width))
+    return {
+        "sizes": [[height // tokenizer.stride, width // tokenizer.stride] for height, width in sizes],
+        "latents": 1 + (lengths[-1] - 1) // tokenizer.temporal_stride,
+        "captions": [name for name, _ in datamodule.captions],
+        "encoder": None,
+    }
+
+
+def _source(datamodule: ShardsDataModule) -> dict[str, Any] | None:
+    """Where the pixels are, for scores of refiners that train from their tokens; None of clips without captions."""
+    if isinstance(datamodule, VideoShardsDataModule):
+        return None
+    if isinstance(datamodule, TextImageDataModule):
+        decoding = pixel_arguments(datamodule)
+    else:
+        decoding = {name: getattr(datamodule, name) for name in ("image_size", "center_crop")}
     return {
         "name": datamodule.name,
         "root": None if datamodule.root is None else str(datamodule.root.absolute()),
         "train": datamodule.patterns["train"],
         "heldout": datamodule.patterns["heldout"],
-        "image_size": datamodule.image_size,
-        "center_crop": datamodule.center_crop,
+        **decoding,
     }
 
 

@@ -22,7 +22,8 @@ from grn.checkpoints.native import (
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
 from grn.checkpoints.official_text_refiner import load_official_text_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
-from grn.data.text_images import TextImageDataModule
+from grn.data.text_images import PackedDataModule
+from grn.data.text_tokens import TextTokensDataModule
 from grn.data.tokens import TokenShardsDataModule
 from grn.errors import UserError
 from grn.networks.captioned_refiner import CaptionedRefiner
@@ -178,17 +179,20 @@ def check_fits(module: LightningModule, datamodule: LightningDataModule) -> None
     """Also tells data that are packed how.
 
     Raises:
-        UserError: token shards where pixels are needed, of another tokenizer, or of another size or labels than the
-            model; packs for something else than a text refiner, or sizes that do not fit the tokenizer.
+        UserError: token shards where pixels are needed, of another tokenizer or text encoder, or of another size or
+            labels than the model; packs for something else than a text refiner, or sizes that do not fit the tokenizer.
     """
     parts = list(getattr(datamodule, "parts", {"": datamodule}).values())
     if isinstance(module, TextRefinerModule):
-        if odd := [part.name for part in parts if not isinstance(part, TextImageDataModule)]:
+        if odd := [part.name for part in parts if not isinstance(part, PackedDataModule)]:
             raise UserError(f"data={odd[0]}: a text refiner trains from captioned images, e.g. data=text_image")
         for part in parts:
             part.packed_by(module.packed_tokens)
+            if isinstance(part, TextTokensDataModule):
+                part.check_tokenizer(module.checkpoint_extras["tokenizer"]["sha256"])
+                part.check_text_encoder(module.frozen_encoder)
         return
-    if any(isinstance(part, TextImageDataModule) for part in parts):
+    if any(isinstance(part, PackedDataModule) for part in parts):
         raise UserError(
             f"data={datamodule.name}: packs are for text refiners; others train on images of one size, e.g. "
             "data=imagenet data.num_labels=null data.root=..."

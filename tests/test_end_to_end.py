@@ -905,7 +905,7 @@ def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
         ("train", TEXT + " name=x prompt_list=none", "training.prompts is empty"),
         ("train", REFINER + " name=x data=digits_t2i", "packs are for text refiners"),
         ("train", TEXT + " ckpt_path=last data.lookahead=8", "data.lookahead=64"),
-        ("encode", "ckpt=runs/digits_tokenizer data=digits_t2i", "only pixels are encoded"),
+        ("encode", "ckpt=runs/digits_tokenizer data=digits_t2i text_encoder=byt5_tiny", "is trained along"),
         ("export", "ckpt=runs/digits_t2i format=official", "the authors' files have no text encoder"),
     ],
 )

@@ -1,12 +1,13 @@
 """From the pixels of a shard to its tokens: what `grn.encode` runs on every shard, in as many processes as wanted."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from torch import Tensor
 
 from grn import hbq
@@ -15,16 +16,23 @@ from grn.data.clips import ClipDecoder
 from grn.data.partial import Rejected
 from grn.data.samples import (
     CAPTION_SUFFIXES,
+    FEATURE_SUFFIXES,
     LABEL_SUFFIXES,
     METADATA_SUFFIXES,
     TOKEN_SUFFIXES,
     ImageDecoder,
     Reason,
     Skip,
+    by_shape,
+    read_captions,
 )
 from grn.data.streaming import MAX_ENTRY_BYTES, read_shard
+from grn.data.text_features import encode_captions, write_features
+from grn.data.text_images import TextImageDecoder
+from grn.data.text_videos import TextVideoDecoder
 from grn.data.tokens import write_array
 from grn.errors import UserError
+from grn.networks.text_encoder import PretrainedT5
 from grn.networks.tokenizer import HBQTokenizer, for_inference
 from grn.pixels import from_uint8
 
@@ -35,19 +43,23 @@ KEPT_SUFFIXES = (*LABEL_SUFFIXES, *CAPTION_SUFFIXES, *METADATA_SUFFIXES)
 class ShardEncoder:
     """The url of a pixel shard -> its samples with tokens in place of pixels, in their order (for `write_shards`).
 
+    Of samples of several sizes, those of one size that stand in the same batch are encoded at once.
+
     Args:
         tokenizer: arguments of `grn.checkpoints.native.load_tokenizer`; read once in every process.
         decode: pixels out of a raw sample, without random augmentation.
         mirrored: whether to encode the mirrored image too, as a second view.
-        batch_size: samples at once, each with all its views.
+        batch_size: samples at once, each with all its views; these, and as many again, are in memory as pixels.
         device: where to encode; None: the accelerator of this machine that the process's number falls on, or the CPU.
         first_process: number of this process, and of its first worker, among all that share this machine.
         bf16, compile: `for_inference`; in bfloat16, features near the edge of a bin may fall to the other side.
         processes: how many workers this process has started; 1 without.
+        text_encoder: config of the frozen text encoder whose features are written, too; None: without them.
+        captions: names of those that features are written of.
     """
 
     tokenizer: dict[str, Any]
-    decode: ImageDecoder | ClipDecoder
+    decode: ImageDecoder | ClipDecoder | TextImageDecoder | TextVideoDecoder
     mirrored: bool
     batch_size: int
     device: str | None = None
@@ -55,10 +67,15 @@ class ShardEncoder:
     compile: bool = False
     first_process: int = 0
     processes: int = 1
+    text_encoder: dict[str, Any] | None = None
+    captions: Sequence[str] = ()
     _network: HBQTokenizer | None = field(default=None, repr=False)
+    _text_encoder: PretrainedT5 | None = field(default=None, repr=False)
 
-    def start_worker(self, index: int, network: HBQTokenizer | None = None) -> None:
-        """Called once in each process, before its first shard; reads the tokenizer unless it is given."""
+    def start_worker(
+        self, index: int, network: HBQTokenizer | None = None, text_encoder: PretrainedT5 | None = None
+    ) -> None:
+        """Called once in each process, before its first shard; reads the networks unless they are given."""
         if self.device is None and torch.accelerator.is_available():
             number = (self.first_process + index) % torch.accelerator.device_count()
             self.device = f"{torch.accelerator.current_accelerator()}:{number}"
@@ -68,6 +85,8 @@ class ShardEncoder:
             network, _ = load_tokenizer(**self.tokenizer, embed=False)
         dtype = torch.bfloat16 if self.bf16 else None
         self._network = for_inference(network.to(self.device or "cpu"), dtype=dtype, compile=self.compile)
+        if self.text_encoder is not None:
+            self._text_encoder = (text_encoder or instantiate(self.text_encoder)).to(self.device or "cpu")
 
     def __call__(self, url: str) -> Iterator[dict | Rejected]:
         """Raises:
@@ -114,13 +133,25 @@ class ShardEncoder:
         except Exception as error:  # what broken archives raise has no common base
             yield Rejected(url, f"{Reason.BROKEN_SHARD.value} ({type(error).__name__}: {error})")
 
-    @torch.inference_mode()
     def _encoded(self, batch: list[tuple[dict, Tensor]]) -> Iterator[dict]:
-        network = self._network
-        pixels = torch.stack([pixels for _, pixels in batch]).to(network.encoder.stem.weight.device)
-        views = [pixels, pixels.flip(-1)] if self.mirrored else [pixels]
-        bits = [network.tokenize(from_uint8(view), "bit") for view in views]
-        arrays = torch.stack([hbq.pack(b) for b in bits], dim=1).cpu().numpy()
-        for (raw, _), array in zip(batch, arrays):
+        raws = [raw for raw, _ in batch]
+        written = [{TOKEN_SUFFIXES[0]: tokens} for tokens in self._tokens([pixels for _, pixels in batch])]
+        if self._text_encoder is not None:
+            captions = [read_captions(raw, self.captions) for raw in raws]
+            features = encode_captions(self._text_encoder, captions, batch_size=self.batch_size)
+            written = [own | {FEATURE_SUFFIXES[0]: write_features(f)} for own, f in zip(written, features)]
+        for raw, own in zip(raws, written):
             kept = {suffix: raw[suffix] for suffix in KEPT_SUFFIXES if isinstance(raw.get(suffix), bytes)}
-            yield {"__key__": raw["__key__"], TOKEN_SUFFIXES[0]: write_array(array)} | kept
+            yield {"__key__": raw["__key__"]} | own | kept
+
+    @torch.inference_mode()
+    def _tokens(self, pixels: list[Tensor]) -> list[bytes]:
+        """Each sample's views as an npy file."""
+        network, arrays = self._network, [b""] * len(pixels)
+        for places in by_shape(pixels):
+            same = torch.stack([pixels[place] for place in places]).to(network.encoder.stem.weight.device)
+            views = [same, same.flip(-1)] if self.mirrored else [same]
+            bits = [network.tokenize(from_uint8(view), "bit") for view in views]
+            for place, array in zip(places, torch.stack([hbq.pack(b) for b in bits], dim=1).cpu().numpy()):
+                arrays[place] = write_array(array)
+        return arrays

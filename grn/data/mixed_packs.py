@@ -1,13 +1,14 @@
 """Captioned images and clips of several data sets in one pack, by weight (DESIGN 1.5)."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
 from grn.data.endless import Place, ResumableLoader
 from grn.data.mixed import MixedDataModule
 from grn.data.packing import PackedBatches, PackPlace
+from grn.data.text_images import PackedDataModule
 from grn.errors import UserError
 
 SHARED = ("batch_size", "max_tokens", "lookahead", "rank_streams", "worker_streams", "num_workers")
@@ -78,13 +79,27 @@ class MixedPacksDataModule(MixedDataModule):
     Validation runs over the parts one after the other.
 
     Args:
-        parts: name -> `TextImageDataModule` or the like, alike in what `SHARED` names.
+        parts: name -> `PackedDataModule`, alike in what `SHARED` names, all of pixels or all of tokens.
         weights: name -> how often a sample is of it, in proportion, those that cannot be used included.
+        shared: of what `SHARED` names, what the config gives for all parts to refer to; their own values count.
         others: as `MixedDataModule` has them.
 
     Raises:
         UserError: parts and weights do not go together; from the methods: parts that differ.
     """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        parts: Mapping[str, PackedDataModule],
+        weights: Mapping[str, float],
+        seed: int = 0,
+        **shared: int,
+    ):
+        super().__init__(name=name, parts=parts, weights=weights, seed=seed)
+        if odd := shared.keys() - set(SHARED):
+            raise UserError(f"data.{min(odd)}: a mixture has no such key, its parts have: data.parts.*.{min(odd)}")
 
     def setup(self, stage: str | None = None) -> None:
         for name in SHARED:
@@ -92,6 +107,12 @@ class MixedPacksDataModule(MixedDataModule):
             if len(set(values.values())) > 1:
                 first, *_ = self.parts
                 raise UserError(f"data.parts.*.{name} are {values}: packs of all parts need one, e.g. {values[first]}")
+        contents = {part: data.contents for part, data in self.parts.items()}
+        if len(set(contents.values())) > 1:
+            raise UserError(
+                f"data.parts are {contents}: packs hold one kind; encode the others (grn.encode), or give "
+                "data.parts.*.features=false where some have text features"
+            )
         super().setup(stage)
 
     def train_dataloader(self) -> ResumableLoader:

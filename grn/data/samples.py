@@ -5,7 +5,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,6 +19,7 @@ VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov")
 LABEL_SUFFIXES = ("cls",)
 CAPTION_SUFFIXES = ("txt",)
 TOKEN_SUFFIXES = ("tokens.npy",)  # of grn.encode, see grn.data.tokens
+FEATURE_SUFFIXES = ("features.safetensors",)  # of grn.encode, see grn.data.text_features
 METADATA_SUFFIXES = ("json",)  # {"label": 3, "caption": "a cat"}, in place of key.cls and key.txt
 MAX_PIXELS = 64 * 2**20
 
@@ -54,6 +55,8 @@ class Reason(Enum):
     NO_CAPTION = "no caption"
     NO_TOKENS = "no tokens"
     BAD_TOKENS = "tokens of another shape"
+    NO_FEATURES = "no features of the caption"
+    BAD_FEATURES = "features of another shape or type"
 
 
 class Skip(Exception):
@@ -270,6 +273,14 @@ def resize_and_crop(image: Image.Image, height: int, width: int, *, max_pixels: 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> uint8 [3, 1, H, W] (an image is a clip of one frame)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(1).contiguous()
+
+
+def by_shape(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+    """The places of the tensors of each shape."""
+    groups: dict[torch.Size, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault(tensor.shape, []).append(place)
+    return groups.values()
 
 
 def collate(samples: list[dict]) -> dict:

@@ -20,6 +20,7 @@ from webdataset.tariterators import base_plus_ext
 
 from grn.data.samples import (
     CAPTION_SUFFIXES,
+    FEATURE_SUFFIXES,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     METADATA_SUFFIXES,
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 MAX_ENTRY_BYTES = (
     dict.fromkeys(VIDEO_SUFFIXES, 512 * 2**20)
-    | dict.fromkeys((*IMAGE_SUFFIXES, *TOKEN_SUFFIXES), 64 * 2**20)
+    | dict.fromkeys((*IMAGE_SUFFIXES, *TOKEN_SUFFIXES, *FEATURE_SUFFIXES), 64 * 2**20)
     | dict.fromkeys((*LABEL_SUFFIXES, *CAPTION_SUFFIXES, *METADATA_SUFFIXES), 2**20)
 )
 

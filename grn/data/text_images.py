@@ -1,12 +1,12 @@
 """Captioned images of many shapes, packed into a budget of tokens: what text refiners train on (DESIGN 1.5)."""
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from grn.data.datamodule import ShardsDataModule
 from grn.data.packing import PackedBatches
@@ -36,8 +36,7 @@ class TextImageDecoder:
 
     Args:
         budgets: sizes to choose from by shape, and how often these are the choice, in proportion.
-        captions: name of a caption (`read_captions`) -> how often it is drawn, in proportion, of those that are there.
-        dropout: share of captions that are replaced by the empty one.
+        captions, dropout: as `draw_caption` has them.
         flip: mirror every other image.
         min_size: images whose shorter side has fewer pixels are skipped.
         max_aspect: so are those longer or taller than this, by their sides' ratio; None: none.
@@ -70,13 +69,10 @@ class TextImageDecoder:
 
     def draw(self, raw: Mapping[str, object], pass_number: int) -> tuple[str, Sizes]:
         """The caption of a sample in a pass over the data, and the sizes to choose from by its shape."""
-        draws = random.Random(f"caption/{self.seed}/{pass_number}/{raw['__key__']}")
-        weights = dict(self.captions)
-        captions = read_captions(raw, list(weights))
-        caption = draws.choices([*captions.values()], [weights[name] for name in captions])[0]
-        dropped = draws.random() < self.dropout
+        draws = caption_draws(self.seed, pass_number, raw["__key__"])
+        _, caption = draw_caption(raw, self.captions, self.dropout, draws)
         sizes = draws.choices([sizes for _, sizes in self.budgets], [weight for weight, _ in self.budgets])[0]
-        return "" if dropped else caption, sizes
+        return caption, sizes
 
     def size_of(self, image: Image.Image, sizes: Sizes) -> tuple[int, int]:
         """The (height, width) nearest to an image's shape.
@@ -90,6 +86,29 @@ class TextImageDecoder:
             raise Skip(Reason.TOO_NARROW)
         shape = image.height / image.width
         return min(sizes, key=lambda size: abs(size[0] - shape))[1]
+
+
+def caption_draws(seed: int, pass_number: int, key: object) -> random.Random:
+    """What a sample's caption is drawn by in a pass over the data, and what else the text refiner's data draw."""
+    return random.Random(f"caption/{seed}/{pass_number}/{key}")
+
+
+def draw_caption(
+    raw: Mapping[str, object], captions: Sequence[tuple[str, float]], dropout: float, draws: random.Random
+) -> tuple[str, str]:
+    """(name, caption) of one of a sample's captions; the caption is empty where it is dropped.
+
+    Args:
+        captions: names of captions (`read_captions`), and how often each is drawn, in proportion, of those there are.
+        dropout: share of captions that are replaced by the empty one.
+
+    Raises:
+        Skip: the sample has none of them.
+    """
+    weights = dict(captions)
+    found = read_captions(raw, list(weights))
+    name = draws.choices(list(found), [weights[name] for name in found])[0]
+    return name, "" if draws.random() < dropout else found[name]
 
 
 @dataclass(frozen=True)
@@ -106,33 +125,95 @@ class PackedTokens:
     tokenize: Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
     def __call__(self, sample: Mapping[str, Any]) -> int:
-        return self.visual(sample["pixels"]) + 1 + len(self.tokenize([sample["caption"]])[0])
+        if (features := sample.get("features")) is not None:
+            text = len(features)
+        else:
+            text = len(self.tokenize([sample["caption"]])[0])
+        return math.prod(self.shape(sample)) + 1 + text
 
-    def visual(self, pixels: Tensor) -> int:
-        """Of pixels [3, T, H, W]."""
-        _, frames, height, width = pixels.shape
-        return (1 + (frames - 1) // self.temporal_stride) * (height // self.stride) * (width // self.stride)
+    def shape(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
+        """(T', h, w) of the tokens of a sample's `bits` [T', h, w, bytes] or `pixels` [3, T, H, W]."""
+        if "bits" in sample:
+            return tuple(sample["bits"].shape[:3])
+        _, frames, height, width = sample["pixels"].shape
+        return 1 + (frames - 1) // self.temporal_stride, height // self.stride, width // self.stride
 
 
 def collate_lists(samples: list[dict]) -> dict:
-    """Samples of any sizes -> {"pixels": list of uint8 [3, T, H, W], "caption": list[str], "key": list[str]}."""
-    return {name: [sample[name] for sample in samples] for name in ("pixels", "caption", "key")}
+    """Samples of any sizes -> {"pixels": list of uint8 [3, T, H, W], "caption": list[str], "key": list[str]}.
+
+    Of token shards {"bits": list of uint8 [T', h, w, bytes]} in place of pixels and, where they have some, {"features":
+    list of [tokens, text width], None for the empty caption}.
+    """
+    kinds = ("pixels", "bits", "features", "caption", "key")
+    return {kind: [sample[kind] for sample in samples] for kind in kinds if kind in samples[0]}
 
 
-class TextImageDataModule(ShardsDataModule):
+class PackedDataModule(ShardsDataModule):
+    """Captioned samples of many sizes, packed without padding; a subclass says what they are.
+
+    Training batches are what `Packs` makes, those of evaluation what `collate_lists` does. Training needs `packed_by`.
+    Captions that are empty, not there, or not of text are counted; of endless ones the text encoder takes what it can.
+
+    Args:
+        max_tokens, lookahead: of a pack (`PackedBatches`); `batch_size` counts packs, over all ranks.
+        captions, caption_dropout: as `draw_caption` has them.
+        shards: as `ShardsDataModule` has them.
+    """
+
+    contents = "pixels"  # what samples have; packs hold one kind
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        lookahead: int = 64,
+        captions: Mapping[str, float] = {"txt": 1.0},
+        caption_dropout: float = 0.1,
+        **shards: Any,
+    ):
+        super().__init__(**shards)
+        for name, value in {"max_tokens": max_tokens, "lookahead": lookahead}.items():
+            if value < 1:
+                raise UserError(f"{self.key}.{name}={value} must be at least 1")
+        if not 0 <= caption_dropout <= 1:
+            raise UserError(f"{self.key}.caption_dropout={caption_dropout} must lie in 0 to 1")
+        self.captions = _weights(captions, f"{self.key}.captions")
+        self.max_tokens, self.lookahead, self.caption_dropout = max_tokens, lookahead, caption_dropout
+        self._tokens: PackedTokens | None = None
+
+    def packed_by(self, tokens: PackedTokens) -> None:
+        """Says how many tokens samples have; to be called before training."""
+        self._tokens = tokens
+
+    collate = staticmethod(collate_lists)
+
+    def _global_batches(self) -> PackedBatches:
+        return PackedBatches(
+            self.urls("train"),
+            self.decoder(training=True),
+            collate=Packs(self.max_tokens),
+            tokens=self._tokens or _unknown,
+            max_tokens=self.max_tokens,
+            lookahead=self.lookahead,
+            **self._order_arguments(),
+        )
+
+    def _train_length(self) -> int | None:
+        if self.trainer is not None and not (self.trainer.max_steps and self.trainer.max_steps > 0):
+            raise UserError("trainer.max_steps must be given: how many packs make an epoch is not known")
+        return super()._train_length()
+
+
+class TextImageDataModule(PackedDataModule):
     """Captioned images from webdataset shards (`key.{jpg,png,webp}`, `key.txt`, `key.json`), each in the size of
     `pixels` that is nearest to its shape, packed without padding.
-
-    Training batches are what `collate_packs` makes, those of evaluation what `collate_lists` does. Training needs
-    `packed_by`. Captions that are empty, not there, or not of text are counted; of endless ones the text encoder takes
-    what it can.
 
     Args:
         pixels: a budget of `grn.resolutions`, or budget -> how often it is drawn: several resolutions in one run.
         resolutions: [[height, width], ...] in pixels, in place of the 15 templates at `pixels`.
-        max_tokens, lookahead: of a pack (`PackedBatches`); `batch_size` counts packs, over all ranks.
-        captions: as `TextImageDecoder` has them; so are the others.
-        shards: as `ShardsDataModule` has them.
+        flip, min_size, max_aspect: as `TextImageDecoder` has them.
+        packs: as `PackedDataModule` has them.
     """
 
     def __init__(
@@ -140,30 +221,20 @@ class TextImageDataModule(ShardsDataModule):
         *,
         pixels: str | Mapping[str, float] | None = None,
         resolutions: Sequence[Sequence[int]] | None = None,
-        max_tokens: int,
-        lookahead: int = 64,
-        captions: Mapping[str, float] = {"txt": 1.0},
-        caption_dropout: float = 0.1,
         flip: bool = False,
         min_size: int = 1,
         max_aspect: float | None = None,
-        **shards: Any,
+        **packs: Any,
     ):
-        super().__init__(**shards)
-        key = self.key
-        for name, value in {"max_tokens": max_tokens, "lookahead": lookahead, "min_size": min_size}.items():
-            if value < 1:
-                raise UserError(f"{key}.{name}={value} must be at least 1")
+        super().__init__(**packs)
+        if min_size < 1:
+            raise UserError(f"{self.key}.min_size={min_size} must be at least 1")
         if max_aspect is not None and max_aspect < 1:
-            raise UserError(f"{key}.max_aspect={max_aspect} must be at least 1, the square's")
-        if not 0 <= caption_dropout <= 1:
-            raise UserError(f"{key}.caption_dropout={caption_dropout} must lie in 0 to 1")
+            raise UserError(f"{self.key}.max_aspect={max_aspect} must be at least 1, the square's")
         self.budgets = self._budgets(pixels, resolutions)
-        self.captions = _weights(captions, f"{key}.captions")
-        self.max_tokens, self.lookahead = max_tokens, lookahead
-        self.caption_dropout, self.flip = caption_dropout, flip
-        self.min_size, self.max_aspect = min_size, max_aspect
-        self._tokens: PackedTokens | None = None
+        self.pixels = None if pixels is None else {pixels: 1.0} if isinstance(pixels, str) else dict(pixels)
+        self.resolutions = None if resolutions is None else [list(size) for size in resolutions]
+        self.flip, self.min_size, self.max_aspect = flip, min_size, max_aspect
 
     def packed_by(self, tokens: PackedTokens) -> None:
         """Says how many tokens samples have; to be called before training.
@@ -183,9 +254,7 @@ class TextImageDataModule(ShardsDataModule):
                         f"{self.key}.max_tokens={self.max_tokens} holds no image of {height}x{width} pixels, "
                         f"{count} tokens at least: give more, or fewer pixels"
                     )
-        self._tokens = tokens
-
-    collate = staticmethod(collate_lists)
+        super().packed_by(tokens)
 
     def decoder(self, *, training: bool) -> TextImageDecoder:
         return TextImageDecoder(
@@ -197,22 +266,6 @@ class TextImageDataModule(ShardsDataModule):
             max_aspect=self.max_aspect,
             seed=self.seed,
         )
-
-    def _global_batches(self) -> PackedBatches:
-        return PackedBatches(
-            self.urls("train"),
-            self.decoder(training=True),
-            collate=Packs(self.max_tokens),
-            tokens=self._tokens or _unknown,
-            max_tokens=self.max_tokens,
-            lookahead=self.lookahead,
-            **self._order_arguments(),
-        )
-
-    def _train_length(self) -> int | None:
-        if self.trainer is not None and not (self.trainer.max_steps and self.trainer.max_steps > 0):
-            raise UserError("trainer.max_steps must be given: how many packs make an epoch is not known")
-        return super()._train_length()
 
     def _budgets(
         self, pixels: str | Mapping[str, float] | None, resolutions: Sequence[Sequence[int]] | None

@@ -1,22 +1,24 @@
-"""Token shards: what `grn.encode` writes in place of pixels, and the datamodule that trains any refiner from them.
+"""Token shards: what `grn.encode` writes in place of pixels, and the datamodule that trains class refiners from them.
 
 A sample is `key.tokens.npy`, a uint8 array [views, T, h, w, ceil(z*M/8)] of packed `bit` tokens (`grn.hbq.pack`), with
 the label and captions of the pixel shards beside it. View 0 is the image as it is, view 1 mirrored. The manifest knows
-the tokenizer: its hash, z and M.
+the tokenizer: its hash, z and M. Text refiners train from those of captioned samples by `grn.data.text_tokens`.
 """
 
 import io
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from grn.data.datamodule import ShardsDataModule
+from grn.data.datamodule import SPLITS, ShardsDataModule
 from grn.data.images import ImageShardsDataModule
 from grn.data.samples import (
     TOKEN_SUFFIXES,
@@ -55,12 +57,23 @@ class TokenDecoder:
             Skip: with the reason.
         """
         sample = read_annotation(raw, self.num_labels)
-        views = read_array(entry(raw, TOKEN_SUFFIXES, missing=Reason.NO_TOKENS))
         mirrored = self.flip and is_mirrored(self.seed, pass_number, raw["__key__"])
-        if len(views) <= mirrored or views.shape[4] != self.width or views.shape[1:4] != self.shape:
+        sample["bits"] = read_view(raw, mirrored=mirrored, width=self.width)
+        if sample["bits"].shape[:3] != self.shape:
             raise Skip(Reason.BAD_TOKENS)
-        sample["bits"] = torch.from_numpy(views[int(mirrored)].copy())
         return sample
+
+
+def read_view(raw: Mapping[str, object], *, mirrored: bool, width: int) -> Tensor:
+    """uint8 [T, h, w, width]: the tokens of a raw sample as it is, or mirrored.
+
+    Raises:
+        Skip: there are none, or of another width, or not mirrored.
+    """
+    views = read_array(entry(raw, TOKEN_SUFFIXES, missing=Reason.NO_TOKENS))
+    if len(views) <= mirrored or views.shape[4] != width:
+        raise Skip(Reason.BAD_TOKENS)
+    return torch.from_numpy(views[int(mirrored)].copy())
 
 
 def read_array(data: bytes) -> np.ndarray:
@@ -89,14 +102,8 @@ def write_array(views: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-class TokenShardsDataModule(ShardsDataModule):
-    """Packed tokens from the shards of `grn.encode`.
-
-    They are what the tokenizer makes of the pixel shards' images with the same labels and, sample by sample and pass by
-    pass, the same flips; in the same order, too, where no sample was rejected and the keys of the loader are the same.
-
-    Batches are {"bits": uint8 [B, T, h, w, bytes], "label": int64 [B] (where the manifest counts labels), "caption":
-    list[str] (where there are any), "key": list[str]}; `grn.hbq.unpack` makes tokens of them.
+class EncodedDataModule(ShardsDataModule):
+    """What all token shards share: their manifest, their tokenizer, their views, and the pixels that they were.
 
     Args:
         flip: mirror training samples at random; needs both views; None: where the shards have both.
@@ -104,33 +111,29 @@ class TokenShardsDataModule(ShardsDataModule):
         shards: as `ShardsDataModule` has them; `root` must hold the manifest, also where `train` is elsewhere.
 
     Raises:
-        UserError: `root` holds no token shards.
+        UserError: `root` holds no token shards of this kind.
     """
+
+    captioned: ClassVar[bool]  # whether these are samples of text refiners, each of a size of its own
 
     def __init__(self, *, flip: bool | None = None, pixels: str | None = None, **shards: Any):
         super().__init__(**shards)
         if not (self.manifest and "tokenizer" in self.manifest):
             raise UserError(
-                f"data.root={self.root} holds no token shards with their manifest; write them with "
-                "`python -m grn.encode ckpt=TOKENIZER data=...`, and give that folder as data.root"
+                f"{self.key}.root={self.root} holds no token shards with their manifest; write them with "
+                f"`python -m grn.encode ckpt=TOKENIZER data=...`, and give that folder as {self.key}.root"
             )
-        _check_manifest(self.manifest, self.root)
+        if ("text" in self.manifest) != self.captioned:
+            kind, option = ("images of one size", "tokens") if self.captioned else ("captioned samples", "text_tokens")
+            raise UserError(f"{self.key}.root={self.root} holds tokens of {kind}: choose data={option} for them")
+        if not self._manifest_fits():
+            raise UserError(f"{self.root / MANIFEST} is no manifest of token shards: encode them anew (grn.encode)")
         self.tokenizer: dict[str, Any] = self.manifest["tokenizer"]
+        self.token_bytes = math.ceil(self.tokenizer["latent_channels"] * self.tokenizer["rounds"] / 8)  # of a position
         if flip and self.manifest["views"] < 2:
-            raise UserError(f"data.flip=true, but {self.root} has no mirrored views: encode it with flip=true")
+            raise UserError(f"{self.key}.flip=true, but {self.root} has no mirrored views: encode it with flip=true")
         self.flip = self.manifest["views"] == 2 if flip is None else flip
-        if self.num_labels is None:
-            self.num_labels = self.manifest["num_labels"]
         self.pixels = pixels
-
-    def decoder(self, *, training: bool) -> TokenDecoder:
-        return TokenDecoder(
-            shape=tuple(self.manifest["token_shape"]),
-            width=math.ceil(self.tokenizer["latent_channels"] * self.tokenizer["rounds"] / 8),
-            num_labels=self.num_labels,
-            flip=self.flip and training,
-            seed=self.seed,
-        )
 
     def check_tokenizer(self, sha256: str) -> None:
         """Raises:
@@ -138,7 +141,7 @@ class TokenShardsDataModule(ShardsDataModule):
         """
         if self.tokenizer["sha256"] != sha256:
             raise UserError(
-                f"data.root={self.root} was encoded by another tokenizer ({self.tokenizer['source']}, sha256 "
+                f"{self.key}.root={self.root} was encoded by another tokenizer ({self.tokenizer['source']}, sha256 "
                 f"{self.tokenizer['sha256'][:12]}, not {sha256[:12]}): give that one as tokenizer.ckpt, or encode anew"
             )
 
@@ -148,42 +151,91 @@ class TokenShardsDataModule(ShardsDataModule):
         if source is None:
             raise UserError("scores compare with real images, which these token shards were not made of: scores=none")
         root = self.pixels or source["root"]
-        images = ImageShardsDataModule(
-            name=source["name"],
-            root=root,
-            image_size=source["image_size"],
-            center_crop=source["center_crop"],
-            batch_size=self.batch_size,
-            eval_batch_size=self.eval_batch_size,
-            num_labels=self.num_labels,
-            num_workers=self.num_workers,
-            train=None if self.pixels else source["train"],
-            heldout=None if self.pixels else source["heldout"],
-        )
+        places = {"name": source["name"], "root": root}
+        places |= {name: None if self.pixels else source[name] for name in SPLITS}
+        places |= {name: getattr(self, name) for name in ("batch_size", "eval_batch_size", "num_workers")}
         try:
-            return images.split_dataloader(split, share=share)
+            return self._pixels(source, **places).split_dataloader(split, share=share)
         except UserError:
             raise UserError(
-                f"data.pixels: scores need the images that were encoded, and {root} has not their {split} shards: give "
-                "their folder, or scores=none"
+                f"{self.key}.pixels: scores need the images that were encoded, and {root} has not their {split} "
+                "shards: give their folder, or scores=none"
             ) from None
 
+    @abstractmethod
+    def _pixels(self, source: Mapping[str, Any], **places: Any) -> ShardsDataModule:
+        """The pixel shards by the manifest's `source`; `places`: arguments of `ShardsDataModule`."""
 
-def _check_manifest(manifest: Mapping[str, Any], root: Path) -> None:
-    """Raises:
-    UserError: what `grn.encode` adds to a manifest is not as it writes it.
+    @abstractmethod
+    def _manifest_fits(self) -> bool:
+        """Whether what `grn.encode` adds to a manifest is as it writes it."""
+        tokenizer, source = self.manifest["tokenizer"], self.manifest.get("source")
+        return (
+            isinstance(tokenizer, dict)
+            and all(isinstance(tokenizer.get(key), str) for key in ("sha256", "source"))
+            and all(is_count(tokenizer.get(key)) for key in ("latent_channels", "rounds"))
+            and self.manifest.get("views") in (1, 2)
+            and (source is None or _is_source(source))
+        )
+
+
+class TokenShardsDataModule(EncodedDataModule):
+    """Packed tokens from the shards of `grn.encode`.
+
+    They are what the tokenizer makes of the pixel shards' images with the same labels and, sample by sample and pass by
+    pass, the same flips; in the same order, too, where no sample was rejected and the keys of the loader are the same.
+
+    Batches are {"bits": uint8 [B, T, h, w, bytes], "label": int64 [B] (where the manifest counts labels), "caption":
+    list[str] (where there are any), "key": list[str]}; `grn.hbq.unpack` makes tokens of them.
+
+    Args:
+        encoded: as `EncodedDataModule` has them.
     """
-    tokenizer, shape, source = (manifest.get(key) for key in ("tokenizer", "token_shape", "source"))
-    number = lambda value: type(value) is int and 1 <= value <= 2**16  # noqa: E731
-    if not (
-        isinstance(tokenizer, dict)
-        and all(isinstance(tokenizer.get(key), str) for key in ("sha256", "source"))
-        and all(number(tokenizer.get(key)) for key in ("latent_channels", "rounds"))
-        and manifest.get("views") in (1, 2)
-        and isinstance(shape, list)
-        and len(shape) == 3
-        and all(map(number, shape))
-        and (source is None or (isinstance(source, dict) and number(source.get("image_size"))))
-        and (source is None or source.keys() == {"name", "root", "train", "heldout", "image_size", "center_crop"})
-    ):
-        raise UserError(f"{root / MANIFEST} is no manifest of token shards: encode them anew (grn.encode)")
+
+    captioned = False
+
+    def __init__(self, **encoded: Any):
+        super().__init__(**encoded)
+        if self.num_labels is None:
+            self.num_labels = self.manifest["num_labels"]
+
+    def decoder(self, *, training: bool) -> TokenDecoder:
+        return TokenDecoder(
+            shape=tuple(self.manifest["token_shape"]),
+            width=self.token_bytes,
+            num_labels=self.num_labels,
+            flip=self.flip and training,
+            seed=self.seed,
+        )
+
+    def _pixels(self, source: Mapping[str, Any], **places: Any) -> ImageShardsDataModule:
+        sizes = {name: source[name] for name in ("image_size", "center_crop")}
+        return ImageShardsDataModule(num_labels=self.num_labels, **sizes, **places)
+
+    def _manifest_fits(self) -> bool:
+        shape, source = self.manifest.get("token_shape"), self.manifest.get("source")
+        return (
+            super()._manifest_fits()
+            and isinstance(shape, list)
+            and len(shape) == 3
+            and all(map(is_count, shape))
+            and (source is None or is_count(source.get("image_size")))
+            and (source is None or source.keys() == {"name", "root", *SPLITS, "image_size", "center_crop"})
+        )
+
+
+def _is_source(source: object) -> bool:
+    """Whether it says where shards are."""
+    return (
+        isinstance(source, dict)
+        and source.keys() >= {"name", "root", *SPLITS}
+        and isinstance(source["name"], str)
+        and isinstance(source["root"], (str, NoneType))
+        and all(isinstance(source[split], (str, list, NoneType)) for split in SPLITS)
+        and all(isinstance(url, str) for split in SPLITS for url in source[split] or ())
+    )
+
+
+def is_count(value: object) -> bool:
+    """Whether a manifest's value is a number such as sizes are."""
+    return type(value) is int and 1 <= value <= 2**16

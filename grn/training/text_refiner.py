@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from grn import philox, refinement
 from grn.conditions import Text, text_condition
+from grn.data.samples import by_shape
 from grn.data.text_images import PackedTokens
 from grn.errors import UserError
 from grn.flops import forward_flop, hollow, training_flop
@@ -31,8 +32,9 @@ FLOP_TEXT_UNIT = 16  # text lengths are rounded up to it where FLOP are counted
 class TextRefinerModule(RefinerModule):
     """A text-conditional refiner, over the tokens of a frozen tokenizer and the features of a text encoder.
 
-    Batches are packs (`grn.data.text_images`), where captions were dropped already. The loss of a pack is the mean
-    over its tokens, and that of a step the mean over packs: whole packs count alike, on whatever rank they are.
+    Batches are packs (`grn.data.text_images`), where captions were dropped already, of pixels or of packed tokens, and
+    with or without features that the frozen encoder would compute (`grn.data.text_tokens`). The loss of a pack is the
+    mean over its tokens, and that of a step the mean over packs: whole packs count alike, on whatever rank they are.
 
     What to sample is asked for by number, as of the classes of `RefinerModule`: of `prompts`, which may be replaced at
     any time, as may `negative_prompt`, `size` and `frames`.
@@ -84,6 +86,7 @@ class TextRefinerModule(RefinerModule):
         self.prompts, self.negative_prompt, self.size = list(prompts), negative_prompt, tuple(size)
         self.frames, self.context_latents, self.context_ratio = frames, context_latents, context_ratio
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
+        self._empty: Tensor | None = None
 
     def ask_for(
         self,
@@ -157,52 +160,84 @@ class TextRefinerModule(RefinerModule):
 
     def flop_per_sample(self, batch: dict[str, Any]) -> int:
         """As of `RefinerModule`, a mean over the batch's samples; without the text encoder's."""
-        shapes, count = [tuple(pixels.shape) for pixels in batch["pixels"]], len(batch["key"])
-        text = batch["tokens"] - count - sum(map(self.packed_tokens.visual, batch["pixels"]))
+        kind, count, packed = _kind(batch), len(batch["key"]), self.packed_tokens
+        shapes = [packed.shape({kind: sample}) for sample in batch[kind]]
+        text = batch["tokens"] - count - sum(map(math.prod, shapes))
         length = min(self.refiner.max_text, FLOP_TEXT_UNIT * math.ceil(text / count / FLOP_TEXT_UNIT))
-        return sum(self._flop(shape, length) for shape in shapes) // count
+        encoding = sum(self._tokenizer_flop(tuple(pixels.shape)) for pixels in batch.get("pixels", ()))
+        return (encoding + sum(self._flop(shape, length) for shape in shapes)) // count
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019, one module a run
-    def _flop(self, shape: tuple[int, ...], text: int) -> int:
-        pixels = torch.empty(1, *shape, device="meta")
-        tokenizer, (network,) = self.tokenizer, self._hollow
-        frames = 1 + (shape[1] - 1) // tokenizer.temporal_stride
-        tokens = torch.zeros(
-            network.channels, frames, *(side // tokenizer.stride for side in shape[2:]), dtype=torch.long, device="meta"
-        )
+    def _flop(self, shape: tuple[int, int, int], text: int) -> int:
+        (network,) = self._hollow
+        tokens = torch.zeros(network.channels, *shape, dtype=torch.long, device="meta")
         t, features = torch.zeros(1, device="meta"), torch.zeros(text, network.text_width, device="meta")
-        encoding = forward_flop(tokenizer, lambda tokenizer: tokenizer.encode(pixels))
-        return encoding + training_flop(network, lambda network: network([tokens], t, features, [text])[0])
+        return training_flop(network, lambda network: network([tokens], t, features, [text])[0])
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019, one module a run
+    def _tokenizer_flop(self, shape: tuple[int, ...]) -> int:
+        pixels = torch.empty(1, *shape, device="meta")
+        return forward_flop(self.tokenizer, lambda tokenizer: tokenizer.encode(pixels))
 
     # --- the task ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def tokenize(self, batch: dict[str, Any]) -> list[Tensor]:
-        """A batch's `pixels`, S times uint8 [3, T, H, W] -> S times int64 tokens [D, T', h, w], size by size."""
-        tokens = [None] * len(batch["pixels"])
-        for rows in _by_shape(batch["pixels"]):
-            same = super().tokenize({"pixels": torch.stack([batch["pixels"][row] for row in rows])})
+        """A batch's `pixels`, S times uint8 [3, T, H, W], or packed `bits` -> S times int64 tokens [D, T', h, w].
+
+        Size by size.
+        """
+        kind = _kind(batch)
+        tokens = [None] * len(batch[kind])
+        for rows in by_shape(batch[kind]):
+            same = super().tokenize({kind: torch.stack([batch[kind][row] for row in rows])})
             for row, sample in zip(rows, same):
                 tokens[row] = sample
         return tokens
 
     def predict_corrupted(
-        self, tokens: list[Tensor], captions: list[str], *, seed: int, ids: Tensor, step: int, context: list[int]
+        self,
+        tokens: list[Tensor],
+        captions: list[str],
+        *,
+        seed: int,
+        ids: Tensor,
+        step: int,
+        context: list[int],
+        features: list[Tensor | None] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """As of `RefinerModule`, for samples of any sizes and their captions.
 
         Args:
             context: how many latents at the start of each sample are given, true; there are no logits of them.
+            features: [tokens, text width] of each caption, None for an empty one; None: the encoder computes them.
         """
         t = refinement.signal_ratio(seed, ids, step, mean=self.signal_ratio_mean, std=self.signal_ratio_std)
         noisy = [None] * len(tokens)
-        for rows in _by_shape(tokens):
+        for rows in by_shape(tokens):
             same, where = torch.stack([tokens[row] for row in rows]), torch.tensor(rows, device=ids.device)
             same = refinement.corrupt(same, t[where], self.network.classes, seed=seed, ids=ids[where], step=step)
             for row, sample in zip(rows, same):
                 noisy[row] = torch.cat([tokens[row][:, : context[row]], sample[:, context[row] :]], dim=1)
-        text = captions if self.frozen_encoder is None else self.frozen_encoder(captions)
-        return t, self.network(noisy, t, text, context_frames=context)
+        return t, self.network(noisy, t, self._text(captions, features), context_frames=context)
+
+    def _text(
+        self, captions: list[str], features: list[Tensor | None] | None
+    ) -> list[str] | tuple[Tensor, Sequence[int]]:
+        """As `CaptionedRefiner` takes it."""
+        if self.frozen_encoder is None:
+            return captions
+        if features is None:
+            return self.frozen_encoder(captions)
+        found = [self._empty_caption() if known is None else known for known in features]
+        return torch.cat(found), [len(known) for known in found]
+
+    def _empty_caption(self) -> Tensor:
+        """The features of dropped captions, which no shard has; computed once, in the encoder's own precision."""
+        if self._empty is None:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._empty, _ = self.frozen_encoder([""])
+        return self._empty
 
     def draw_context(self, tokens: list[Tensor], ids: Tensor) -> list[int]:
         """How many first latents of each sample are given in this step; some are always left."""
@@ -219,7 +254,13 @@ class TextRefinerModule(RefinerModule):
         ids = self._pack_positions(batch_idx, packs)
         context = self.draw_context(tokens, ids)
         t, logits = self.predict_corrupted(
-            tokens, batch["caption"], seed=self.seed, ids=ids, step=self.global_step, context=context
+            tokens,
+            batch["caption"],
+            seed=self.seed,
+            ids=ids,
+            step=self.global_step,
+            context=context,
+            features=batch.get("features"),
         )
         targets = [sample[:, given:] for sample, given in zip(tokens, context)]
         losses, accuracy = refinement.per_sample(logits, targets)
@@ -246,7 +287,13 @@ class TextRefinerModule(RefinerModule):
         tokens = self.tokenize(batch)
         ids = self._validation_ids(batch)
         _, logits = self.predict_corrupted(
-            tokens, batch["caption"], seed=VALIDATION_SEED, ids=ids, step=0, context=[0] * len(tokens)
+            tokens,
+            batch["caption"],
+            seed=VALIDATION_SEED,
+            ids=ids,
+            step=0,
+            context=[0] * len(tokens),
+            features=batch.get("features"),
         )
         losses, accuracy = refinement.per_sample(logits, tokens)
         on_epoch = {"batch_size": float(len(tokens)), "sync_dist": True}
@@ -291,9 +338,6 @@ def _renumbered(callback: Callable[[Step], None], rows: Tensor, step: Step) -> N
     callback(replace(step, rows=rows[step.rows]))
 
 
-def _by_shape(samples: Sequence[Tensor]) -> Iterable[list[int]]:
-    """The places of the samples of each shape."""
-    groups: dict[torch.Size, list[int]] = {}
-    for place, sample in enumerate(samples):
-        groups.setdefault(sample.shape, []).append(place)
-    return groups.values()
+def _kind(batch: dict[str, Any]) -> str:
+    """What a batch's tokens are made of."""
+    return "bits" if "bits" in batch else "pixels"

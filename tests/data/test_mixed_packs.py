@@ -5,8 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from test_text_videos import clip, make, png, write
 
+from grn.cli import CONF
 from grn.data.mixed_packs import MixedPacksDataModule
 from grn.errors import UserError
 
@@ -73,3 +76,13 @@ def test_it_goes_on_exactly(shards):
 def test_parts_that_differ_are_named(shards):
     with pytest.raises(UserError, match=r"data\.parts\.\*\.lookahead are {'images': 4, 'clips': 9}"):
         mixture(shards, lookahead=9).setup("fit")
+
+
+def test_its_config_makes_it():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        made = compose("train", ["tokenizer.ckpt=x", "data=text_image_and_video", "data.max_tokens=900"])
+    data = instantiate(made.data)
+    assert isinstance(data, MixedPacksDataModule)
+    assert {part.max_tokens for part in data.parts.values()} == {900}
+    with pytest.raises(UserError, match=r"data\.flip: a mixture has no such key"):
+        MixedPacksDataModule(name="x", parts=data.parts, weights=data.weights, flip=True)
