@@ -82,7 +82,7 @@ def packs(module, datamodule, number):
     return [batch for _, batch in zip(range(number), datamodule.train_dataloader())]
 
 
-@pytest.mark.parametrize(("kind", "name"), [(images, "text_image_tokens"), (clips, "text_video_tokens")])
+@pytest.mark.parametrize(("kind", "name"), [(images, "text_image_tokens"), (clips, "captioned_video_tokens")])
 def test_a_refiner_learns_the_same_as_from_pixels(folder, kind, name):
     """Packs, tokens, flips, captions, dropout, features and so the loss."""
     module, seeded = refiner(folder), {"caption_dropout": "0.3", "seed": 3}
@@ -159,7 +159,7 @@ def test_the_same_tokens_in_whatever_batches(folder, tmp_path):
 @pytest.mark.slow
 def test_the_same_shards_by_two_processes(folder, tmp_path):
     assert encode(config("encode", folder, *clips(folder), f"out={tmp_path}/two", "batch_size=3", "num_workers=2"))
-    for shard in (folder / "text_video_tokens").glob("*.tar"):
+    for shard in (folder / "captioned_video_tokens").glob("*.tar"):
         assert shard.read_bytes() == (tmp_path / "two" / shard.name).read_bytes()
 
 
@@ -180,7 +180,7 @@ def test_packs_go_on_exactly(folder):
         assert all(map(torch.equal, found["bits"], expected["bits"]))
 
 
-@pytest.mark.parametrize(("kind", "name"), [(images, "text_image_tokens"), (clips, "text_video_tokens")])
+@pytest.mark.parametrize(("kind", "name"), [(images, "text_image_tokens"), (clips, "captioned_video_tokens")])
 def test_scores_see_the_pixels_that_were_encoded(folder, kind, name):
     from_pixels, from_tokens = data(folder, kind(folder)), data(folder, tokens(folder, name))
     for real, found in zip(*(d.split_dataloader("heldout") for d in (from_pixels, from_tokens)), strict=True):
@@ -193,7 +193,7 @@ def test_scores_see_the_pixels_that_were_encoded(folder, kind, name):
 
 def mixture(folder, **images_differ):
     parts = {"images": tokens(folder, **({"features": "false"} | images_differ))}
-    parts["clips"] = tokens(folder, "text_video_tokens")
+    parts["clips"] = tokens(folder, "captioned_video_tokens")
     parts = {name: data(folder, arguments) for name, arguments in parts.items()}
     return MixedPacksDataModule(name="mixture", parts=parts, weights={"images": 1.0, "clips": 1.0}, seed=1)
 
@@ -219,7 +219,7 @@ def test_mixtures_of_kinds_are_refused(folder):
 
 
 def test_the_mixture_of_tokens_has_a_config(folder):
-    names = {"images": "text_image_tokens", "clips": "text_video_tokens"}
+    names = {"images": "text_image_tokens", "clips": "captioned_video_tokens"}
     roots = [f"data.parts.{part}.root={folder}/{name}" for part, name in names.items()]
     made = config("train", folder, "data=image_and_video_tokens", *roots, "data.max_tokens=900", "data.num_workers=0")
     for name, part in made.data.parts.items():
@@ -238,7 +238,7 @@ def test_digits_are_packed_from_tokens_as_from_pixels():
 
 
 def test_the_manifest_tells_what_they_are(folder):
-    of_images, of_clips = (data(folder, tokens(folder, name)) for name in ("text_image_tokens", "text_video_tokens"))
+    of_images, of_clips = (data(folder, tokens(folder, name)) for name in ("text_image_tokens", "captioned_video_tokens"))
     text = of_images.manifest["text"]
     assert (text["sizes"], text["latents"], text["captions"]) == ([[4, 4], [4, 6]], 1, ["txt", "long"])
     assert {key: text["encoder"][key] for key in ("width", "dtype", "max_length")} == {
@@ -264,9 +264,9 @@ def test_what_does_not_fit_is_refused(folder):
         check_fits(refiner(folder, own), of_images)
     check_fits(refiner(folder, own), data(folder, tokens(folder, features="false")))
     with pytest.raises(UserError, match=r"data\.max_tokens=81 holds no sample of 5x4x6 tokens, 122 at least"):
-        check_fits(refiner(folder), data(folder, [*tokens(folder, "text_video_tokens"), "data.max_tokens=81"]))
+        check_fits(refiner(folder), data(folder, [*tokens(folder, "captioned_video_tokens"), "data.max_tokens=81"]))
     with pytest.raises(UserError, match=r"data\.features=true, but .* has none"):
-        data(folder, tokens(folder, "text_video_tokens", features="true"))
+        data(folder, tokens(folder, "captioned_video_tokens", features="true"))
     with pytest.raises(UserError, match=r"data\.captions=.* has no features of short, only of txt, long"):
         data(folder, tokens(folder, captions="{short:1}"))
     with pytest.raises(UserError, match="holds tokens of captioned samples: choose data=text_tokens"):
