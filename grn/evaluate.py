@@ -65,6 +65,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     rank, _ = rank_and_world_size()
     with together():
         module, trained, subject = _load(config)
+        if isinstance(module, TextRefinerModule):  # scores refer to them, as they do in a run's config
+            OmegaConf.update(config, "training.prompts", module.prompts, force_add=True)
         module = module.to(device)
         if isinstance(module, TokenizerModule):
             if config.images:
@@ -160,8 +162,6 @@ def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[
             )
         if not official and is_exported_refiner(config.ckpt):
             module, subject = load_refiner(config.ckpt, ema=config.ema)
-            if isinstance(module, TextRefinerModule):  # which scores refer to, as they do in a run's config
-                OmegaConf.update(config, "training.prompts", module.prompts, force_add=True)
             return module, None, subject
         network, record = load_tokenizer(
             config.ckpt, embed=False, official=config.tokenizer.model, ema=config.ema, key="ckpt"

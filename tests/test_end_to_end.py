@@ -870,11 +870,12 @@ def test_digits_move(workspace, tmp_path):
 def test_an_exported_text_refiner_is_scored_as_its_run(captioned):
     succeed(captioned, "export", "ckpt=runs/digits_t2i out=digits_t2i")
     scored = []
-    for ckpt in ("runs/digits_t2i", "digits_t2i data=digits_t2i scores=digits_t2i"):
+    of_run, scores = "runs/digits_t2i", "scores=digits_t2i"
+    for ckpt in (of_run, f"{of_run} {scores}", f"digits_t2i data=digits_t2i {scores}"):
         out = f"scored_{len(scored)}"
         succeed(captioned, "evaluate", f"ckpt={ckpt} num=100 out={out}")
         scored.append(json.loads((captioned / out / "metrics.json").read_text())["metrics"] | {"seconds": 0})
-    assert scored[0] == scored[1]
+    assert scored[0] == scored[1] == scored[2]
 
 
 @pytest.mark.parametrize("ranks", ["ddp", "fsdp"])

@@ -19,7 +19,7 @@ from grn.errors import UserError
 from grn.mp4 import write_mp4
 
 DIRECTIONS = {"moving left": (0, -1), "moving right": (0, 1), "rising": (-1, 0), "falling": (1, 0)}  # (rows, columns)
-SIZE, DIGIT, TRAVEL = 32, 16, (10, 16)  # pixels: of frames, of a digit, that it travels at least and at most
+SIZE, DIGIT, TRAVEL = 32, 16, (12, 16)  # pixels: of frames, of a digit, that it travels at least and at most
 FRAMES, FPS = 17, 16
 
 
@@ -139,9 +139,9 @@ class MovingDigitsSource:
 
 
 def moving(digit: int, direction: str, draws: random.Random) -> Motion:
-    """Somewhere within the frame, at 10 to 16 pixels a second."""
+    """Through the middle of the frame, at 12 to 16 pixels a second."""
     room, travel = SIZE - DIGIT, draws.randint(*TRAVEL)
-    along, across = draws.randint(0, room - travel), draws.randint(0, room)
+    along, across = (room - travel) // 2, room // 2
     rows, columns = DIRECTIONS[direction]
     first, last = (along, along + travel) if rows + columns > 0 else (along + travel, along)
     return Motion(digit, (first, across), (last, across)) if rows else Motion(digit, (across, first), (across, last))

@@ -16,7 +16,7 @@ from grn.metrics.judge import DigitsJudge
 from grn.metrics.ranks import Totals
 from grn.metrics.splits import Split, as_images
 
-MIN_TRAVEL = 4.0  # pixels that the centroid must go: real digits go ten at least
+MIN_TRAVEL = 4.0  # pixels that the centroid must go: real digits go twelve at least
 
 
 class MovingDigitsJudge:
