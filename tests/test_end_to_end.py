@@ -842,7 +842,7 @@ CLIPS = "data.num_workers=0 data.eval_batch_size=20 trainer.log_every_n_steps=1 
 
 
 def test_digits_move(workspace, tmp_path):
-    """From mp4 shards by a joint tokenizer to clips, and on from a given first frame."""
+    """From mp4 shards by a joint tokenizer and its tokens to clips, and on from one of these."""
     succeed(workspace, "prepare", "data=digits_video source.digits=200 source.heldout=20 source.copies=1")
     tokenizer = f"+experiment=digits_video_tokenizer {CLIPS} trainer.max_steps=4 trainer.val_check_interval=4"
     tokenizer += " training.warmup_steps=2"
@@ -851,6 +851,7 @@ def test_digits_move(workspace, tmp_path):
     scores = json.loads((workspace / "runs" / "digits_video_tokenizer" / "evaluation" / "metrics.json").read_text())
     assert {"psnr", "temporal_psnr"} <= scores["metrics"].keys()
 
+    succeed(workspace, "encode", "ckpt=runs/digits_video_tokenizer data=digits_video num_workers=0")
     text = TEXT.replace("digits_t2i", "digits_t2v").replace("callbacks.scores.num=100", "callbacks.scores.num=60")
     succeed(workspace, "train", text.replace("callbacks.grid.num=10", "callbacks.grid.num=6") + f" {CLIPS}")
     run = workspace / "runs" / "digits_t2v"
@@ -862,9 +863,11 @@ def test_digits_move(workspace, tmp_path):
     succeed(workspace, "sample", "ckpt=runs/digits_t2v num=2 frames=17")
     clips = sorted((run / "samples" / "videos").iterdir())
     assert [probe_video(clip.read_bytes(), "mp4").duration_s for clip in clips] == [pytest.approx(17 / 16)] * 2
-    frame = workspace / "runs" / "digits_t2v" / "samples" / "samples.png"
-    succeed(workspace, "sample", f"ckpt=runs/digits_t2v num=1 frames=9 init={frame} film=false out={tmp_path}/i2v")
-    assert len(list((tmp_path / "i2v" / "videos").iterdir())) == 1
+    assert (run / "pictures" / "samples-step0000006.mp4").is_file()
+    succeed(
+        workspace, "sample", f"ckpt=runs/digits_t2v num=1 init={clips[0]} init_frames=5 film=false out={tmp_path}/on"
+    )
+    assert len(list((tmp_path / "on" / "videos").iterdir())) == 1
 
 
 def test_an_exported_text_refiner_is_scored_as_its_run(captioned):

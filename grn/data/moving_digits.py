@@ -67,7 +67,7 @@ class MovingDigitsSource:
     """
 
     digits: int = 1797
-    copies: int = 20
+    copies: int = 50
     heldout_copies: int = 1
     heldout: int = 297
     seed: int = 0

@@ -238,7 +238,9 @@ def test_digits_are_packed_from_tokens_as_from_pixels():
 
 
 def test_the_manifest_tells_what_they_are(folder):
-    of_images, of_clips = (data(folder, tokens(folder, name)) for name in ("text_image_tokens", "captioned_video_tokens"))
+    of_images, of_clips = (
+        data(folder, tokens(folder, name)) for name in ("text_image_tokens", "captioned_video_tokens")
+    )
     text = of_images.manifest["text"]
     assert (text["sizes"], text["latents"], text["captions"]) == ([[4, 4], [4, 6]], 1, ["txt", "long"])
     assert {key: text["encoder"][key] for key in ("width", "dtype", "max_length")} == {
