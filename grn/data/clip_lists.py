@@ -55,12 +55,16 @@ def video_source(
 
 @dataclass(frozen=True, order=True)
 class Line:
-    """Where a line stands: the path of its file, its number (from 1), the bytes before it and its own."""
+    """Where a line stands: the path of its file, its number (from 1), the bytes before it and its own.
+
+    `video` is its video_path; None where it has none.
+    """
 
     file: str
     number: int
     start: int
     size: int
+    video: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class ClipList:
             owner set them); `video_path` is relative to it, or absolute. None: the folder of the file.
         name: of the data set.
         captioned: whether lines without a caption are rejected.
-        heldout: how many lines are drawn for the split "heldout" (parts of one video may then be in either split); or
+        heldout: how many lines the split "heldout" has at least: whole videos are drawn for it until it has them; or
             the path of another JSON-lines file, which is that split.
         shard_size: samples a shard, at most.
         seed: of the draw and of the order.
@@ -106,7 +110,7 @@ class ClipList:
         folder = folder.parent if self.videos is None else folder
         if not folder.is_dir():
             raise UserError(f"source.videos={self.videos} is not a folder: give the one that holds the videos")
-        splits, digest = self._splits()
+        splits, digest = self._splits(folder)
         parameters = asdict(self) | {"root": str(_absolute(self.root)), "videos": str(folder), "lines": digest}
         del parameters["num_workers"], parameters["name"]
         return write_shards(
@@ -122,7 +126,7 @@ class ClipList:
             world_size=world_size,
         )
 
-    def _splits(self) -> tuple[dict[str, list[Line]], str]:
+    def _splits(self, folder: Path) -> tuple[dict[str, list[Line]], str]:
         """The lines of each split, and a digest of the files."""
         lines, digest = list_lines("root", self.root)
         if isinstance(self.heldout, str):
@@ -133,8 +137,13 @@ class ClipList:
                 f"source.heldout={self.heldout} must lie in 1 to {len(lines) - 1}, as root={self.root} has "
                 f"{len(lines)} lines, or be the path of another such file"
             )
-        random.Random(f"heldout/{self.seed}").shuffle(lines)
-        return {"train": lines[self.heldout :], "heldout": lines[: self.heldout]}, digest
+        heldout = set(draw_videos(lines, folder, self.heldout, self.seed))
+        if len(heldout) == len(lines):
+            raise UserError(
+                f"source.heldout={self.heldout} of the {len(lines)} lines of root={self.root} leaves no video for "
+                "training, as the parts of a video stay together: take fewer, or give the path of another such file"
+            )
+        return {"train": [line for line in lines if line not in heldout], "heldout": sorted(heldout)}, digest
 
     def _samples(self, folder: Path, lines: Sequence[Line]) -> Iterator[dict | Rejected]:
         for line in lines:
@@ -163,6 +172,22 @@ class ClipList:
         return {suffix: video} | texts | {"json": _encode(metadata)}
 
 
+def draw_videos(lines: Sequence[Line], folder: Path, count: int, seed: int) -> list[Line]:
+    """All lines of videos that are drawn until there are `count` lines; a line that has no video is one of its own."""
+    videos: dict[str | int, list[Line]] = {}
+    for line in lines:
+        video = line.number if line.video is None else os.path.normpath(folder / line.video)
+        videos.setdefault(video, []).append(line)
+    order = list(videos.values())
+    random.Random(f"heldout/{seed}").shuffle(order)
+    drawn = []
+    for parts in order:
+        if len(drawn) >= count:
+            break
+        drawn += parts
+    return drawn
+
+
 def list_lines(key: str, path: str) -> tuple[list[Line], str]:
     """(Every line of a file that is not blank, SHA-256 of the file); in memory there is a mebibyte of it at a time.
 
@@ -180,18 +205,28 @@ def list_lines(key: str, path: str) -> tuple[list[Line], str]:
             while part := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 size, blank = len(part), not part.strip() and len(part) <= MAX_LINE_BYTES
+                video = video_of(part) if len(part) <= MAX_LINE_BYTES else None
                 digest.update(part)
                 while part[-1:] != b"\n" and (part := file.readline(MAX_LINE_BYTES)):
                     size += len(part)
                     digest.update(part)
                 if not blank:
-                    lines.append(Line(str(path), number, start, size))
+                    lines.append(Line(str(path), number, start, size, video))
                 start += size
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read: {error.strerror}") from None
     if not lines:
         raise UserError(f'{key}: {path} has no lines; one a clip is needed: {{"video_path": "a.mp4", "caption": ...}}')
     return lines, digest.hexdigest()[:16]
+
+
+def video_of(line: bytes) -> str | None:
+    """Its video_path; None where there is none, for which the line will be rejected."""
+    try:
+        path = read_metadata({"json": line}).get("video_path")
+    except Skip:
+        return None
+    return path if isinstance(path, str) and path else None
 
 
 def read_line(line: Line) -> bytes:

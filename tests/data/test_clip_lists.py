@@ -10,7 +10,7 @@ from test_clips import numbered_video, patched, read_numbers
 from test_folders import contents, here, put, read, rejected
 from test_text_videos import clip, make, write
 
-from grn.data.clip_lists import CLOCK, MAX_LINE_BYTES, ClipList, frame_ids, video_source
+from grn.data.clip_lists import CLOCK, MAX_LINE_BYTES, ClipList, draw_videos, frame_ids, list_lines, video_source
 from grn.data.folders import CaptionedClips, Clips
 from grn.data.samples import Reason
 from grn.data.shards import read_manifest, shard_paths
@@ -43,6 +43,8 @@ def videos(tmp_path_factory):
     """Of 90 frames, 16 a second, with a keyframe every 12 at least; and two others."""
     folder = tmp_path_factory.mktemp("videos")
     put(folder, {"long.mp4": numbered_video(90, fps=16), "deep/short.mp4": clip(20)})
+    for name in ("second.mp4", "third.mp4"):
+        (folder / name).hardlink_to(folder / "long.mp4")
     put(folder, {"other.webm": numbered_video(48, "webm", "libvpx", fps=24)})
     return folder
 
@@ -52,12 +54,11 @@ SECTIONS = [(0, 90), (0, 17), (11, 30), (12, 29), (13, 60), (40, 57), (73, 90), 
 
 def test_parts_of_a_video_are_those_of_the_whole_file(videos, tmp_path):
     """Decoded as training does, from what was cut out and from the whole with the lines' own numbers: the same bits."""
-    lines = [line("long.mp4", *section) for section in SECTIONS]
-    source(jsonl(videos / "list.jsonl", lines), heldout=2).write(tmp_path / "d")
+    lines = [line("long.mp4", *section) for section in SECTIONS[:-1]] + [line("second.mp4", *SECTIONS[-1])]
+    source(jsonl(videos / "list.jsonl", lines)).write(tmp_path / "d")
     samples = all_of(tmp_path / "d")
     assert sorted(samples) == [f"{number:09d}" for number in range(1, 10)]
     assert rejected(tmp_path / "d") == {}
-    assert len(read(tmp_path / "d", "heldout")) == 2
 
     data, entries, originals = (videos / "long.mp4").read_bytes(), {}, {}
     for number, own in enumerate(lines, 1):
@@ -83,6 +84,29 @@ def test_parts_of_a_video_are_those_of_the_whole_file(videos, tmp_path):
             assert begin <= shown[0] <= shown[-1] < (end or 90)
     sizes = [len(samples[f"{number:09d}"]["mp4"]) for number in range(1, 10)]
     assert sizes[5] < sizes[0] / 2
+
+
+@pytest.mark.parametrize("heldout", [1, 2, 3, 4])
+def test_the_parts_of_a_video_stay_in_one_split(videos, tmp_path, heldout):
+    names = ["long.mp4", "second.mp4", "deep/../long.mp4", "third.mp4", str(videos / "second.mp4"), "third.mp4"]
+    path = jsonl(videos / "list.jsonl", [line(name, 9 * i, 9 * i + 9) for i, name in enumerate(names)])
+    splits = {}
+    for seed in range(4):
+        source(path, heldout=heldout, seed=seed).write(tmp_path / str(seed))
+        keys = {split: {int(key) for key in read(tmp_path / str(seed), split)} for split in ("train", "heldout")}
+        assert len(keys["heldout"]) == (2 if heldout <= 2 else 4)
+        for parts in ({1, 3}, {2, 5}, {4, 6}):
+            assert parts <= keys["train"] or parts <= keys["heldout"]
+        splits[seed] = frozenset(keys["heldout"])
+    assert len(set(splits.values())) > 1
+
+
+def test_an_unusable_line_is_a_video_of_its_own(videos, tmp_path):
+    lines = [b"x", b'{"video_path": ""}', b"{}", b"[" * 10_000, line("\ud800"), line("long.mp4"), line("second.mp4")]
+    path = jsonl(videos / "list.jsonl", lines)
+    found = list_lines("root", path)[0]
+    assert [it.video for it in found] == [None, None, None, None, "\ud800", "long.mp4", "second.mp4"]
+    assert [len(draw_videos(found, videos, count, 0)) for count in range(8)] == list(range(8))
 
 
 def test_what_a_sample_has(videos, tmp_path):
@@ -195,8 +219,9 @@ def test_bad_lines_are_rejected_with_their_reason(videos, tmp_path):
 
 def test_links_of_the_folder_are_followed_and_videos_may_lie_elsewhere(videos, tmp_path):
     (tmp_path / "farm").mkdir()
-    (tmp_path / "farm" / "linked.mp4").symlink_to(videos / "long.mp4")
-    lines = [line("linked.mp4", 0, 20), line("linked.mp4", 20, 40), line(str(videos / "long.mp4"), 0, 9)]
+    for name in ("linked.mp4", "other.mp4"):
+        (tmp_path / "farm" / name).symlink_to(videos / "long.mp4")
+    lines = [line("linked.mp4", 0, 20), line("other.mp4", 20, 40), line(str(videos / "long.mp4"), 0, 9)]
     path = jsonl(tmp_path / "lists" / "list.jsonl", lines)
     source(path, videos=str(tmp_path / "farm")).write(tmp_path / "d")
     assert len(all_of(tmp_path / "d")) == 2
@@ -204,7 +229,7 @@ def test_links_of_the_folder_are_followed_and_videos_may_lie_elsewhere(videos, t
 
 
 def test_captions_may_be_optional(videos, tmp_path):
-    path = jsonl(videos / "list.jsonl", [{"video_path": "long.mp4"}] * 2)
+    path = jsonl(videos / "list.jsonl", [{"video_path": "long.mp4"}, {"video_path": "second.mp4"}])
     with pytest.raises(UserError, match=r"no sample of the (train|heldout) split can be used \(no caption: 1\)"):
         source(path).write(tmp_path / "d")
     source(path, captioned=False).write(tmp_path / "e")
@@ -212,7 +237,8 @@ def test_captions_may_be_optional(videos, tmp_path):
 
 
 def test_the_shards_depend_on_the_lines_and_the_seed_alone(videos, tmp_path):
-    lines = [line("long.mp4", begin, begin + 9) for begin in range(0, 80, 9)]
+    names = ["long.mp4", "second.mp4", "third.mp4"]
+    lines = [line(names[begin % 3], begin, begin + 9) for begin in range(0, 80, 8)]
     path = jsonl(videos / "list.jsonl", lines)
     source(path).write(tmp_path / "one")
     for rank in range(2):
@@ -233,11 +259,16 @@ def test_the_shards_depend_on_the_lines_and_the_seed_alone(videos, tmp_path):
         ([], {}, r"^root: .*list\.jsonl has no lines; one a clip is needed"),
         ([b" ", b""], {}, r"^root: .*list\.jsonl has no lines"),
         ([line("long.mp4")], {}, r"^source\.heldout=1 must lie in 1 to 0, as root=.* has 1 lines, or be the path of"),
+        (
+            [line("long.mp4")] * 3,
+            {"heldout": 2},
+            r"^source\.heldout=2 of the 3 lines of root=.* leaves no video for training, as the parts of a video stay",
+        ),
         ([b"x"] * 3, {}, r"^source: no sample of the train split can be used \(metadata is not a JSON object: 2\)"),
         ([line("long.mp4")] * 3, {"heldout": "/no/where"}, r"^source\.heldout: no file /no/where"),
         ([line("long.mp4")] * 3, {"heldout": "/dev/zero"}, r"^source\.heldout: no file /dev/zero"),
         ([line("long.mp4")] * 3, {"videos": "/no/where"}, r"^source\.videos=/no/where is not a folder"),
-        ([line("long.mp4")] * 3, {"shard_size": 0}, r"^source\.shard_size=0"),
+        ([line("long.mp4"), line("second.mp4")], {"shard_size": 0}, r"^source\.shard_size=0"),
     ],
 )
 def test_lists_without_anything_to_use(videos, tmp_path, lines, changes, said):
@@ -278,7 +309,7 @@ def test_a_folder_with_captions_beside_the_videos(moving_digits, tmp_path):
 
 
 def test_the_command(videos, tmp_path, monkeypatch):
-    path = jsonl(videos / "list.jsonl", [line("long.mp4", 0, 20), line("long.mp4", 20, 60), line("gone.mp4")])
+    path = jsonl(videos / "list.jsonl", [line("long.mp4", 0, 20), line("second.mp4", 20, 60), line("gone.mp4")])
     heldout = jsonl(videos / "heldout.jsonl", [line("long.mp4", 60, 80)])
     here(tmp_path, monkeypatch, f"data=captioned_video root={path} source.heldout={heldout} num_workers=0")
     root = tmp_path / "data" / "captioned_video"
