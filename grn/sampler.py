@@ -230,7 +230,8 @@ class Refined:
 
     steps int64 [B]: taken. entropy float32 [B]: normalised, of the last prediction. decision_entropy float32 [B]: of
     the step whose entropy decides in an entropy-guided schedule; of the first step in a fixed one. trace float32
-    [B, max_steps]: the normalised entropy of every step, NaN beyond the last.
+    [B, max_steps]: the normalised entropy of every step, NaN beyond the last. Given tokens that are never drawn do not
+    count.
     """
 
     tokens: Tensor
@@ -409,7 +410,7 @@ def _advance(predict: Callable, sampler: Sampler, seed: int, t_start: float, slo
     device, schedule, shape = slots.ids.device, sampler.schedule, tuple(slots.tokens.shape[1:])
     t = schedule.signal_ratio(slots.step, slots.total).clamp(min=t_start)
     logits, conditional = _guided_logits(predict, slots.tokens, t, slots.condition, sampler)
-    entropy = normalized_entropy(conditional).float()
+    entropy = normalized_entropy(conditional, slots.free).float()
     deciding = torch.nonzero(slots.step == schedule.decide_at).squeeze(1) if schedule.decide_at is not None else ()
     if len(deciding):
         plan = schedule.plan(_rows(entropy, deciding).cpu())
@@ -493,11 +494,16 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     return (cumulative <= uniform.unsqueeze(1)).sum(dim=1)
 
 
-def normalized_entropy(logits: Tensor) -> Tensor:
-    """Mean over tokens of the entropy divided by that of the uniform distribution: logits [B, classes, ...] -> [B]."""
+def normalized_entropy(logits: Tensor, free: Tensor) -> Tensor:
+    """Mean over the tokens to be drawn of the entropy divided by that of the uniform distribution.
+
+    logits [B, classes, ...], free float32 that broadcasts to [B, ...], 0 where a token is given -> [B]; 0 where all are.
+    What a network says of given tokens means nothing: of the first latents of clips, it has not learned to say any.
+    """
     log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)
     entropy = -(log_p.exp() * log_p).sum(dim=1)
-    return entropy.flatten(1).mean(dim=1) / math.log(logits.shape[1])
+    share = free.flatten(1).mean(dim=1).clamp(min=torch.finfo(free.dtype).tiny)
+    return (entropy * free).flatten(1).mean(dim=1) / share / math.log(logits.shape[1])
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

@@ -364,6 +364,19 @@ def test_masked_tokens_stay(schedule, strength):
     )
 
 
+def test_what_is_said_of_given_tokens_decides_nothing():
+    redraw = torch.zeros(9, 1, 1, 4, 4, dtype=torch.bool)
+    redraw[..., 1:3] = True
+    plain, sure = varied_network(), varied_network()
+    sure.table *= torch.where(redraw[0], 1.0, 40.0)
+    start = Start(given(9), 1.0, redraw)
+    kinds = [run(Sampler(entropy_guided()), torch.arange(9), start=start, network=n) for n in (plain, sure)]
+    assert_same(*kinds)
+    assert kinds[0].steps.unique().numel() > 2
+    whole = [run(Sampler(entropy_guided()), torch.arange(9), network=n).entropy for n in (plain, sure)]
+    assert (whole[0] - whole[1]).abs().min() > 0.01
+
+
 def test_sampling_follows_the_distribution():
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
     u = (torch.arange(10_000) + 0.5) / 10_000
@@ -374,10 +387,13 @@ def test_sampling_follows_the_distribution():
 
 
 def test_entropy_is_normalised():
-    assert normalized_entropy(torch.zeros(2, 16, 3, 4)).tolist() == pytest.approx([1, 1])
+    assert normalized_entropy(torch.zeros(2, 16, 3, 4), torch.ones(2, 1, 1)).tolist() == pytest.approx([1, 1])
     certain = torch.zeros(1, 2, 3)
     certain[:, 0] = 100
-    assert normalized_entropy(certain).item() == pytest.approx(0, abs=1e-6)
+    assert normalized_entropy(certain, torch.ones(1, 1)).item() == pytest.approx(0, abs=1e-6)
+    certain[:, :, 2] = 0
+    for free, expected in (([1.0, 1, 1], 1 / 3), ([0.0, 1, 1], 0.5), ([0.0, 0, 1], 1), ([1.0, 1, 0], 0), ([0.0] * 3, 0)):
+        assert normalized_entropy(certain, torch.tensor([free])).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
