@@ -52,6 +52,8 @@ def start_from(
             raise UserError(
                 f"init_frames={frames} is of clips that go on from init=clip.mp4: give that, and frames=..."
             )
+        if _is_several(init):
+            raise UserError("init: several pictures are for clips to go on from: give one, or frames=...")
         return start_from_image(module, init, strength=strength, mask=mask)
     for key, value in (("mask", mask), ("strength", strength)):
         if value is not None:
@@ -90,7 +92,7 @@ def start_from_clip(module: TextRefinerModule, init: Init, *, frames: int | None
         if isinstance(init, (str, Path)) and Path(init).suffix.lower().removeprefix(".") in VIDEO_SUFFIXES:
             pictures = _last_frames(Path(init).expanduser(), most, fps, fitted)
         else:
-            images = list(init) if isinstance(init, Sequence) and not isinstance(init, str) else [init]
+            images = list(init) if _is_several(init) else [init]
             pictures = [fitted(read_image("init", image)) for image in images[-most:]]
     except Skip as skip:
         raise UserError(f"init={init}: {skip}") from None
@@ -110,6 +112,10 @@ def start_from_clip(module: TextRefinerModule, init: Init, *, frames: int | None
         1.0,
         redraw[None, None, :, None, None].expand(1, 1, -1, rows, columns),
     )
+
+
+def _is_several(init: object) -> bool:
+    return isinstance(init, Sequence) and not isinstance(init, (str, bytes))
 
 
 def _last_frames(path: Path, most: int, fps: float, fitted: Callable[[Image.Image], Tensor]) -> list[Tensor]:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress
 
 from grn import pictures
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import Batch, best_device, check_labels, equal_labels, generate
+from grn.generation import Batch, best_device, check_count, check_labels, equal_labels, generate
 from grn.initial_clip import start_from
 from grn.modules import build_sampler, load_refiner
 from grn.mp4 import save_mp4
@@ -42,6 +42,13 @@ def sample(config: DictConfig) -> Path:
 
     Of clips, the pictures show the first frames; the clips are in `videos/<number>.mp4`.
     """
+    check_count("num", config.num)
+    check_count("batch_size", config.batch_size)
+    if config.columns is not None:
+        check_count("columns", config.columns)
+    if type(config.seed) is not int:
+        raise UserError(f"seed={config.seed}: a whole number")
+    init, mask = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.init, config.mask))
     module, source = load_refiner(config.ckpt, ema=config.ema)
     sampler = build_sampler(config.sampler, module.sampler)
     device = best_device(config.device)
@@ -54,14 +61,12 @@ def sample(config: DictConfig) -> Path:
         labels = _labels(config, module.num_labels)
     if type(config.fps) not in (int, float) or not 0 < config.fps <= 1000:
         raise UserError(f"fps={config.fps}: frames a second, above 0 and at most 1000")
-    if config.num < 1:
-        raise UserError(f"num={config.num}: at least one sample")
     labels = equal_labels(config.num, labels)
     start = start_from(
         module,
-        config.init,
+        init,
         strength=config.strength,
-        mask=config.mask,
+        mask=mask,
         frames=config.init_frames,
         fps=config.fps,
     )
@@ -108,8 +113,8 @@ def sample(config: DictConfig) -> Path:
             "seconds": round(seconds, 2),
             "labels": labels.tolist(),
             "prompts": [module.prompts[label] for label in labels] if isinstance(module, TextRefinerModule) else None,
-            "init": config.init,
-            "mask": config.mask,
+            "init": init,
+            "mask": mask,
             "strength": None if start is None else start.strength,
             "steps": steps.tolist(),
             "entropy": [round(e, 5) for e in entropy.tolist()],
@@ -163,6 +168,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
     Raises:
         UserError: no such file, not of text, too large, or no prompt at all.
     """
+    if not isinstance(prompts, (str, Sequence)):
+        raise UserError(f"prompts={prompts}: a list of texts, or a file with one a line")
     if not isinstance(prompts, str):
         found = [str(prompt) for prompt in prompts]
     else:
@@ -183,7 +190,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def _labels(config: DictConfig, num_labels: int) -> list[int]:
-    labels = list(range(num_labels)) if config.labels is None else list(config.labels)
+    given = config.labels if isinstance(config.labels, ListConfig) else [config.labels]
+    labels = list(range(num_labels) if config.labels is None else given)
     check_labels(labels, num_labels)
     return labels
 

@@ -42,6 +42,33 @@ def test_samples_are_written_in_their_order(tmp_path, monkeypatch):
         assert (tmp_path / "12" / name).read_bytes() == (tmp_path / "5" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["num=abc"], "^num=abc: a whole number of at least 1"),
+        (["num=0"], "^num=0: a whole number"),
+        (["batch_size=0"], "^batch_size=0: a whole number of at least 1"),
+        (["batch_size=2.5"], r"^batch_size=2\.5: a whole number"),
+        (["columns=abc"], "^columns=abc: a whole number"),
+        (["seed=abc"], "^seed=abc: a whole number"),
+        (["labels=9"], r"^labels=\[9\]: labels of this checkpoint"),
+        (["init=5"], "^init: the path of an image, .* not int"),
+        (["init=true"], "^init: the path of an image, .* not bool"),
+        (["init={a:1}"], "^init: the path of an image, .* not dict"),
+        (["init=[a.png,a.png]"], "^init: several pictures are for clips"),
+        (["init=a.png", "mask=[a.png]"], "^mask: the path of an image, .* not list"),
+    ],
+)
+def test_mistakes_take_one_line(tmp_path, monkeypatch, overrides, complaint):
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_module(GUIDED), {}))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("a.png")
+    with pytest.raises(UserError, match=complaint) as error:
+        run(tmp_path, *overrides)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def text_module():
     torch.manual_seed(0)
     tokenizer = HBQTokenizer(
@@ -100,6 +127,12 @@ def test_a_first_frame_stays(clips, tmp_path):
     assert not torch.equal(refined.tokens[0, :, 1:], refined.tokens[2, :, 1:])
 
 
+def test_pictures_of_a_list_are_what_clips_go_on_from(clips, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    out = run(tmp_path, "num=1", "frames=9", f"init=[{tmp_path}/a.png,{tmp_path}/a.png]", "film=false")
+    assert json.loads((out / "samples.json").read_text())["init"] == [f"{tmp_path}/a.png"] * 2
+
+
 @pytest.mark.parametrize(
     ("fps", "asked", "times"), [(24, 5, range(43, 48)), (24, None, range(43, 48)), (12, 5, range(38, 48, 2))]
 )
@@ -134,6 +167,14 @@ def test_going_on_where_training_did_not_is_warned_of(clips, caplog):
     [
         (["frames=8"], r"8 frames are not 1 \+ 4\*k"),
         (["frames=abc"], "frames=abc: a whole number"),
+        (["height=abc"], "^height=abc: a whole number of pixels"),
+        (["height=[8]"], r"^height=\[8\]: a whole number of pixels"),
+        (["width=16.0"], r"^width=16\.0: a whole number of pixels"),
+        (["prompts=5"], "^prompts=5: a list of texts"),
+        (["batch_size=0"], "^batch_size=0: a whole number of at least 1"),
+        (["frames=9", "init=5"], "^init: the path of an image, .* not int"),
+        (["frames=9", "init={a:1}"], "^init: the path of an image, .* not dict"),
+        (["frames=1", "init=[frame.png,frame.png]"], "^init: several pictures are for clips"),
         (["frames=9", "fps=0"], "fps=0: frames a second"),
         (["frames=9", "init=frame.png", "strength=0.5"], r"strength=0\.5: clips go on from init as it is"),
         (["frames=9", "init=frame.png", "init_frames=4"], r"init_frames=4 must be 1 \+ 4\*k"),
