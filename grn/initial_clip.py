@@ -25,6 +25,7 @@ from grn.data.folders import read_file
 from grn.data.samples import VIDEO_SUFFIXES, Skip, resize_and_crop, to_tensor
 from grn.errors import UserError
 from grn.initial_image import read_image, start_from_image
+from grn.mp4 import frame_rate
 from grn.sampler import Start
 from grn.training import RefinerModule, TextRefinerModule
 
@@ -45,8 +46,9 @@ def start_from(
     """What samples start from: `start_from_clip` where they are clips, else `start_from_image`; None without `init`.
 
     Raises:
-        UserError: as these do; something that is not for the other kind.
+        UserError: as these do; something that is not for the other kind; no such `fps`.
     """
+    frame_rate(fps)
     if init is None or module.token_shape[1] == 1:
         if frames is not None:
             raise UserError(
@@ -69,11 +71,13 @@ def start_from_clip(module: TextRefinerModule, init: Init, *, frames: int | None
             samples as training data are.
         frames: how many of them to go on from, 1 + 4k (of the tokenizer), the last ones; None: as many as there are, of
             a kind that the refiner was trained to go on from.
-        fps: of the samples; videos are resampled to it.
+        fps: of the samples, as `frame_rate` has it; videos are resampled to it.
 
     Raises:
-        UserError: a file that cannot be used; fewer frames in it, or a number of frames that leaves none to draw.
+        UserError: a file that cannot be used; fewer frames in it, or a number of frames that leaves none to draw; no
+            such `fps`.
     """
+    rate = frame_rate(fps)  # beyond `open_video`, which takes any exception for the file's fault
     stride, (_, latents, rows, columns) = module.tokenizer.temporal_stride, module.token_shape
     if frames is None:
         most = 1 + stride * (min(max(1, module.context_latents), latents - 1) - 1)
@@ -90,7 +94,7 @@ def start_from_clip(module: TextRefinerModule, init: Init, *, frames: int | None
 
     try:
         if isinstance(init, (str, Path)) and Path(init).suffix.lower().removeprefix(".") in VIDEO_SUFFIXES:
-            pictures = _last_frames(Path(init).expanduser(), most, fps, fitted)
+            pictures = _last_frames(Path(init).expanduser(), most, rate, fitted)
         else:
             images = list(init) if _is_several(init) else [init]
             pictures = [fitted(read_image("init", image)) for image in images[-most:]]
@@ -118,7 +122,7 @@ def _is_several(init: object) -> bool:
     return isinstance(init, Sequence) and not isinstance(init, (str, bytes))
 
 
-def _last_frames(path: Path, most: int, fps: float, fitted: Callable[[Image.Image], Tensor]) -> list[Tensor]:
+def _last_frames(path: Path, most: int, rate: Fraction, fitted: Callable[[Image.Image], Tensor]) -> list[Tensor]:
     """Of a video, each uint8 [3, 1, H, W].
 
     Raises:
@@ -128,9 +132,9 @@ def _last_frames(path: Path, most: int, fps: float, fitted: Callable[[Image.Imag
         raise UserError(f"init={path}: there is no such file")
     reformatter = VideoReformatter()
     with open_video(read_file(path), path.suffix.lower().removeprefix("."), max_pixels=MAX_FRAME_PIXELS) as video:
-        end, interval = duration(video), 1 / Fraction(fps)
-        count = max(1, min(most, int(end / interval)))
-        times = [max(Fraction(0), end - (count - number) * interval) for number in range(count)]
+        end = duration(video)
+        count = max(1, min(most, int(end * rate)))
+        times = [max(Fraction(0), end - (count - number) / rate) for number in range(count)]
         frames = timed(frames_from(video, times[0], max_decoded_frames=MAX_DECODED_FRAMES), video)
         return resample(
             frames,

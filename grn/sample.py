@@ -59,8 +59,6 @@ def sample(config: DictConfig) -> Path:
         raise UserError(f"{odd} is for text refiners, {config.ckpt} is one of classes: give labels=[0,1,...] instead")
     else:
         labels = _labels(config, module.num_labels)
-    if type(config.fps) not in (int, float) or not 0 < config.fps <= 1000:
-        raise UserError(f"fps={config.fps}: frames a second, above 0 and at most 1000")
     labels = equal_labels(config.num, labels)
     start = start_from(
         module,

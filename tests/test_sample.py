@@ -149,6 +149,15 @@ def test_a_clip_goes_on_from_the_end_of_another(clips, moving_digits, tmp_path, 
     assert start.redraw[0, 0, :, 0, 0].tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize("fps", [0, -8, "a", float("nan"), float("inf")])
+def test_a_wrong_rate_is_not_the_fault_of_the_file(clips, moving_digits, tmp_path, fps):
+    source = moving_digits(tmp_path / "videos", 1) / "000.mp4"
+    clips.ask_for(frames=9)
+    for init in (source, None):
+        with pytest.raises(UserError, match=r"^fps=.*: frames a second"):
+            start_from(clips, init, fps=fps)
+
+
 def test_going_on_where_training_did_not_is_warned_of(clips, caplog):
     pictures = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue", "black", "white", "red")]
     clips.ask_for(frames=9)
@@ -176,6 +185,8 @@ def test_going_on_where_training_did_not_is_warned_of(clips, caplog):
         (["frames=9", "init={a:1}"], "^init: the path of an image, .* not dict"),
         (["frames=1", "init=[frame.png,frame.png]"], "^init: several pictures are for clips"),
         (["frames=9", "fps=0"], "fps=0: frames a second"),
+        (["frames=9", "fps=0.0001"], r"^fps=0\.0001: frames a second"),
+        (["frames=9", "fps=abc"], "^fps=abc: frames a second"),
         (["frames=9", "init=frame.png", "strength=0.5"], r"strength=0\.5: clips go on from init as it is"),
         (["frames=9", "init=frame.png", "init_frames=4"], r"init_frames=4 must be 1 \+ 4\*k"),
         (["frames=9", "init=frame.png", "init_frames=5"], "init has 1 frames"),
