@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from grn.data.clip_lists import map_file
 from grn.data.clips import (
     MAX_DECODED_FRAMES,
     MAX_FRAME_PIXELS,
@@ -21,8 +22,8 @@ from grn.data.clips import (
     timed,
     to_rgb,
 )
-from grn.data.folders import read_file
-from grn.data.samples import VIDEO_SUFFIXES, Skip, resize_and_crop, to_tensor
+from grn.data.folders import suffix_of
+from grn.data.samples import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Skip, resize_and_crop, to_tensor
 from grn.errors import UserError
 from grn.initial_image import read_image, start_from_image
 from grn.mp4 import frame_rate
@@ -92,8 +93,11 @@ def start_from_clip(module: TextRefinerModule, init: Init, *, frames: int | None
     def fitted(picture: Image.Image) -> Tensor:
         return to_tensor(resize_and_crop(picture, *sides))
 
+    suffix = suffix_of(init) if isinstance(init, (str, Path)) else None
+    if suffix is not None and suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+        raise UserError(f"init={init}: give one of {', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}")
     try:
-        if isinstance(init, (str, Path)) and Path(init).suffix.lower().removeprefix(".") in VIDEO_SUFFIXES:
+        if suffix in VIDEO_SUFFIXES:
             pictures = _last_frames(Path(init).expanduser(), most, rate, fitted)
         else:
             images = list(init) if _is_several(init) else [init]
@@ -123,7 +127,7 @@ def _is_several(init: object) -> bool:
 
 
 def _last_frames(path: Path, most: int, rate: Fraction, fitted: Callable[[Image.Image], Tensor]) -> list[Tensor]:
-    """Of a video, each uint8 [3, 1, H, W].
+    """Of a video, each uint8 [3, 1, H, W]; of the file, no more is read than its index and its end.
 
     Raises:
         Skip, UserError: what is wrong with it.
@@ -131,7 +135,7 @@ def _last_frames(path: Path, most: int, rate: Fraction, fitted: Callable[[Image.
     if not path.is_file():
         raise UserError(f"init={path}: there is no such file")
     reformatter = VideoReformatter()
-    with open_video(read_file(path), path.suffix.lower().removeprefix("."), max_pixels=MAX_FRAME_PIXELS) as video:
+    with open_video(map_file(path), suffix_of(path), max_pixels=MAX_FRAME_PIXELS) as video:
         end = duration(video)
         count = max(1, min(most, int(end * rate)))
         times = [max(Fraction(0), end - (count - number) / rate) for number in range(count)]

@@ -1,4 +1,5 @@
 import json
+import struct
 
 import av
 import pytest
@@ -149,6 +150,25 @@ def test_a_clip_goes_on_from_the_end_of_another(clips, moving_digits, tmp_path, 
     assert start.redraw[0, 0, :, 0, 0].tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+def test_of_a_long_clip_no_more_than_its_end_is_read(clips, moving_digits, tmp_path, suffix):
+    """A file of nearly a gibibyte, most of it a hole before the media data."""
+    data, size = bytearray((moving_digits(tmp_path / "videos", 1) / "000.mp4").read_bytes()), 900 * 2**20
+    (tmp_path / "short.mp4").write_bytes(data)
+    chunks, media = data.index(b"stco") + 8, data.index(b"mdat") - 4  # of an index behind the media data
+    count, offset = struct.unpack_from(">II", data, chunks)
+    assert count == 1
+    struct.pack_into(">II", data, chunks, 1, offset + size)
+    with open(tmp_path / f"long.{suffix}", "wb") as file:
+        file.write(data[:media] + struct.pack(">I4s", size, b"mdat"))
+        file.seek(media + size)
+        file.write(data[media:])
+    clips.context_latents = 2
+    clips.ask_for(frames=13)
+    long, short = (start_from(clips, tmp_path / name, fps=24) for name in (f"long.{suffix}", "short.mp4"))
+    assert torch.equal(long.tokens, short.tokens)
+
+
 @pytest.mark.parametrize("fps", [0, -8, "a", float("nan"), float("inf")])
 def test_a_wrong_rate_is_not_the_fault_of_the_file(clips, moving_digits, tmp_path, fps):
     source = moving_digits(tmp_path / "videos", 1) / "000.mp4"
@@ -193,12 +213,15 @@ def test_going_on_where_training_did_not_is_warned_of(clips, caplog):
         (["frames=9", "init=frame.png", "init_frames=9"], "init_frames=9 leaves nothing to draw of frames=9"),
         (["frames=1", "init=frame.png", "init_frames=1"], "init_frames=1 is of clips"),
         (["frames=9", "init=nothing.mp4"], "init=nothing.mp4: there is no such file"),
+        (["frames=9", "init=a.gif"], "^init=a.gif: give one of png, jpg, jpeg, webp, mp4, webm, mkv, mov"),
+        (["frames=1", "init=a.gif"], "^init=a.gif: give one of png, jpg, jpeg, webp$"),
         (["frames=9", "init=no_clip.mp4"], "init=no_clip.mp4: "),
         (["frames=99999997"], "are more than a text refiner's"),
     ],
 )
 def test_mistakes_about_clips(clips, tmp_path, monkeypatch, overrides, complaint):
     Image.new("RGB", (16, 16)).save(tmp_path / "frame.png")
+    (tmp_path / "a.gif").write_bytes(b"GIF89a")
     (tmp_path / "no_clip.mp4").write_bytes(b"ftyp" * 100)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=complaint):
