@@ -122,6 +122,11 @@ def start_from_clip(module: TextRefinerModule, init: Init, *, frames: int | None
     )
 
 
+def given_latents(start: Start | None) -> int:
+    """How many first latents clips from `start` have as they were given: 0 without one."""
+    return 0 if start is None else int((~start.redraw[0, 0]).flatten(1).all(dim=1).sum())
+
+
 def _is_several(init: object) -> bool:
     return isinstance(init, Sequence) and not isinstance(init, (str, bytes))
 

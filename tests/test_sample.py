@@ -150,6 +150,35 @@ def test_a_clip_goes_on_from_the_end_of_another(clips, moving_digits, tmp_path, 
     assert start.redraw[0, 0, :, 0, 0].tolist() == [False, False, True, True]
 
 
+def test_the_report_tells_what_a_clip_went_on_from(clips, moving_digits, tmp_path):
+    source = moving_digits(tmp_path / "videos", 1) / "000.mp4"
+    clips.context_latents = 2
+    asked = {"frames": 13, "fps": 12, "height": 24, "width": 16, "negative_prompt": "a six"}
+    overrides = [f"{key}={value}" for key, value in asked.items()]
+    report = json.loads((run(tmp_path, "num=1", *overrides, f"init={source}") / "samples.json").read_text())
+    assert {key: report[key] for key in asked} == asked
+    assert (report["init"], report["init_frames"]) == (str(source), 5)
+    report = json.loads((run(tmp_path, "num=1", *overrides[:2]) / "samples.json").read_text())
+    assert (report["frames"], report["fps"], report["init"], report["init_frames"]) == (13, 12, None, None)
+    report = json.loads((run(tmp_path, "num=1", "frames=1") / "samples.json").read_text())
+    assert (report["frames"], report["fps"], report["init_frames"]) == (1, None, None)
+
+
+def test_pictures_of_clips_that_go_on_show_what_was_drawn(clips, tmp_path, monkeypatch):
+    """The last frames; the film those of the first latents that are drawn."""
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "frame.png")
+    shown, streams = [], []
+    monkeypatch.setattr(pictures, "sorted_grid", lambda images, *_: shown.append(images) or pictures.grid(images))
+    clips.decode_stream = lambda tokens, decode=clips.decode_stream: (
+        streams.append([tokens.shape[2], *decode(tokens)]) or streams[-1][1:]
+    )
+    for init, place, of_film in (("null", 0, 1), (tmp_path / "frame.png", 12, 2)):
+        streams.clear()
+        run(tmp_path, "num=2", "frames=13", f"init={init}")
+        assert [latents for latents, *_ in streams] == [4, 4, of_film, of_film]  # two clips, two steps
+        assert torch.equal(shown.pop(), torch.cat([frames[place] for _, *frames in streams[:2]]))
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])
 def test_of_a_long_clip_no_more_than_its_end_is_read(clips, moving_digits, tmp_path, suffix):
     """A file of nearly a gibibyte, most of it a hole before the media data."""
