@@ -32,7 +32,7 @@ from grn.training import RefinerModule, TextRefinerModule
 
 log = logging.getLogger(__name__)
 
-Init = str | Path | Image.Image | Sequence[Image.Image]
+Init = str | Path | Image.Image | Sequence[str | Path | Image.Image]
 
 
 def start_from(
@@ -68,8 +68,8 @@ def start_from_clip(module: TextRefinerModule, init: Init, *, frames: int | None
     """One map, B = 1, on the module's device, whose first latents are those of the given pictures; others are drawn.
 
     Args:
-        init: a PNG, JPEG or WebP, a video (mp4, mov, webm, mkv), or pictures of Pillow's: brought to the size of the
-            samples as training data are.
+        init: a PNG, JPEG or WebP, a video (mp4, mov, webm, mkv), a picture of Pillow's, or a list of pictures: brought
+            to the size of the samples as training data are.
         frames: how many of them to go on from, 1 + 4k (of the tokenizer), the last ones; None: as many as there are, of
             a kind that the refiner was trained to go on from.
         fps: of the samples, as `frame_rate` has it; videos are resampled to it.
