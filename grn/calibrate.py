@@ -18,7 +18,7 @@ from grn.calibration import TOLERANCE, decision_entropies, fit, steps_taken, wan
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import best_device, equal_labels
+from grn.generation import best_device, check_count, equal_labels
 from grn.modules import build_sampler, load_refiner
 from grn.sampler import EntropyGuided
 from grn.sampler_file import write_sampler
@@ -40,6 +40,9 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: what is asked for cannot be had, or misses the target on the samples that were not fitted to.
     """
+    check_count("batch_size", config.batch_size)
+    if config.num is not None:
+        check_count("num", config.num)
     module, source = load_refiner(config.ckpt, ema=config.ema)
     if config.sampler.schedule.get("_target_") != "grn.sampler.EntropyGuided":
         raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
@@ -95,7 +98,7 @@ def _labels(num: int | None, num_labels: int) -> Tensor:
     """Labels int64 [num] of which each half has every class equally often."""
     if num is None:
         num = 2 * num_labels * math.ceil(ENOUGH / num_labels)
-    if num < 1 or num % (2 * num_labels):
+    if num % (2 * num_labels):
         raise UserError(f"num={num} is not a multiple of {2 * num_labels}: {num_labels} classes equally often, twice")
     return equal_labels(num, range(num_labels))
 

@@ -53,7 +53,11 @@ def generate(
         batch_size: samples refined at a time, and decoded at a time where they are asked for.
         start: given tokens to start from, one map (B = 1) for all images.
         watch_first: called after every step of the first `batch_size` samples, of what is left of them.
+
+    Raises:
+        UserError: a `batch_size` that is none.
     """
+    check_count("batch_size", batch_size)
     ids = torch.arange(len(labels))[rank::world_size]
     if start is not None:
         start = start.expand(len(ids))
@@ -76,6 +80,14 @@ def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:
     rows = torch.nonzero(step.rows < number).squeeze(1)
     if len(rows):
         callback(step.select(rows))
+
+
+def check_count(key: str, value: object) -> None:
+    """Raises:
+    UserError: not a whole number of at least 1.
+    """
+    if type(value) is not int or value < 1:
+        raise UserError(f"{key}={value}: a whole number of at least 1")
 
 
 def check_labels(labels: Sequence[object], num_labels: int) -> None:

@@ -91,7 +91,7 @@ def read_image(key: str, given: str | Path | Image.Image) -> Image.Image:
     """An upright RGB picture out of a file that nobody vouches for, or of Pillow's.
 
     Raises:
-        UserError: it cannot be used; `key` says whose mistake it is.
+        UserError: it is neither, or cannot be used; `key` says whose mistake it is.
     """
     if isinstance(given, Image.Image):
         if given.width * given.height > MAX_PIXELS:
@@ -100,6 +100,8 @@ def read_image(key: str, given: str | Path | Image.Image) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(given))
         except OSError:  # it was opened, and is read only here
             raise UserError(f"{key}: {Reason.UNDECODABLE_IMAGE.value}") from None
+    if not isinstance(given, (str, Path)):
+        raise UserError(f"{key}: the path of an image, or a picture of Pillow's, is needed, not {type(given).__name__}")
     path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(f"{key}={path}: there is no such file")

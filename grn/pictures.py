@@ -1,6 +1,7 @@
 """Pictures of samples: PNG grids, GIF films of the map being refined, and what becomes of each token meanwhile."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -66,34 +67,42 @@ def save_film(frames: list[Image.Image], path: Path, *, seconds: float = 4.0) ->
 
 
 class FilmRecorder:
-    """A sampler callback that keeps the predicted map of every step, on the CPU.
+    """A sampler callback that keeps the predicted tokens of every step, on the CPU: those of the latents it shows.
 
     `frames(decode)` gives one picture a step: the decoded prediction of every sample, samples that are done standing
-    still.
+    still. Of clips, the first latents that are drawn are shown; those behind them have no part in their pixels.
 
     Args:
         states: keep the `STATES` of the tokens, too, to be shown beside the predictions. Given tokens (`Start`) that no
             prediction has replaced count as noise.
+        given: of clips, how many first latents stay as they were given.
     """
 
-    def __init__(self, *, states: bool = False) -> None:
-        self._predictions: list[Tensor] = []
+    def __init__(self, *, states: bool = False, given: int = 0) -> None:
+        self._shown, self._given = slice(given, given + 1), torch.empty(0)  # uint8 [B, D, given, h, w]
+        self._predictions: list[Tensor] = []  # uint8 [B, D, 1, h, w] each; HBQ has 256 classes at most
         self._states: list[Tensor] | None = [] if states else None
-        self._kept: Tensor | None = None  # bool [B, D, T, h, w]: where the map of each sample is predicted
+        self._kept: Tensor | None = None  # bool [B, D, 1, h, w]: where the map of each sample is predicted
 
     def __call__(self, step: Step) -> None:
+        tokens, predicted, kept = (x[:, :, self._shown] for x in (step.tokens, step.predicted, step.kept))
         if self._states is not None:
-            kept = step.kept.cpu()
+            kept = kept.cpu()
             before = torch.zeros_like(kept) if self._kept is None else self._kept[step.rows]
-            states = token_states(before, kept, (step.predicted == step.tokens).cpu())
+            states = token_states(before, kept, (predicted == tokens).cpu())
             self._kept = kept if self._kept is None else self._kept.index_copy(0, step.rows, kept)
             self._states.append(_whole(self._states, step.rows, states))
-        self._predictions.append(_whole(self._predictions, step.rows, step.predicted.cpu()))
+        if not self._predictions:
+            self._given = step.tokens[:, :, : self._shown.start].to(torch.uint8).cpu()
+        self._predictions.append(_whole(self._predictions, step.rows, predicted.to(torch.uint8).cpu()))
 
-    def frames(self, decode: Callable[[Tensor], Tensor], *, columns: int | None = None) -> list[Image.Image]:
-        """`decode`: int64 tokens [B, D, T, h, w] (CPU) -> uint8 pixels [B, 3, T', H, W]; the first frame, which is
-        that of the first latents, is shown."""
-        pixels = [decode(tokens[:, :, :1])[:, :, 0].cpu() for tokens in self._predictions]
+    def frames(self, decode: Callable[[Tensor], Iterable[Tensor]], *, columns: int | None = None) -> list[Image.Image]:
+        """`decode`: int64 tokens [B, D, T, h, w] (CPU) -> frames, uint8 [B, 3, H, W] each, of which the last is
+        shown."""
+        pixels = []
+        for predicted in self._predictions:
+            (last,) = deque(decode(torch.cat([self._given, predicted], dim=2).long()), maxlen=1)
+            pixels.append(last.cpu())
         if self._states is not None:
             pixels = [torch.cat([x, state_pixels(y, x.shape[-2:])], dim=3) for x, y in zip(pixels, self._states)]
         return [grid(images, columns, scale_for(images.shape[-2])) for images in pixels]

@@ -5,7 +5,7 @@ One pipeline for refiners of classes and of texts, of images and of clips; its s
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grn.cli import MISTAKES, explain
 from grn.errors import UserError
-from grn.generation import check_labels
+from grn.generation import check_count, check_labels
 from grn.initial_clip import Init, start_from
 from grn.modules import load_refiner, save_refiner
 from grn.networks.pretrained import HUB, is_hub_id
@@ -163,9 +163,9 @@ class GRNPipeline:
         """
         if output not in get_args(Output):
             raise UserError(f"output={output}: choose among {', '.join(get_args(Output))}")
-        for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{name}={value}: a whole number of at least 1")
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         module, wanted = self._asked(prompt, labels, negative_prompt, height, width, frames)
         sampler = self._sampler(steps, guidance, guidance_interval, temperature)
         seed = _seed(seed, generator)
@@ -218,19 +218,16 @@ class GRNPipeline:
                 raise UserError(
                     f"{odd} is for refiners of texts, this one is of classes: give labels=[0, 1, ...] instead"
                 )
-            asked = [labels] if isinstance(labels, int) else list(() if labels is None else labels)
+            asked = list(labels) if isinstance(labels, Iterable) else [] if labels is None else [labels]
             check_labels(asked, self.module.num_labels)
             return self.module, torch.tensor(asked)
         if labels is not None:
             raise UserError(f"labels={labels} are for refiners of classes, this one is of texts: give a prompt instead")
-        prompts = [prompt] if isinstance(prompt, str) else list(() if prompt is None else prompt)
+        prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
         if not prompts or not all(isinstance(text, str) for text in prompts):
             raise UserError(f"prompt={prompt}: a text, or a list of some")
         if not isinstance(negative_prompt, str | None):
             raise UserError(f"negative_prompt={negative_prompt}: one text")
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and type(value) is not int:
-                raise UserError(f"{name}={value}: a whole number of pixels")
         module = copy.copy(self.module)  # the same networks; what it draws where nobody asks stays as it is
         module.ask_for(prompts=prompts, negative_prompt=negative_prompt, height=height, width=width, frames=frames)
         return module, torch.arange(len(prompts))

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress
 
 from grn import pictures
 from grn.cli import entry_point
 from grn.errors import UserError
 from grn.files import write_json
-from grn.generation import Batch, best_device, check_labels, equal_labels, generate
-from grn.initial_clip import start_from
+from grn.generation import Batch, best_device, check_count, check_labels, equal_labels, generate
+from grn.initial_clip import given_latents, start_from
 from grn.modules import build_sampler, load_refiner
 from grn.mp4 import save_mp4
 from grn.training import RefinerModule, TextRefinerModule
@@ -40,8 +40,16 @@ def main(config: DictConfig) -> None:
 def sample(config: DictConfig) -> Path:
     """Writes `samples.png`, `sorted.png`, `refinement.gif` and `samples.json` to `out`; returns that folder.
 
-    Of clips, the pictures show the first frames; the clips are in `videos/<number>.mp4`.
+    Of clips, the pictures show the first frames, of those that go on from given ones the last; `refinement.gif` shows
+    the first ones that are drawn. The clips are in `videos/<number>.mp4`.
     """
+    check_count("num", config.num)
+    check_count("batch_size", config.batch_size)
+    if config.columns is not None:
+        check_count("columns", config.columns)
+    if type(config.seed) is not int:
+        raise UserError(f"seed={config.seed}: a whole number")
+    init, mask = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.init, config.mask))
     module, source = load_refiner(config.ckpt, ema=config.ema)
     sampler = build_sampler(config.sampler, module.sampler)
     device = best_device(config.device)
@@ -52,22 +60,21 @@ def sample(config: DictConfig) -> Path:
         raise UserError(f"{odd} is for text refiners, {config.ckpt} is one of classes: give labels=[0,1,...] instead")
     else:
         labels = _labels(config, module.num_labels)
-    if type(config.fps) not in (int, float) or not 0 < config.fps <= 1000:
-        raise UserError(f"fps={config.fps}: frames a second, above 0 and at most 1000")
-    if config.num < 1:
-        raise UserError(f"num={config.num}: at least one sample")
     labels = equal_labels(config.num, labels)
     start = start_from(
         module,
-        config.init,
+        init,
         strength=config.strength,
-        mask=config.mask,
+        mask=mask,
         frames=config.init_frames,
         fps=config.fps,
     )
 
+    clips = module.token_shape[1] > 1
+    given = given_latents(start) if clips else 0
+
     started, batches = time.perf_counter(), []
-    film = pictures.FilmRecorder(states=config.film_states) if config.film else None
+    film = pictures.FilmRecorder(states=config.film_states, given=given) if config.film else None
     with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         task = progress.add_task("sampling", total=len(labels))
         for batch in generate(
@@ -80,8 +87,11 @@ def sample(config: DictConfig) -> Path:
             watch_first=film,
         ):
             said = batch.refined
-            clips = module.token_shape[1] > 1
-            images = _save_clips(module, batch, Path(config.out), config.fps, progress) if clips else batch.images.cpu()
+            if clips:
+                shown = -1 if given else 0
+                images = _save_clips(module, batch, Path(config.out), config.fps, progress, shown=shown)
+            else:
+                images = batch.images.cpu()
             batches.append((batch.ids, images, said.steps, said.entropy, said.decision_entropy, said.trace))
             progress.advance(task, len(batch.ids))
     seconds = time.perf_counter() - started
@@ -94,11 +104,13 @@ def sample(config: DictConfig) -> Path:
     pictures.save(pictures.sorted_grid(images, difficulty, steps, config.columns), out / "sorted.png")
     if film is not None:
         columns = config.columns and math.ceil(config.columns / (1 + config.film_states))  # pairs are twice as wide
-        frames = film.frames(lambda tokens: module.decode(tokens.to(device)), columns=columns)
+        frames = film.frames(lambda tokens: module.decode_stream(tokens.to(device)), columns=columns)
         pictures.save_film(frames, out / "refinement.gif")
     if config.images:
         for i, image in enumerate(images):
             pictures.save(pictures.single(image), out / "images" / f"{i:05d}-{int(labels[i])}.png")
+    stride, (_, latents, *positions) = module.tokenizer.temporal_stride, module.token_shape
+    height, width = (count * module.tokenizer.stride for count in positions)
     write_json(
         out / "samples.json",
         {
@@ -108,8 +120,14 @@ def sample(config: DictConfig) -> Path:
             "seconds": round(seconds, 2),
             "labels": labels.tolist(),
             "prompts": [module.prompts[label] for label in labels] if isinstance(module, TextRefinerModule) else None,
-            "init": config.init,
-            "mask": config.mask,
+            "negative_prompt": module.negative_prompt if isinstance(module, TextRefinerModule) else None,
+            "height": height,
+            "width": width,
+            "frames": 1 + (latents - 1) * stride,
+            "fps": config.fps if clips else None,
+            "init": init,
+            "init_frames": 1 + (given - 1) * stride if given else None,
+            "mask": mask,
             "strength": None if start is None else start.strength,
             "steps": steps.tolist(),
             "entropy": [round(e, 5) for e in entropy.tolist()],
@@ -121,26 +139,28 @@ def sample(config: DictConfig) -> Path:
     return out
 
 
-def _save_clips(module: RefinerModule, batch: Batch, out: Path, fps: float, progress: Progress) -> torch.Tensor:
+def _save_clips(
+    module: RefinerModule, batch: Batch, out: Path, fps: float, progress: Progress, *, shown: int
+) -> torch.Tensor:
     """Decodes clips frame by frame into `out/videos`, one after the other: memory does not grow with their length.
 
     Returns:
-        The first frames, uint8 [B, 3, H, W] on the CPU.
+        The frames of number `shown` (-1: the last), uint8 [B, 3, H, W] on the CPU.
     """
     count = 1 + (batch.refined.tokens.shape[2] - 1) * module.tokenizer.temporal_stride
-    task, first = progress.add_task("decoding", total=count * len(batch.ids)), []
+    task, kept = progress.add_task("decoding", total=count * len(batch.ids)), []
 
     def frames(tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         for number, frame in enumerate(module.decode_stream(tokens)):
-            if number == 0:
-                first.append(frame.cpu())
+            if number == shown % count:
+                kept.append(frame.cpu())
             progress.advance(task)
             yield frame[0]
 
     for i, tokens in zip(batch.ids.tolist(), batch.refined.tokens.split(1)):
         save_mp4(frames(tokens), out / "videos" / f"{i:05d}.mp4", fps=fps)
     progress.remove_task(task)
-    return torch.cat(first)
+    return torch.cat(kept)
 
 
 def _ask(config: DictConfig, module: TextRefinerModule) -> list[int]:
@@ -163,6 +183,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
     Raises:
         UserError: no such file, not of text, too large, or no prompt at all.
     """
+    if not isinstance(prompts, (str, Sequence)):
+        raise UserError(f"prompts={prompts}: a list of texts, or a file with one a line")
     if not isinstance(prompts, str):
         found = [str(prompt) for prompt in prompts]
     else:
@@ -183,7 +205,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def _labels(config: DictConfig, num_labels: int) -> list[int]:
-    labels = list(range(num_labels)) if config.labels is None else list(config.labels)
+    given = config.labels if isinstance(config.labels, ListConfig) else [config.labels]
+    labels = list(range(num_labels) if config.labels is None else given)
     check_labels(labels, num_labels)
     return labels
 

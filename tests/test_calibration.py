@@ -150,6 +150,8 @@ def test_what_misses_on_fresh_samples_is_not_written(untrained, tmp_path, monkey
         (["spread=wide"], "spread=wide: give a number"),
         (["spread=9"], "spread=9"),
         (["wp=5"], r"sampler\.schedule\.min_steps must be above warmup"),
+        (["num=many"], "num=many: a whole number of at least 1"),
+        (["batch_size=many"], "batch_size=many: a whole number of at least 1"),
         (["num=15"], "num=15 is not a multiple of 10"),
         (["sampler=linear"], "only an entropy-guided schedule is calibrated"),
         (["sampler=checkpoint"], "only an entropy-guided schedule is calibrated"),

@@ -5,6 +5,7 @@ import torch
 import torch.multiprocessing
 
 from grn.data.streaming import rank_and_world_size
+from grn.errors import UserError
 from grn.generation import equal_labels, generate
 from grn.launch import LAUNCHERS
 from grn.networks.class_refiner import ClassRefiner
@@ -103,3 +104,8 @@ def test_two_processes_draw_the_same_tokens(tmp_path):
     (whole,) = generate(tiny_module(GUIDED), equal_labels(9, range(5)), batch_size=9, seed=2)
     for name in ("tokens", "steps"):
         assert torch.equal(torch.cat([share[name] for share in shares]), getattr(whole.refined, name)[ids])
+
+
+def test_a_batch_holds_a_sample():
+    with pytest.raises(UserError, match=r"^batch_size=0: a whole number of at least 1"):
+        next(generate(tiny_module(GUIDED), equal_labels(2, range(2)), batch_size=0, seed=0))

@@ -1,5 +1,6 @@
 import av
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageChops
 
@@ -49,7 +50,7 @@ def test_finished_samples_stand_still_in_the_film():
 
     def decode(tokens):
         seen.append(tokens[:, 0, 0, 0, 0].tolist())
-        return torch.zeros(len(tokens), 3, 1, 8, 8, dtype=torch.uint8)
+        return [torch.zeros(len(tokens), 3, 8, 8, dtype=torch.uint8)]
 
     assert len(recorder.frames(decode)) == 3
     assert seen == [[0, 0, 0], [0, 1, 1], [0, 1, 2]]
@@ -78,10 +79,34 @@ def test_states_say_what_becomes_of_each_token():
     assert found[1] == [[kept, filled, erased, blank], first]
     assert found[2] == [[erased, kept, filled, filled], first]
 
-    images = recorder.frames(lambda tokens: torch.zeros(len(tokens), 3, 1, 4, 4, dtype=torch.uint8), columns=1)
+    images = recorder.frames(lambda tokens: [torch.zeros(len(tokens), 3, 4, 4, dtype=torch.uint8)], columns=1)
     assert len(images) == 3
     scale = pictures.scale_for(4)
     assert images[0].size == (scale * (8 + 4), scale * (2 * 6 + 2))  # the state beside the prediction
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_of_clips_the_first_latents_drawn_are_shown_and_no_others_kept(given):
+    recorder = pictures.FilmRecorder(states=True, given=given)
+    latents = torch.arange(21).view(1, 1, 21, 1, 1).expand(2, 3, 21, 4, 4)
+    ones = torch.ones(2)
+    for index in range(2):  # given are 0, 1, ..., predicted are 100, 101, ... and 200, 201, ...
+        predicted = latents + 100 * index + 100
+        of_all = torch.full((2,), index), torch.arange(2), ones, ones, ones
+        recorder(Step(*of_all, latents, predicted, torch.ones_like(latents, dtype=torch.bool)))
+    held = sum(x.nbytes for x in (recorder._given, recorder._kept, *recorder._predictions, *recorder._states))
+    assert held == (given + 1 + 2 * 2) * 2 * 3 * 4 * 4
+
+    seen = []
+
+    def decode(tokens):
+        assert tokens.dtype == torch.int64
+        seen.append(tokens[1, 2, :, 3, 3].tolist())
+        yield from (torch.full((2, 3, 8, 8), level, dtype=torch.uint8) for level in (50, 250))
+
+    images = recorder.frames(decode)
+    assert seen == [[*range(given), 100 + given], [*range(given), 200 + given]]
+    assert images[0].getpixel((30, 30)) == (250, 250, 250)
 
 
 def test_positions_are_squares_of_their_tokens():

@@ -34,6 +34,7 @@ TEXTS += " text_encoder.heads=2 text_encoder.hidden=16 text_encoder.max_length=3
 CLASSES += " sampler.schedule.scale=100 sampler.schedule.offset=-36"  # plans are neither all short nor all long
 TEXTS += " sampler.schedule.scale=300 sampler.schedule.offset=-283"
 STEPS = "sampler.schedule.warmup=1 sampler.schedule.min_steps=2 sampler.schedule.max_steps=8"
+PICTURE = Image.new("RGB", (9, 9))
 PROMPTS = ["a seven", "a three left of an eight", ""]
 
 
@@ -116,7 +117,7 @@ def test_clips_are_those_of_the_command(videos, tmp_path, is_exported):
     report, pictures = said_by_command(tmp_path / "init", *asked, f"init={tmp_path / 'frame.png'}", "frames=7")
     result = pipe(PROMPTS[:2], seed=3, frames=7, init=frame, progress=False)
     assert len(result.frames[0]) == 7
-    assert_same(replace(result, images=[clip[0] for clip in result.frames]), report, pictures)
+    assert_same(replace(result, images=[clip[-1] for clip in result.frames]), report, pictures)
 
 
 def test_grn_itself_is_quick_to_import():
@@ -315,11 +316,13 @@ def test_another_precision(kind, request):
     [
         ("classes", {}, r"^labels=\[\]: labels of this checkpoint are 0\.\.4"),
         ("classes", {"labels": [0, 5]}, r"^labels=\[0, 5\]: labels of this checkpoint"),
+        ("classes", {"labels": 2.5}, r"^labels=\[2\.5\]: labels of this checkpoint"),
         ("classes", {"labels": ["one"]}, r"^labels=\['one'\]: labels of this checkpoint"),
         ("classes", {"prompt": "a seven"}, "^prompt is for refiners of texts, .* give labels="),
         ("classes", {"labels": 0, "height": 16}, "^height is for refiners of texts"),
         ("texts", {}, "^prompt=None: a text, or a list"),
         ("texts", {"prompt": ["a", 3]}, r"^prompt=\['a', 3\]: a text, or a list"),
+        ("texts", {"prompt": 3}, "^prompt=3: a text, or a list"),
         ("texts", {"labels": 3}, "^labels=3 are for refiners of classes, .* give a prompt"),
         ("texts", {"prompt": "a", "negative_prompt": ["a"]}, r"^negative_prompt=\['a'\]: one text"),
         ("texts", {"prompt": "a", "width": 18}, r"multiples of the tokenizer's stride 4, got \(16, 18\)"),
@@ -335,10 +338,19 @@ def test_another_precision(kind, request):
         ("classes", {"labels": 0, "num_images_per_prompt": 0}, "^num_images_per_prompt=0: a whole number of at least"),
         ("classes", {"labels": 0, "batch_size": 0}, "^batch_size=0: a whole number of at least 1"),
         ("classes", {"labels": 0, "output": "np"}, "^output=np: choose among pil, pt, tokens"),
+        ("classes", {"labels": 0, "init": torch.zeros(3, 9, 9)}, "^init: the path of an image, .* not Tensor"),
+        ("classes", {"labels": 0, "init": np.zeros((9, 9, 3))}, "^init: the path of an image, .* not ndarray"),
+        ("classes", {"labels": 0, "init": b"x.png"}, "^init: the path of an image, .* not bytes"),
+        ("classes", {"labels": 0, "init": [5]}, "^init: several pictures are for clips"),
+        ("classes", {"labels": 0, "init": PICTURE, "mask": True}, "^mask: the path of an image, .* not bool"),
+        ("videos", {"prompt": "a", "init": torch.zeros(3, 9, 9)}, "^init: the path of an image, .* not Tensor"),
+        ("videos", {"prompt": "a", "init": b"x.mp4"}, "^init: the path of an image, .* not bytes"),
+        ("videos", {"prompt": "a", "init": [5]}, "^init: the path of an image, .* not int"),
+        ("videos", {"prompt": "a", "init": [PICTURE] * 2, "frames": 1}, "^init: several pictures are for clips"),
         ("classes", {"labels": 0, "strength": 0.5}, r"^strength=0\.5 .*give init="),
         (
             "classes",
-            {"labels": 0, "init": Image.new("RGB", (9, 9)), "mask": Image.new("L", (8, 8))},
+            {"labels": 0, "init": PICTURE, "mask": Image.new("L", (8, 8))},
             "is 8x8, but init=.* is 9x9",
         ),
     ],

@@ -1,4 +1,5 @@
 import json
+import struct
 
 import av
 import pytest
@@ -40,6 +41,33 @@ def test_samples_are_written_in_their_order(tmp_path, monkeypatch):
         assert (len(trace), trace[-1], trace[GUIDED.schedule.warmup]) == (steps, last, decision)
     for name in ("samples.png", "sorted.png", *(f"images/{i:05d}-{i % 5}.png" for i in range(12))):
         assert (tmp_path / "12" / name).read_bytes() == (tmp_path / "5" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["num=abc"], "^num=abc: a whole number of at least 1"),
+        (["num=0"], "^num=0: a whole number"),
+        (["batch_size=0"], "^batch_size=0: a whole number of at least 1"),
+        (["batch_size=2.5"], r"^batch_size=2\.5: a whole number"),
+        (["columns=abc"], "^columns=abc: a whole number"),
+        (["seed=abc"], "^seed=abc: a whole number"),
+        (["labels=9"], r"^labels=\[9\]: labels of this checkpoint"),
+        (["init=5"], "^init: the path of an image, .* not int"),
+        (["init=true"], "^init: the path of an image, .* not bool"),
+        (["init={a:1}"], "^init: the path of an image, .* not dict"),
+        (["init=[a.png,a.png]"], "^init: several pictures are for clips"),
+        (["init=a.png", "mask=[a.png]"], "^mask: the path of an image, .* not list"),
+    ],
+)
+def test_mistakes_take_one_line(tmp_path, monkeypatch, overrides, complaint):
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_module(GUIDED), {}))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("a.png")
+    with pytest.raises(UserError, match=complaint) as error:
+        run(tmp_path, *overrides)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def text_module():
@@ -100,6 +128,12 @@ def test_a_first_frame_stays(clips, tmp_path):
     assert not torch.equal(refined.tokens[0, :, 1:], refined.tokens[2, :, 1:])
 
 
+def test_pictures_of_a_list_are_what_clips_go_on_from(clips, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    out = run(tmp_path, "num=1", "frames=9", f"init=[{tmp_path}/a.png,{tmp_path}/a.png]", "film=false")
+    assert json.loads((out / "samples.json").read_text())["init"] == [f"{tmp_path}/a.png"] * 2
+
+
 @pytest.mark.parametrize(
     ("fps", "asked", "times"), [(24, 5, range(43, 48)), (24, None, range(43, 48)), (12, 5, range(38, 48, 2))]
 )
@@ -114,6 +148,63 @@ def test_a_clip_goes_on_from_the_end_of_another(clips, moving_digits, tmp_path, 
     (given,) = clips.tokenize({"pixels": [pixels]})
     assert torch.equal(start.tokens[0, :, :2], given)
     assert start.redraw[0, 0, :, 0, 0].tolist() == [False, False, True, True]
+
+
+def test_the_report_tells_what_a_clip_went_on_from(clips, moving_digits, tmp_path):
+    source = moving_digits(tmp_path / "videos", 1) / "000.mp4"
+    clips.context_latents = 2
+    asked = {"frames": 13, "fps": 12, "height": 24, "width": 16, "negative_prompt": "a six"}
+    overrides = [f"{key}={value}" for key, value in asked.items()]
+    report = json.loads((run(tmp_path, "num=1", *overrides, f"init={source}") / "samples.json").read_text())
+    assert {key: report[key] for key in asked} == asked
+    assert (report["init"], report["init_frames"]) == (str(source), 5)
+    report = json.loads((run(tmp_path, "num=1", *overrides[:2]) / "samples.json").read_text())
+    assert (report["frames"], report["fps"], report["init"], report["init_frames"]) == (13, 12, None, None)
+    report = json.loads((run(tmp_path, "num=1", "frames=1") / "samples.json").read_text())
+    assert (report["frames"], report["fps"], report["init_frames"]) == (1, None, None)
+
+
+def test_pictures_of_clips_that_go_on_show_what_was_drawn(clips, tmp_path, monkeypatch):
+    """The last frames; the film those of the first latents that are drawn."""
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "frame.png")
+    shown, streams = [], []
+    monkeypatch.setattr(pictures, "sorted_grid", lambda images, *_: shown.append(images) or pictures.grid(images))
+    clips.decode_stream = lambda tokens, decode=clips.decode_stream: (
+        streams.append([tokens.shape[2], *decode(tokens)]) or streams[-1][1:]
+    )
+    for init, place, of_film in (("null", 0, 1), (tmp_path / "frame.png", 12, 2)):
+        streams.clear()
+        run(tmp_path, "num=2", "frames=13", f"init={init}")
+        assert [latents for latents, *_ in streams] == [4, 4, of_film, of_film]  # two clips, two steps
+        assert torch.equal(shown.pop(), torch.cat([frames[place] for _, *frames in streams[:2]]))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+def test_of_a_long_clip_no_more_than_its_end_is_read(clips, moving_digits, tmp_path, suffix):
+    """A file of nearly a gibibyte, most of it a hole before the media data."""
+    data, size = bytearray((moving_digits(tmp_path / "videos", 1) / "000.mp4").read_bytes()), 900 * 2**20
+    (tmp_path / "short.mp4").write_bytes(data)
+    chunks, media = data.index(b"stco") + 8, data.index(b"mdat") - 4  # of an index behind the media data
+    count, offset = struct.unpack_from(">II", data, chunks)
+    assert count == 1
+    struct.pack_into(">II", data, chunks, 1, offset + size)
+    with open(tmp_path / f"long.{suffix}", "wb") as file:
+        file.write(data[:media] + struct.pack(">I4s", size, b"mdat"))
+        file.seek(media + size)
+        file.write(data[media:])
+    clips.context_latents = 2
+    clips.ask_for(frames=13)
+    long, short = (start_from(clips, tmp_path / name, fps=24) for name in (f"long.{suffix}", "short.mp4"))
+    assert torch.equal(long.tokens, short.tokens)
+
+
+@pytest.mark.parametrize("fps", [0, -8, "a", float("nan"), float("inf")])
+def test_a_wrong_rate_is_not_the_fault_of_the_file(clips, moving_digits, tmp_path, fps):
+    source = moving_digits(tmp_path / "videos", 1) / "000.mp4"
+    clips.ask_for(frames=9)
+    for init in (source, None):
+        with pytest.raises(UserError, match=r"^fps=.*: frames a second"):
+            start_from(clips, init, fps=fps)
 
 
 def test_going_on_where_training_did_not_is_warned_of(clips, caplog):
@@ -134,19 +225,32 @@ def test_going_on_where_training_did_not_is_warned_of(clips, caplog):
     [
         (["frames=8"], r"8 frames are not 1 \+ 4\*k"),
         (["frames=abc"], "frames=abc: a whole number"),
+        (["height=abc"], "^height=abc: a whole number of pixels"),
+        (["height=[8]"], r"^height=\[8\]: a whole number of pixels"),
+        (["width=16.0"], r"^width=16\.0: a whole number of pixels"),
+        (["prompts=5"], "^prompts=5: a list of texts"),
+        (["batch_size=0"], "^batch_size=0: a whole number of at least 1"),
+        (["frames=9", "init=5"], "^init: the path of an image, .* not int"),
+        (["frames=9", "init={a:1}"], "^init: the path of an image, .* not dict"),
+        (["frames=1", "init=[frame.png,frame.png]"], "^init: several pictures are for clips"),
         (["frames=9", "fps=0"], "fps=0: frames a second"),
+        (["frames=9", "fps=0.0001"], r"^fps=0\.0001: frames a second"),
+        (["frames=9", "fps=abc"], "^fps=abc: frames a second"),
         (["frames=9", "init=frame.png", "strength=0.5"], r"strength=0\.5: clips go on from init as it is"),
         (["frames=9", "init=frame.png", "init_frames=4"], r"init_frames=4 must be 1 \+ 4\*k"),
         (["frames=9", "init=frame.png", "init_frames=5"], "init has 1 frames"),
         (["frames=9", "init=frame.png", "init_frames=9"], "init_frames=9 leaves nothing to draw of frames=9"),
         (["frames=1", "init=frame.png", "init_frames=1"], "init_frames=1 is of clips"),
         (["frames=9", "init=nothing.mp4"], "init=nothing.mp4: there is no such file"),
+        (["frames=9", "init=a.gif"], "^init=a.gif: give one of png, jpg, jpeg, webp, mp4, webm, mkv, mov"),
+        (["frames=1", "init=a.gif"], "^init=a.gif: give one of png, jpg, jpeg, webp$"),
         (["frames=9", "init=no_clip.mp4"], "init=no_clip.mp4: "),
         (["frames=99999997"], "are more than a text refiner's"),
     ],
 )
 def test_mistakes_about_clips(clips, tmp_path, monkeypatch, overrides, complaint):
     Image.new("RGB", (16, 16)).save(tmp_path / "frame.png")
+    (tmp_path / "a.gif").write_bytes(b"GIF89a")
     (tmp_path / "no_clip.mp4").write_bytes(b"ftyp" * 100)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=complaint):

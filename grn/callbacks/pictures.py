@@ -91,7 +91,7 @@ class RefinementFilm(Callback):
         labels = torch.arange(num, device=pl_module.device)
         recorder = pictures.FilmRecorder()
         pl_module.generate(labels, seed=self.seed, ids=torch.arange(num, device=pl_module.device), callback=recorder)
-        frames = recorder.frames(lambda tokens: pl_module.decode(tokens.to(pl_module.device)))
+        frames = recorder.frames(lambda tokens: pl_module.decode_stream(tokens.to(pl_module.device)))
         path = pictures.save_film(frames, self.folder / "refinement.gif")
         _log_video(trainer, "sample/film", path)
 

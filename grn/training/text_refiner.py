@@ -100,8 +100,11 @@ class TextRefinerModule(RefinerModule):
         """Has samples be of these from now on; None leaves what was asked for before.
 
         Raises:
-            UserError: no prompt, or a size or number of frames that the networks do not take.
+            UserError: no prompt, or a size or number of frames that is not whole or that the networks do not take.
         """
+        for key, value in {"height": height, "width": width, "frames": frames}.items():
+            if value is not None and type(value) is not int:
+                raise UserError(f"{key}={value}: a whole number of {'frames' if key == 'frames' else 'pixels'}")
         if prompts is not None:
             if not prompts:
                 raise UserError("prompts is empty: what should samples show?")
@@ -110,8 +113,6 @@ class TextRefinerModule(RefinerModule):
             self.negative_prompt = negative_prompt
         self.size = tuple(own if asked is None else asked for asked, own in zip((height, width), self.size))
         if frames is not None:
-            if type(frames) is not int:
-                raise UserError(f"frames={frames}: a whole number")
             self.frames = frames
         _ = self.token_shape  # whether the size will do
 
