@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grn.errors import UserError
-from grn.sampler import DONE, EntropyGuided, Sampler
+from grn.sampler import EntropyGuided, Sampler
 from grn.training import RefinerModule
 
 TOLERANCE = 0.05  # of the mean number of steps, on samples that were not fitted to
@@ -47,10 +47,10 @@ def decision_entropies(
 
 
 def steps_taken(schedule: EntropyGuided, entropy: Tensor) -> Tensor:
-    """How many steps int64 [B] samples of these entropies [B] take: as planned, less those that lead beyond `DONE`."""
+    """How many steps int64 [B] samples of these entropies [B] take: as planned, less those beyond `done_at`."""
     total = schedule.plan(entropy)
     ratios = schedule.signal_ratio(torch.arange(1, schedule.max_steps + 1), total[:, None])
-    return (ratios < DONE).sum(dim=1) + 1
+    return (ratios < schedule.done_at).sum(dim=1) + 1
 
 
 def wanted_spread(schedule: EntropyGuided, target: float, spread: float | None) -> float:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from torch import Tensor
 from grn import philox
 from grn.errors import UserError
 from grn.philox import Stream
-
-DONE = 0.99  # a sample whose signal ratio has come this far takes its last samples whole and leaves the batch
+from grn.refinement import shift
 
 
 class Condition(Protocol):
@@ -58,6 +57,7 @@ class Schedule(Protocol):
 
     max_steps: int
     decide_at: int | None  # the step whose entropy is handed to `plan`; None: nobody looks at it
+    done_at: float  # a sample whose signal ratio has come this far takes its last samples whole and leaves the batch
 
     def plan(self, entropy: Tensor) -> Tensor:
         """Total number of steps int64 [B] from the normalised entropy [B] at step `decide_at`."""
@@ -75,6 +75,7 @@ class Linear:
 
     steps: int = 50
     decide_at: None = None
+    done_at: ClassVar[float] = 1.0
 
     def __post_init__(self):
         _check(self.steps >= 1, "sampler.schedule.steps", "at least 1", self.steps)
@@ -102,6 +103,25 @@ class Cosine(Linear):
 
 
 @dataclass(frozen=True)
+class Shifted(Linear):
+    """t = 0.999 * shift(i / (N-1), alpha), and the last samples whole: the reference's default of text (DESIGN 1.6).
+
+    The last step thus sees the whole map of the one before, but for one token in a thousand. Above 1, `alpha` takes
+    smaller steps while little is known (`grn.refinement.shift`); DESIGN tells none.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(0 < self.alpha < math.inf, "sampler.schedule.alpha", "positive", self.alpha)
+
+    def signal_ratio(self, step: int | Tensor, total: Tensor) -> Tensor:
+        ratio = 0.999 * shift(step / (total.double() - 1).clamp(min=1), self.alpha)
+        return torch.where(total == step, 1.0, ratio)
+
+
+@dataclass(frozen=True)
 class EntropyGuided:
     """More steps for samples whose tokens are less certain (DESIGN 1.6; the constants are the reference's for B).
 
@@ -116,6 +136,7 @@ class EntropyGuided:
     offset: float = -620.0
     min_steps: int = 20
     max_steps: int = 50
+    done_at: ClassVar[float] = 0.99
 
     def __post_init__(self):
         _check(self.warmup >= 1, "sampler.schedule.warmup", "at least 1", self.warmup)
@@ -146,7 +167,7 @@ class Sampler:
     """Everything a user chooses about sampling (config group `sampler`).
 
     Args:
-        schedule: `Linear`, `Cosine` or `EntropyGuided`.
+        schedule: `Linear`, `Cosine`, `Shifted` or `EntropyGuided`.
         temperature: the logits are divided by it; above 1 for more variety.
         guidance: s in u + s*(c - u), with c and u the logits with and without condition.
         guidance_interval: guidance acts where low < t < high; elsewhere the unconditional pass is not computed.
@@ -417,7 +438,7 @@ def _advance(predict: Callable, sampler: Sampler, seed: int, t_start: float, slo
         slots.total[deciding] = plan
         slots.step[deciding] = _steps_until(t_start, schedule, plan).clamp(min=schedule.decide_at)
     t_next = schedule.signal_ratio(slots.step + 1, slots.total)
-    t_next = torch.where(t_next >= DONE, 1.0, t_next)
+    t_next = torch.where(t_next >= schedule.done_at, 1.0, t_next)
 
     taken = _sent(slots.taken, device)
     temperature = _sent((sampler.temperature * schedule.temperature_scale(slots.step, slots.total)).float(), device)
@@ -497,7 +518,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 def normalized_entropy(logits: Tensor, free: Tensor) -> Tensor:
     """Mean over the tokens to be drawn of the entropy divided by that of the uniform distribution.
 
-    logits [B, classes, ...], free float32 that broadcasts to [B, ...], 0 where a token is given -> [B]; 0 where all are.
+    logits [B, classes, ...], free float32 that broadcasts to [B, ...], 0 where a token is given -> [B]; 0 if all are.
     What a network says of given tokens means nothing: of the first latents of clips, it has not learned to say any.
     """
     log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)

@@ -98,7 +98,7 @@ def test_prepare_finds_the_source_of_its_data():
     assert config.data.root.endswith("digits")
 
 
-@pytest.mark.parametrize("option", ["linear", "cosine", "entropy"])
+@pytest.mark.parametrize("option", ["linear", "cosine", "shifted", "entropy"])
 def test_every_sampler_fills_its_nulls(option):
     chosen = composed("sample", "ckpt=x", f"sampler={option}").sampler
     alone = build_sampler(chosen)

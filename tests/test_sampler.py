@@ -15,6 +15,7 @@ from grn.sampler import (
     Linear,
     Refined,
     Sampler,
+    Shifted,
     Start,
     normalized_entropy,
     refine,
@@ -81,7 +82,7 @@ def entropy_guided(**changes):
     return EntropyGuided(**{"warmup": 2, "scale": 40.0, "offset": -20.0, "min_steps": 4, "max_steps": 12} | changes)
 
 
-SCHEDULES = [Linear(8), Cosine(8), entropy_guided()]
+SCHEDULES = [Linear(8), Cosine(8), Shifted(8), entropy_guided()]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
@@ -106,7 +107,23 @@ def test_linear_and_cosine_signal_ratios():
     assert cosine.signal_ratio(20, total).item() == pytest.approx(1 - math.cos(math.pi / 2 * 0.4))
 
 
-@pytest.mark.parametrize("schedule", [Linear(8), Cosine(8)], ids=["linear", "cosine"])
+def test_shifted_signal_ratios():
+    """DESIGN 1.6: after step i, t = 0.999 * shift((i+1)/(N-1)); the step after t = 0.999 returns its samples."""
+    total = torch.tensor([5])
+    assert [Shifted(5).signal_ratio(i, total).item() for i in range(6)] == pytest.approx(
+        [0, 0.999 / 4, 0.999 / 2, 0.999 * 3 / 4, 0.999, 1]
+    )
+    assert Shifted(5, alpha=4.0).signal_ratio(2, total).item() == pytest.approx(0.999 * 0.2)
+    assert [Shifted(1).signal_ratio(i, torch.tensor([1])).item() for i in (0, 1)] == [0, 1]
+    assert Shifted(50).signal_ratio(torch.tensor([[3], [49]]), torch.tensor([50, 50])).shape == (2, 2)
+
+
+@pytest.mark.parametrize("make", [Linear, Cosine, Shifted])
+def test_fixed_schedules_take_every_step_however_small(make):
+    assert run(Sampler(make(250)), [1, 2]).steps.tolist() == [250, 250]
+
+
+@pytest.mark.parametrize("schedule", [Linear(8), Cosine(8), Shifted(8)], ids=["linear", "cosine", "shifted"])
 def test_fixed_schedules_take_their_steps_and_end_on_the_samples(schedule):
     steps = []
     refined = run(Sampler(schedule), [0, 1], callback=steps.append)
@@ -392,8 +409,9 @@ def test_entropy_is_normalised():
     certain[:, 0] = 100
     assert normalized_entropy(certain, torch.ones(1, 1)).item() == pytest.approx(0, abs=1e-6)
     certain[:, :, 2] = 0
-    for free, expected in (([1.0, 1, 1], 1 / 3), ([0.0, 1, 1], 0.5), ([0.0, 0, 1], 1), ([1.0, 1, 0], 0), ([0.0] * 3, 0)):
-        assert normalized_entropy(certain, torch.tensor([free])).item() == pytest.approx(expected, abs=1e-6)
+    for free, expected in (([1, 1, 1], 1 / 3), ([0, 1, 1], 0.5), ([0, 0, 1], 1), ([1, 1, 0], 0), ([0, 0, 0], 0)):
+        found = normalized_entropy(certain, torch.tensor([free], dtype=torch.float32))
+        assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(

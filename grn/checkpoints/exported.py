@@ -37,7 +37,7 @@ from grn.networks.pretrained import (
 from grn.networks.text_encoder import ByteT5, PretrainedT5, TextEncoder
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
-from grn.sampler import Cosine, EntropyGuided, Linear, Sampler
+from grn.sampler import Cosine, EntropyGuided, Linear, Sampler, Shifted
 
 INDEX = "model_index.json"
 PIPELINE = "GRNPipeline"
@@ -49,7 +49,7 @@ PARTS = {
 }
 FILES = (INDEX, *(f"{part}/{name}" for part in ("refiner", "tokenizer") for name in (CONFIG, WEIGHTS)))
 TEXT_FILES = tuple(f"text_encoder/{name}" for name in (CONFIG, WEIGHTS))
-SCHEDULES = {schedule.__name__: schedule for schedule in (Linear, Cosine, EntropyGuided)}
+SCHEDULES = {schedule.__name__: schedule for schedule in (Linear, Cosine, Shifted, EntropyGuided)}
 # What a file may ask for: every step is a call of the network, and other numbers meet in float32.
 MAX_STEPS, MAX_NUMBER, MAX_SIDE = 10_000, 1e9, 1 << 14
 

@@ -15,7 +15,7 @@ from grn.modules import load_refiner
 from grn.networks import pretrained
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
-from grn.sampler import Cosine, EntropyGuided, Linear, Sampler
+from grn.sampler import Cosine, EntropyGuided, Linear, Sampler, Shifted
 
 
 def parts(seed=0):
@@ -47,10 +47,11 @@ def files(folder):
 @pytest.mark.parametrize(
     "sampler",
     [
+        Sampler(Shifted(7, alpha=2.0), guidance=3.0),
         Sampler(Cosine(7), temperature=1.31, guidance=2.35, guidance_interval=(0.44, 1.0)),
         Sampler(EntropyGuided(warmup=2, scale=9, offset=-1.5, min_steps=3, max_steps=8)),
     ],
-    ids=["cosine", "entropy"],
+    ids=["shifted", "cosine", "entropy"],
 )
 def test_there_and_back(tmp_path, sampler):
     given = parts() | {"sampler": sampler}
@@ -92,7 +93,7 @@ def test_a_schedule_that_nobody_else_has(tmp_path):
 
     given = parts() | {"sampler": Sampler(Own(3))}
     message = complaint_of(lambda: save_exported_refiner(tmp_path / "export", **given, provenance=PROVENANCE))
-    assert "sampler.schedule is Own, not one of Linear, Cosine, EntropyGuided" in message
+    assert "sampler.schedule is Own, not one of Linear, Cosine, Shifted, EntropyGuided" in message
     assert not (tmp_path / "export").exists()
 
 
@@ -123,7 +124,7 @@ def edit(folder, change):
         (lambda index: index.pop("tokenizer"), "tokenizer is None, this GRN reads a HBQTokenizer only"),
         (lambda index: index.update(labeling=["ind"]), "labeling is ['ind'], not ind or bit"),
         (lambda index: index.update(labeling="bit"), "needs model.channels=6 model.classes=2"),
-        (lambda index: index.pop("sampler"), "sampler.schedule is None, not one of Linear, Cosine, EntropyGuided"),
+        (lambda index: index.pop("sampler"), "sampler.schedule is None, not one of Linear, Cosine, Shifted, Entropy"),
         (lambda index: index["sampler"].update(schedule={"_target_": "os.system"}), "sampler.schedule is None"),
         (lambda index: index["sampler"].update(_target_="os.system"), "nothing here knows sampler._target_"),
         (lambda index: index["sampler"]["schedule"].update(_target_="os.system"), "knows sampler.schedule._target_"),
