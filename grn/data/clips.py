@@ -35,6 +35,7 @@ from grn.data.samples import (
     entry,
     is_mirrored,
     read_annotation,
+    read_metadata,
     to_tensor,
 )
 
@@ -69,12 +70,14 @@ TRANSPOSITIONS = {  # signs of the display matrix's (a, b, c, d): x' = ax + cy, 
 class ClipDecoder:
     """Raw webdataset sample -> one clip with its label, caption and key (a callable for `ShardDataset`).
 
+    It lies in the part of the video that `key.json` tells of, if it does (`read_section`).
+
     Args:
         image_size: height and width of what comes out, in pixels; frames are brought to it by `center_crop`.
         frames: T.
-        fps: frame rates to choose from; those at which the video is too short for T frames do not count.
+        fps: frame rates to choose from; those at which the video, or its part, is too short for T frames do not count.
         training: frame rate and start are drawn from (seed, pass, key) alone; else the clip has the highest rate and
-            lies in the middle of the video.
+            lies in the middle.
         flip: mirror every other clip in training, by a draw that depends on (seed, pass, key) alone.
         seed: the run's seed.
         num_labels: labels lie in [0, num_labels); None for data without labels.
@@ -99,7 +102,7 @@ class ClipDecoder:
             Skip: with the reason.
         """
         sample, key = read_annotation(raw, self.num_labels), raw["__key__"]
-        data, suffix = video_entry(raw)
+        (data, suffix), (begin, end) = video_entry(raw), read_section(raw)
         draws = random.Random(f"clip/{self.seed}/{pass_number}/{key}") if self.training else None
         picture = partial(
             to_picture,
@@ -109,7 +112,8 @@ class ClipDecoder:
             reformatter=VideoReformatter(),
         )
         with open_video(data, suffix, max_pixels=self.max_pixels) as video:
-            times = choose_times(duration(video), self.frames, self.fps, draws)
+            seconds = duration(video)
+            times = choose_times(begin, min(seconds, end or seconds), self.frames, self.fps, draws)
             frames = timed(frames_from(video, times[0], max_decoded_frames=self.max_decoded_frames), video)
             sample["pixels"] = torch.cat(resample(frames, times, picture), dim=1)
         return sample
@@ -283,21 +287,43 @@ def duration(video: Video) -> Fraction:
     return max(ends)
 
 
-def choose_times(seconds: Fraction, frames: int, fps: Sequence[float], draws: random.Random | None) -> list[Fraction]:
-    """The moments whose pictures make a clip out of a video of so many seconds.
+def read_section(raw: Mapping[str, object]) -> tuple[Fraction, Fraction | None]:
+    """(begin, end) in seconds of the part of the video that a sample is; None: to the end.
+
+    `key.json` has it in frames at `fps`: from `begin_frame_id` to `end_frame_id`, which is not part of it.
+
+    Raises:
+        Skip: frames without the `fps` to count them by, or numbers that make no part.
+    """
+    metadata = read_metadata(raw)
+    begin, end, fps = (metadata.get(name) for name in ("begin_frame_id", "end_frame_id", "fps"))
+    if begin is None and end is None:
+        return Fraction(0), None
+    begin = 0 if begin is None else begin
+    if type(begin) is not int or type(end) not in (int, type(None)) or type(fps) not in (int, float):
+        raise Skip(Reason.BAD_SECTION)
+    if not 0 < fps < 1e6 or not 0 <= begin < (2**40 if end is None else end) <= 2**40:
+        raise Skip(Reason.BAD_SECTION)
+    return begin / Fraction(fps), None if end is None else end / Fraction(fps)
+
+
+def choose_times(
+    begin: Fraction, end: Fraction, frames: int, fps: Sequence[float], draws: random.Random | None
+) -> list[Fraction]:
+    """The moments whose pictures make a clip out of what lies between `begin` and `end`, in seconds.
 
     Args:
         draws: of the frame rate among those that fit, and of the start; None: the highest rate, the middle.
 
     Raises:
-        Skip: the video is too short for all of `fps`.
+        Skip: that is too short for all of `fps`.
     """
-    rates = [rate for rate in map(Fraction, fps) if (frames - 1) / rate < seconds]
+    rates = [rate for rate in map(Fraction, fps) if (frames - 1) / rate < end - begin]
     if not rates:
         raise Skip(Reason.CLIP_TOO_SHORT)
     rate = draws.choice(rates) if draws else max(rates)
     place = Fraction(draws.random()) if draws else Fraction(1, 2)
-    start = place * (seconds - (frames - 1) / rate)
+    start = begin + place * (end - begin - (frames - 1) / rate)
     return [start + k / rate for k in range(frames)]
 
 

@@ -4,6 +4,7 @@ Every frame of the test videos carries its own number, in four bands of eight le
 """
 
 import io
+import json
 import struct
 from bisect import bisect_right
 from fractions import Fraction
@@ -140,8 +141,9 @@ def test_rates_that_do_not_fit_are_left_out():
     data = numbered_video(24)
     assert read_numbers(decoder(frames=9, fps=(8, 9))(raw(data), 0)["pixels"]) == [1, 4, 6, 9, 12, 14, 17, 20, 22]
     assert reason(data, frames=9, fps=(8,)) is Reason.CLIP_TOO_SHORT  # the last would be shown as the video ends
-    assert choose_times(Fraction(2), 9, (3, 6, 8), None) == [Fraction(1, 2) + Fraction(k, 8) for k in range(9)]
-    assert choose_times(Fraction(2), 1, (3,), None) == [1]
+    eighths = [Fraction(1, 2) + Fraction(k, 8) for k in range(9)]
+    assert choose_times(Fraction(0), Fraction(2), 9, (3, 6, 8), None) == eighths
+    assert choose_times(Fraction(0), Fraction(2), 1, (3,), None) == [1]
 
 
 def test_training_draws_rate_and_start_from_seed_pass_and_key_alone(source):
@@ -161,6 +163,36 @@ def test_training_draws_rate_and_start_from_seed_pass_and_key_alone(source):
 
     assert clip() == clip()
     assert len({tuple(clip(*draw)) for draw in (("k", 0), ("l", 0), ("k", 1))} | {tuple(clip(seed=1))}) == 4
+
+
+def section(begin=None, end=None, fps=24):
+    return json.dumps({"begin_frame_id": begin, "end_frame_id": end, "fps": fps}).encode()
+
+
+def test_json_tells_the_part_of_the_video(source):
+    def clip(*own, number=0, **changes):
+        return read_numbers(decoder(**changes)(raw(source, json=section(*own)), number)["pixels"])
+
+    assert clip(40, 53) == [40, 43, 46, 49, 52]
+    assert clip(20, 27, 12) == [41, 44, 47, 50, 53]
+    assert clip(131) == clip(131, 9999) == [131, 134, 137, 140, 143]
+    assert clip(None, 13) == [0, 3, 6, 9, 12]
+    assert clip(None, None, None) == read_numbers(decoder()(raw(source), 0)["pixels"])
+    assert clip(40, 53, fps=(3, 8)) == clip(40, 53)  # at three a second it would be longer
+    clips = [clip(50, 80, number=number, fps=(8, 12), training=True) for number in range(30)]
+    assert all(50 <= shown[0] < shown[-1] < 80 for shown in clips)
+    assert min(shown[0] for shown in clips) < 55
+    assert max(shown[-1] for shown in clips) > 75
+    for own, expected in (
+        ((40, 52), Reason.CLIP_TOO_SHORT),  # the last frame would be shown as it ends
+        ((132,), Reason.CLIP_TOO_SHORT),
+        ((200, 300), Reason.CLIP_TOO_SHORT),
+        ((53, 40), Reason.BAD_SECTION),
+        ((40, 53, None), Reason.BAD_SECTION),
+    ):
+        with pytest.raises(Skip) as caught:
+            clip(*own)
+        assert caught.value.reason is expected
 
 
 def test_flip_is_for_training_and_leaves_the_times_alone(source):
