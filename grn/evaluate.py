@@ -126,8 +126,8 @@ def _score_refiner(
 
     def watch(batch: Batch) -> None:
         progress.advance(task, len(batch.ids))
-        first = batch.ids < SHOWN
-        shown.append((batch.ids[first], batch.images.cpu()[first]))
+        if (first := batch.ids < SHOWN).any():
+            shown.append((batch.ids[first], batch.images.cpu()[first]))
         if archive is not None:
             archive.add(batch.images, batch.ids)
 

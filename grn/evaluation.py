@@ -87,7 +87,8 @@ def score_samples(
             rank=rank,
             world_size=world_size,
         ):
-            _update(scores.values(), batch.pixels, batch.labels.to(batch.pixels.device), batch.ids)
+            if scores:
+                _update(scores.values(), batch.pixels, batch.labels.to(batch.pixels.device), batch.ids)
             taken = torch.bincount(batch.labels * (most + 1) + batch.refined.steps, minlength=num_labels * (most + 1))
             steps.update(taken.view(num_labels, most + 1))
             if watch is not None:
