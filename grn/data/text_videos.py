@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import av
@@ -79,7 +80,7 @@ class TextVideoDecoder:
             times = self.times(begin, min(seconds, end or seconds), draws)
             frames = timed(frames_from(video, times[0], max_decoded_frames=self.max_decoded_frames), video)
             mirrored = self.images.flip and is_mirrored(seed, pass_number, key)
-            picture = _Pictures(self.images, sizes, mirrored=mirrored, max_pixels=self.max_pixels)
+            picture = _Pictures(self.images, sizes, video.pixel_aspect, mirrored=mirrored, max_pixels=self.max_pixels)
             pixels = torch.cat(resample(frames, times, picture), dim=1)
         return {"pixels": pixels, "caption": caption, "key": key}
 
@@ -100,13 +101,15 @@ class TextVideoDecoder:
 class _Pictures:
     """Frames -> uint8 [3, 1, H, W], all in the size that the first one has by its shape."""
 
-    def __init__(self, images: TextImageDecoder, sizes: Sizes, *, mirrored: bool, max_pixels: int):
+    def __init__(
+        self, images: TextImageDecoder, sizes: Sizes, pixel_aspect: Fraction, *, mirrored: bool, max_pixels: int
+    ):
         self.images, self.sizes, self.mirrored, self.max_pixels = images, sizes, mirrored, max_pixels
         self.size: tuple[int, int] | None = None
-        self.reformatter = VideoReformatter()
+        self.to_rgb = partial(to_rgb, max_pixels=max_pixels, reformatter=VideoReformatter(), pixel_aspect=pixel_aspect)
 
     def __call__(self, frame: av.VideoFrame) -> Tensor:
-        image: Image.Image = to_rgb(frame, max_pixels=self.max_pixels, reformatter=self.reformatter)
+        image: Image.Image = self.to_rgb(frame)
         if self.size is None:
             self.size = self.images.size_of(image, self.sizes)
         image = resize_and_crop(image, *self.size, max_pixels=self.max_pixels)

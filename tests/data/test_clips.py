@@ -66,6 +66,7 @@ def video(
     pix_fmt="yuv420p",
     codec_options=None,
     format_options=None,
+    pixel_aspect=None,
     path=None,
 ):
     """The bytes of a video of `pictures` (RGB arrays), at `fps` or at the times `pts` x `time_base`."""
@@ -74,6 +75,8 @@ def video(
         stream = container.add_stream(codec, rate=fps, options=codec_options or {"g": "12"})
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pix_fmt
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if time_base is not None:
             stream.codec_context.time_base = time_base
         for number, picture in enumerate(pictures):
@@ -354,6 +357,50 @@ def test_display_matrix(matrix, turn):
     for row, column in ((4, 4), (4, -5), (-5, 4), (-5, -5)):
         shown = expected[row, column]
         assert np.abs(pixels[row, column].astype(int) - shown).max() < 16, (row, column)
+
+
+def shape_of(data, suffix="mp4", **options):
+    found = probe_video(data, suffix, **options)
+    return found.width, found.height
+
+
+@pytest.mark.parametrize(
+    ("suffix", "format", "codec"), [it for it in FORMATS if it[0] != "webm"]
+)  # for want of a muxer
+@pytest.mark.parametrize(("aspect", "width"), [((4, 3), 64), ((1, 2), 24), ((16, 15), 51), ((1, 1), 48), (None, 48)])
+def test_pixels_become_square(suffix, format, codec, aspect, width):
+    squeezed = CORNERS[:, np.arange(48) * 64 // 48]
+    data = video([squeezed] * 6, format, codec, pixel_aspect=None if aspect is None else Fraction(*aspect))
+    assert shape_of(data, suffix) == (width, 48)
+    pixels = decoder(frames=1)(raw(data, suffix), 0)["pixels"][:, 0].permute(1, 2, 0).numpy()
+    for row, column in ((4, 4), (4, -5), (-5, 4), (-5, -5)):
+        assert np.abs(pixels[row, column].astype(int) - CORNERS[row, column]).max() < 20, (row, column)
+
+
+def test_pixels_become_square_before_the_frame_is_turned():
+    data = video([CORNERS] * 6, pixel_aspect=Fraction(3, 2))
+    turned = patched(data, b"tkhd", 40, ">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 2**30)
+    assert (shape_of(data), shape_of(turned)) == ((96, 48), (48, 96))
+
+
+def test_nonsense_about_pixels_does_not_count():
+    data = numbered_video(13, pixel_aspect=Fraction(3, 2))
+    for aspect, width in (
+        ((4, 1), 4 * SIZE),
+        ((1, 4), SIZE // 4),
+        ((5, 1), SIZE),
+        ((1, 5), SIZE),
+        ((2**31 - 1, 1), SIZE),
+    ):
+        claimed = patched(data, b"pasp", 0, ">II", *aspect)
+        assert shape_of(claimed) == (width, SIZE)
+    for aspect in ((0, 1), (1, 0), (0, 0)):  # the stream itself says 3:2
+        assert shape_of(patched(data, b"pasp", 0, ">II", *aspect)) in {(SIZE, SIZE), (SIZE * 3 // 2, SIZE)}
+    bound = SIZE * SIZE * 3 // 2
+    assert decoder(max_pixels=bound)(raw(data), 0)["pixels"].shape == (3, 5, SIZE, SIZE)
+    assert reason(data, max_pixels=bound - 1) is Reason.TOO_MANY_PIXELS
+    with pytest.raises(Skip):
+        shape_of(data, max_pixels=bound - 1)
 
 
 @pytest.mark.parametrize(("width", "height"), [(33, 47), (51, 32), (97, 35), (1, 1), (5, 200)])
