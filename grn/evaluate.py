@@ -112,8 +112,8 @@ def _score_refiner(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Samples and scores; also writes the pictures and, where asked for, the samples: (metrics, settings)."""
     out, (rank, world_size) = Path(config.out), rank_and_world_size()
-    splits = real_splits(datamodule, clips=module.token_shape[1] > 1)
     with together():
+        splits = real_splits(datamodule, clips=module.token_shape[1] > 1)
         scores = build_scores(partials, splits, device=module.device, cache_dir=Path(config.cache_dir))
         sampler = build_sampler(config.sampler, module.sampler)
     if config.images and module.token_shape[1] > 1:

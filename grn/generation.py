@@ -76,8 +76,8 @@ def generate(
     decode = module.decode if pixels <= DECODED_PIXELS else partial(_decode_long, module)
     count = max(1, DECODED_PIXELS // pixels)
     for rows, refined in finished:
-        for start in range(0, len(rows), count):
-            part = slice(start, start + count)
+        for first in range(0, len(rows), count):
+            part = slice(first, first + count)
             chunk, own = ids[rows[part]], (getattr(refined, field.name)[part] for field in fields(refined))
             yield Batch(chunk, labels[chunk], Refined(*own), decode)
 
