@@ -26,11 +26,12 @@ from grn.checkpoints.native import load_tokenizer, read_checkpoint
 from grn.cli import MISTAKES, entry_point
 from grn.data.streaming import rank_and_world_size, report_skipped
 from grn.errors import UserError
-from grn.evaluation import build_scores, score_reconstructions, score_samples, steps_by_class
+from grn.evaluation import build_scores, real_splits, score_reconstructions, score_samples, steps_by_class
 from grn.files import write_json
 from grn.generation import Batch, best_device, equal_labels
 from grn.launch import place
 from grn.metrics.nearest import NearestTrainingDistance
+from grn.metrics.splits import Split, image_batches
 from grn.modules import build_sampler, load_refiner, module_from_checkpoint
 from grn.networks.pretrained import is_pretrained
 from grn.networks.tokenizer import for_inference
@@ -87,7 +88,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
             for prefix, part in getattr(datamodule, "parts", {"": datamodule}).items():
                 task = progress.add_task(f"reconstructing {prefix}", total=None)
                 with together():
-                    scores = build_scores(partials, part, device=device, cache_dir=Path(config.cache_dir))
+                    splits = real_splits(part)
+                    scores = build_scores(partials, splits, device=device, cache_dir=Path(config.cache_dir))
                 scored = score_reconstructions(module, scores, part, lambda n, task=task: progress.advance(task, n))
                 metrics |= {f"{prefix}/{key}" if prefix else key: value for key, value in scored.items()}
             report_skipped(datamodule.skipped())
@@ -111,7 +113,8 @@ def _score_refiner(
     """Samples and scores; also writes the pictures and, where asked for, the samples: (metrics, settings)."""
     out, (rank, world_size) = Path(config.out), rank_and_world_size()
     with together():
-        scores = build_scores(partials, datamodule, device=module.device, cache_dir=Path(config.cache_dir))
+        splits = real_splits(datamodule, clips=module.token_shape[1] > 1)
+        scores = build_scores(partials, splits, device=module.device, cache_dir=Path(config.cache_dir))
         sampler = build_sampler(config.sampler, module.sampler)
     if config.images and module.token_shape[1] > 1:
         raise UserError(
@@ -123,8 +126,8 @@ def _score_refiner(
 
     def watch(batch: Batch) -> None:
         progress.advance(task, len(batch.ids))
-        first = batch.ids < SHOWN
-        shown.append((batch.ids[first], batch.images.cpu()[first]))
+        if (first := batch.ids < SHOWN).any():
+            shown.append((batch.ids[first], batch.images.cpu()[first]))
         if archive is not None:
             archive.add(batch.images, batch.ids)
 
@@ -142,7 +145,7 @@ def _score_refiner(
         )
         if archive is not None:
             archive.save(equal_labels(config.num, range(module.num_labels)))
-    _pictures(shown, scores, datamodule, out)
+    _pictures(shown, scores, splits["train"], out)
     counts, by_class = steps.sum(dim=0).tolist(), [round(mean, 3) for mean in steps_by_class(steps)]
     if rank == 0:
         pictures.save(pictures.steps_chart(counts, by_class), out / "steps.png")
@@ -182,13 +185,14 @@ def _merged(trained: DictConfig, overrides: DictConfig) -> DictConfig:
     return OmegaConf.merge(trained, {"parts": dict.fromkeys(trained.parts, given)})
 
 
-def _pictures(shown: list[tuple[torch.Tensor, torch.Tensor]], scores: dict, datamodule, out: Path) -> None:
+def _pictures(shown: list[tuple[torch.Tensor, torch.Tensor]], scores: dict, train: Split, out: Path) -> None:
     """`samples.png`; and `nearest.png`, samples beside the training images that come nearest, where that is scored.
 
     Every rank must call it.
 
     Args:
         shown: (ids int64 [B], images uint8 [B, 3, H, W]) of this rank's share of the first samples, on the CPU.
+        train: the split that `scores` have seen.
     """
     neighbours = [s.neighbours()[:20] for s in scores.values() if isinstance(s, NearestTrainingDistance)]
     ids, images = map(torch.cat, zip(*(pair for share in gather(shown) for pair in share)))
@@ -197,7 +201,7 @@ def _pictures(shown: list[tuple[torch.Tensor, torch.Tensor]], scores: dict, data
     images = images[ids.argsort()]
     pictures.save(pictures.grid(images, 10, pictures.scale_for(images.shape[-1])), out / "samples.png")
     for places in neighbours:
-        training = torch.cat([batch["pixels"][:, :, 0] for batch in datamodule.split_dataloader("train")])
+        training = torch.cat(list(image_batches(train, name="training")))
         pictures.save(pictures.grid(torch.cat([images[:20], training[places]]), 20, 2), out / "nearest.png")
 
 

@@ -9,13 +9,14 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from grn.data.datamodule import SPLITS
 from grn.data.samples import key_id
 from grn.errors import UserError
 from grn.generation import Batch, equal_labels, generate
 from grn.metrics.quantization import QuantizationScores
 from grn.metrics.ranks import Totals
 from grn.metrics.reconstruction import LPIPSScore, ReconstructionScores, TemporalPSNR
-from grn.metrics.splits import as_images
+from grn.metrics.splits import Split, as_images, of_kind
 from grn.pixels import from_uint8, to_uint8
 from grn.processes import gather, together
 from grn.sampler import Sampler
@@ -24,19 +25,25 @@ from grn.training import RefinerModule, TokenizerModule
 log = logging.getLogger(__name__)
 
 
+def real_splits(datamodule: LightningDataModule, *, clips: bool | None = None) -> dict[str, Split]:
+    """The splits "train" and "heldout" of the data, as scores read them.
+
+    Args:
+        clips: whether they will be compared with clips, so that images among these do not count; False: with images,
+            so that clips do not, whose many frames would outweigh them; None: with the same data reconstructed.
+    """
+    splits = {split: lambda split=split: datamodule.split_dataloader(split) for split in SPLITS}
+    if clips is None:
+        return splits
+    names = {"train": "training", "heldout": "held-out"}
+    return {split: of_kind(read, clips=clips, name=names[split]) for split, read in splits.items()}
+
+
 def build_scores(
-    partials: Mapping[str, Any], datamodule: LightningDataModule, *, device: torch.device, cache_dir: Path
+    partials: Mapping[str, Any], splits: Mapping[str, Split], *, device: torch.device, cache_dir: Path
 ) -> dict[str, Any]:
     """The scores of an instantiated `scores` config (name -> partial), given the splits of the data."""
-    return {
-        name: score(
-            train=lambda: datamodule.split_dataloader("train"),
-            heldout=lambda: datamodule.split_dataloader("heldout"),
-            device=device,
-            cache_dir=cache_dir,
-        )
-        for name, score in partials.items()
-    }
+    return {name: score(**splits, device=device, cache_dir=cache_dir) for name, score in partials.items()}
 
 
 def score_samples(
@@ -80,7 +87,8 @@ def score_samples(
             rank=rank,
             world_size=world_size,
         ):
-            _update(scores.values(), batch.pixels, batch.labels.to(batch.pixels.device), batch.ids)
+            if scores:
+                _update(scores.values(), batch.pixels, batch.labels.to(batch.pixels.device), batch.ids)
             taken = torch.bincount(batch.labels * (most + 1) + batch.refined.steps, minlength=num_labels * (most + 1))
             steps.update(taken.view(num_labels, most + 1))
             if watch is not None:

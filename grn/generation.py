@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 
 import torch
@@ -12,10 +12,12 @@ from grn.errors import UserError
 from grn.sampler import Refined, Sampler, Start, Step
 from grn.training import RefinerModule
 
+DECODED_PIXELS = 2**22  # that are decoded at once: those of 64 images of 256x256
+
 
 @dataclass(frozen=True)
 class Batch:
-    """ids int64 [B], ascending; labels int64 [B]; what the sampler said; the module's `decode`, for the pixels."""
+    """ids int64 [B], ascending; labels int64 [B]; what the sampler said; tokens -> pixels, as the module's `decode`."""
 
     ids: Tensor
     labels: Tensor
@@ -24,13 +26,14 @@ class Batch:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """uint8 [B, 3, T, H, W] on the module's device; of clips whose pixels memory does not hold, ask for none."""
+        """uint8 [B, 3, T, H, W] on the module's device."""
         return self.decode(self.refined.tokens)
 
-    @property
+    @cached_property
     def images(self) -> Tensor:
-        """The first frames, uint8 [B, 3, H, W]: all there is of images."""
-        return self.pixels[:, :, 0]
+        """The first frames, uint8 [B, 3, H, W]: all there is of images; of clips no others are decoded."""
+        tokens = self.refined.tokens
+        return (self.pixels if tokens.shape[2] == 1 else self.decode(tokens[:, :, :1]))[:, :, 0]
 
 
 def generate(
@@ -50,7 +53,8 @@ def generate(
     Image i depends on the seed and i alone, not on `batch_size` or `world_size`.
 
     Args:
-        batch_size: samples refined at a time, and decoded at a time where they are asked for.
+        batch_size: samples refined at a time; batches have fewer where these would be more than `DECODED_PIXELS`, and
+            a clip that is more alone is decoded in a stream.
         start: given tokens to start from, one map (B = 1) for all images.
         watch_first: called after every step of the first `batch_size` samples, of what is left of them.
 
@@ -70,9 +74,20 @@ def generate(
         start=start,
         callback=None if watch_first is None else partial(_watch, watch_first, batch_size),
     )
+    _, latents, height, width = module.token_shape
+    frames = 1 + (latents - 1) * module.tokenizer.temporal_stride
+    pixels = frames * height * width * module.tokenizer.stride**2
+    decode = module.decode if pixels <= DECODED_PIXELS else partial(_decode_long, module)
+    count = max(1, DECODED_PIXELS // pixels)
     for rows, refined in finished:
-        chunk = ids[rows]
-        yield Batch(chunk, labels[chunk], refined, module.decode)
+        for first in range(0, len(rows), count):
+            part = slice(first, first + count)
+            chunk, own = ids[rows[part]], (getattr(refined, field.name)[part] for field in fields(refined))
+            yield Batch(chunk, labels[chunk], Refined(*own), decode)
+
+
+def _decode_long(module: RefinerModule, tokens: Tensor) -> Tensor:
+    return torch.stack(list(module.decode_stream(tokens)), dim=2)
 
 
 def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:

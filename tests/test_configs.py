@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from grn.callbacks import EMA
 from grn.checkpoints.native import build_network
 from grn.cli import CONF
+from grn.data.text_videos import TextVideoDataModule
 from grn.modules import build_sampler
 from grn.sampler import Sampler
 from grn.train import KEYS
@@ -77,6 +78,21 @@ def test_reference_sizes_and_hyperparameters(name, depth, width, heads, bottlene
         assert (sampler.temperature, sampler.guidance, tuple(sampler.guidance_interval)) == (1.31, 2.35, (0.44, 1.0))
     if name == "c2i_ind_L":
         assert (sampler.temperature, sampler.guidance, tuple(sampler.guidance_interval)) == (1.3, 2.0, (0.42, 1.0))
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "t2i" in name or "t2v" in name])
+def test_text_experiments_sample_what_they_train_on(name):
+    config = experiment(name)
+    if config.data.name.endswith("_tokens"):  # of these pixels
+        config = experiment(name, f"data={config.data.name.removesuffix('_tokens')}")
+    data, asked = instantiate(config.data), config.training
+    parts = getattr(data, "parts", {"": data}).values()
+    if asked.frames > 1:
+        parts = [part for part in parts if isinstance(part, TextVideoDataModule)]
+        assert all((asked.frames - 1) % part.bucket_frames == 0 for part in parts)
+        assert max(part.max_frames for part in parts) >= asked.frames
+    trained = {size for part in parts for _, sizes in part.budgets for _, size in sizes}
+    assert tuple(asked.size) in trained
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -9,8 +9,10 @@ from test_generation import GUIDED, tiny_module
 
 from grn.callbacks import EvaluateSamples
 from grn.evaluation import score_reconstructions, score_samples, steps_by_class
+from grn.generation import generate
 from grn.networks.tokenizer import HBQTokenizer
-from grn.training import TokenizerModule
+from grn.sampler import Refined
+from grn.training import RefinerModule, TokenizerModule
 
 
 class Brightness:
@@ -49,6 +51,47 @@ def test_steps_are_counted_by_class():
     assert min(numbers) < max(numbers)
     means = [sum(n for label, n in taken if label == c) / 4 for c in range(5)]
     assert steps_by_class(steps) == pytest.approx(means)
+
+
+def test_samples_are_decoded_a_few_at_a_time_and_only_for_those_who_ask(monkeypatch):
+    module, decoded = tiny_module(GUIDED), []
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda tokens: decoded.append(tokens.shape) or decode(tokens))
+    _, steps = score_samples(module, {}, num=20, batch_size=20, seed=2)
+    assert decoded == []
+    monkeypatch.setattr("grn.generation.DECODED_PIXELS", 3 * 16 * 16 + 1)
+    _, same = score_samples(module, {"brightness": Brightness()}, num=20, batch_size=20, seed=2)
+    assert torch.equal(steps, same)
+    assert sum(count for count, *_ in decoded) == 20
+    assert max(count for count, *_ in decoded) == 3
+
+
+@pytest.mark.parametrize("of_long", [False, True])
+def test_clips_are_decoded_a_few_at_a_time_and_long_ones_in_a_stream(monkeypatch, of_long):
+    class Clips(RefinerModule):
+        token_shape = (3, 3, 4, 4)  # of 5 frames of 16x16
+
+    tiny = tiny_module(GUIDED)
+    tokenizer = HBQTokenizer(
+        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2), blocks_per_stage=1, temporal=(True,)
+    )
+    module, seen = Clips(tiny.network, tokenizer, tiny.sampler).eval(), []
+    tokens = torch.randint(4, (4, 3, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    rest = [torch.arange(4) for _ in range(4)]
+    monkeypatch.setattr(module, "generate_queue", lambda *_, **__: [(torch.arange(4), Refined(tokens, *rest))])
+    tokenizer.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[::2][:2])))
+    monkeypatch.setattr("grn.generation.DECODED_PIXELS", 5 * 16 * 16 * 2 - 1 - of_long * 5 * 16 * 16)
+    batches = list(generate(module, torch.arange(4), batch_size=4, seed=0))
+    assert [batch.ids.tolist() for batch in batches] == [[0], [1], [2], [3]]
+    images = [batch.images for batch in batches]
+    assert seen == 4 * [(1, 1)]  # their first latents alone
+    seen.clear()
+    pixels = torch.cat([batch.pixels for batch in batches])
+    assert seen == 4 * ([(1, 1)] * 3 if of_long else [(1, 3)])
+    expected = module.decode(tokens)
+    assert pixels.shape == (4, 3, 5, 16, 16)
+    assert (pixels.int() - expected.int()).abs().max() <= 1
+    assert (torch.cat(images).int() - expected[:, :, 0].int()).abs().max() <= 1
 
 
 def test_the_callback_logs_the_histogram_and_the_classes(tmp_path, monkeypatch):

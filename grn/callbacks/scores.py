@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from grn.callbacks.validations import is_last_validation
-from grn.evaluation import build_scores, score_samples, steps_by_class
+from grn.evaluation import build_scores, real_splits, score_samples, steps_by_class
 from grn.files import write_text
 
 
@@ -46,9 +46,8 @@ class EvaluateSamples(Callback):
         if not is_last_validation(trainer) and (self.every == 0 or self._validations % self.every):
             return
         if self.scores is None:
-            self.scores = build_scores(
-                self.configured, trainer.datamodule, device=pl_module.device, cache_dir=self.cache_dir
-            )
+            splits = real_splits(trainer.datamodule, clips=pl_module.token_shape[1] > 1)
+            self.scores = build_scores(self.configured, splits, device=pl_module.device, cache_dir=self.cache_dir)
         metrics, steps = score_samples(
             pl_module,
             self.scores,

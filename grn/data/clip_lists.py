@@ -1,7 +1,7 @@
 """A JSON-lines file of clips as a source of shards: each line a part of a video, and its caption; nothing is trusted.
 
 `{"video_path": "a/b.mp4", "begin_frame_id": 48, "end_frame_id": 144, "fps": 24, "caption": "..."}`: frames are counted
-at `fps` from the beginning of the video, the last is not part of the clip (`grn.data.text_videos.read_section`).
+at `fps` from the beginning of the video, the last is not part of the clip (`grn.data.clips.read_section`).
 """
 
 import hashlib
@@ -15,13 +15,12 @@ from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
-from grn.data.clips import probe_video
+from grn.data.clips import probe_video, read_section
 from grn.data.cutting import cut_video
 from grn.data.folders import CaptionedClips, Clips, deal, encode_caption, read_file, suffix_of, worker_count
 from grn.data.samples import VIDEO_SUFFIXES, Reason, Skip, read_caption, read_metadata
 from grn.data.shards import Rejected, write_shards
 from grn.data.streaming import MAX_ENTRY_BYTES
-from grn.data.text_videos import read_section
 from grn.errors import UserError
 
 MAX_LINE_BYTES = MAX_ENTRY_BYTES["json"]  # as what is written of it must be read again

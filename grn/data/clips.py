@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain
 from math import floor
 from mmap import mmap
+from typing import Any
 
 import av
 import torch
@@ -35,6 +36,7 @@ from grn.data.samples import (
     entry,
     is_mirrored,
     read_annotation,
+    read_metadata,
     to_tensor,
 )
 
@@ -52,6 +54,7 @@ DECODERS = (
 
 FAR = 10**6  # seconds, after the end of any video
 ROUNDING = Fraction(1, 1000)  # seconds; Matroska rounds times to this
+STRANGEST_PIXEL = 4  # of a pixel's longer side to the shorter; what claims more is mistaken. Of DVDs it is 1.42
 UNSPECIFIED = 2  # FFmpeg's number for a colour matrix that the stream does not name
 SAMPLE_COUNTS = {b"stsz": 8, b"trun": 4}  # boxes of an MP4's index, where in them the number of samples stands
 TRANSPOSITIONS = {  # signs of the display matrix's (a, b, c, d): x' = ax + cy, y' = bx + dy, y downwards
@@ -69,12 +72,14 @@ TRANSPOSITIONS = {  # signs of the display matrix's (a, b, c, d): x' = ax + cy, 
 class ClipDecoder:
     """Raw webdataset sample -> one clip with its label, caption and key (a callable for `ShardDataset`).
 
+    It lies in the part of the video that `key.json` tells of, if it does (`read_section`).
+
     Args:
         image_size: height and width of what comes out, in pixels; frames are brought to it by `center_crop`.
         frames: T.
-        fps: frame rates to choose from; those at which the video is too short for T frames do not count.
+        fps: frame rates to choose from; those at which the video, or its part, is too short for T frames do not count.
         training: frame rate and start are drawn from (seed, pass, key) alone; else the clip has the highest rate and
-            lies in the middle of the video.
+            lies in the middle.
         flip: mirror every other clip in training, by a draw that depends on (seed, pass, key) alone.
         seed: the run's seed.
         num_labels: labels lie in [0, num_labels); None for data without labels.
@@ -99,17 +104,19 @@ class ClipDecoder:
             Skip: with the reason.
         """
         sample, key = read_annotation(raw, self.num_labels), raw["__key__"]
-        data, suffix = video_entry(raw)
+        (data, suffix), (begin, end) = video_entry(raw), read_section(raw)
         draws = random.Random(f"clip/{self.seed}/{pass_number}/{key}") if self.training else None
-        picture = partial(
-            to_picture,
-            size=self.image_size,
-            mirrored=self.training and self.flip and is_mirrored(self.seed, pass_number, key),
-            max_pixels=self.max_pixels,
-            reformatter=VideoReformatter(),
-        )
         with open_video(data, suffix, max_pixels=self.max_pixels) as video:
-            times = choose_times(duration(video), self.frames, self.fps, draws)
+            picture = partial(
+                to_picture,
+                size=self.image_size,
+                mirrored=self.training and self.flip and is_mirrored(self.seed, pass_number, key),
+                max_pixels=self.max_pixels,
+                reformatter=VideoReformatter(),
+                pixel_aspect=video.pixel_aspect,
+            )
+            seconds = duration(video)
+            times = choose_times(begin, min(seconds, end or seconds), self.frames, self.fps, draws)
             frames = timed(frames_from(video, times[0], max_decoded_frames=self.max_decoded_frames), video)
             sample["pixels"] = torch.cat(resample(frames, times, picture), dim=1)
         return sample
@@ -139,9 +146,9 @@ def probe_video(data: bytes, suffix: str, *, max_pixels: int = MAX_FRAME_PIXELS)
     with open_video(data, suffix, max_pixels=max_pixels) as video:
         seconds = duration(video)
         first = next(frames_from(video, Fraction(0), max_decoded_frames=MAX_DECODED_FRAMES))
-        width, height = to_rgb(first, max_pixels=max_pixels, reformatter=VideoReformatter()).size
+        shown = to_rgb(first, max_pixels=max_pixels, reformatter=VideoReformatter(), pixel_aspect=video.pixel_aspect)
         codec = video.stream.codec_context.codec.canonical_name
-        return VideoInfo(width, height, float(1 / video.interval), float(seconds), codec)
+        return VideoInfo(*shown.size, float(1 / video.interval), float(seconds), codec)
 
 
 def video_entry(raw: Mapping[str, object]) -> tuple[bytes, str]:
@@ -174,6 +181,12 @@ class Video:
         """Seconds between frames on average, for frames that do not tell."""
         return 1 / (self.stream.average_rate or self.stream.guessed_rate or Fraction(25))
 
+    @property
+    def pixel_aspect(self) -> Fraction:
+        """Width over height of a pixel as it is shown; 1 where the stream does not tell, or nonsense."""
+        aspect = self.stream.sample_aspect_ratio or Fraction(1)
+        return aspect if Fraction(1, STRANGEST_PIXEL) <= aspect <= STRANGEST_PIXEL else Fraction(1)
+
     def time(self, pts: int) -> Fraction:
         return (pts - self.first_pts) * self.time_base
 
@@ -198,10 +211,11 @@ def open_video(data: bytes | mmap, suffix: str, *, max_pixels: int) -> Iterator[
             io_open=refuse_to_open,
         ) as container:
             stream = video_stream(container)
-            if stream.codec_context.width * stream.codec_context.height > max_pixels:
+            video, codec = Video(container, stream), stream.codec_context
+            if codec.width * codec.height * max(1, video.pixel_aspect) > max_pixels:
                 raise Skip(Reason.TOO_MANY_PIXELS)
-            stream.codec_context.options = options
-            yield Video(container, stream)
+            codec.options = options
+            yield video
     except Skip:
         raise
     except av.FFmpegError:  # its MemoryError too, which tells of a size that the file claims
@@ -283,21 +297,43 @@ def duration(video: Video) -> Fraction:
     return max(ends)
 
 
-def choose_times(seconds: Fraction, frames: int, fps: Sequence[float], draws: random.Random | None) -> list[Fraction]:
-    """The moments whose pictures make a clip out of a video of so many seconds.
+def read_section(raw: Mapping[str, object]) -> tuple[Fraction, Fraction | None]:
+    """(begin, end) in seconds of the part of the video that a sample is; None: to the end.
+
+    `key.json` has it in frames at `fps`: from `begin_frame_id` to `end_frame_id`, which is not part of it.
+
+    Raises:
+        Skip: frames without the `fps` to count them by, or numbers that make no part.
+    """
+    metadata = read_metadata(raw)
+    begin, end, fps = (metadata.get(name) for name in ("begin_frame_id", "end_frame_id", "fps"))
+    if begin is None and end is None:
+        return Fraction(0), None
+    begin = 0 if begin is None else begin
+    if type(begin) is not int or type(end) not in (int, type(None)) or type(fps) not in (int, float):
+        raise Skip(Reason.BAD_SECTION)
+    if not 0 < fps < 1e6 or not 0 <= begin < (2**40 if end is None else end) <= 2**40:
+        raise Skip(Reason.BAD_SECTION)
+    return begin / Fraction(fps), None if end is None else end / Fraction(fps)
+
+
+def choose_times(
+    begin: Fraction, end: Fraction, frames: int, fps: Sequence[float], draws: random.Random | None
+) -> list[Fraction]:
+    """The moments whose pictures make a clip out of what lies between `begin` and `end`, in seconds.
 
     Args:
         draws: of the frame rate among those that fit, and of the start; None: the highest rate, the middle.
 
     Raises:
-        Skip: the video is too short for all of `fps`.
+        Skip: that is too short for all of `fps`.
     """
-    rates = [rate for rate in map(Fraction, fps) if (frames - 1) / rate < seconds]
+    rates = [rate for rate in map(Fraction, fps) if (frames - 1) / rate < end - begin]
     if not rates:
         raise Skip(Reason.CLIP_TOO_SHORT)
     rate = draws.choice(rates) if draws else max(rates)
     place = Fraction(draws.random()) if draws else Fraction(1, 2)
-    start = place * (seconds - (frames - 1) / rate)
+    start = begin + place * (end - begin - (frames - 1) / rate)
     return [start + k / rate for k in range(frames)]
 
 
@@ -369,26 +405,31 @@ def resample(
     raise Skip(Reason.CUT_SHORT)
 
 
-def to_picture(
-    frame: av.VideoFrame, *, size: int, mirrored: bool, max_pixels: int, reformatter: VideoReformatter
-) -> Tensor:
-    """-> uint8 [3, 1, size, size]."""
-    image = center_crop(to_rgb(frame, max_pixels=max_pixels, reformatter=reformatter), size, max_pixels=max_pixels)
+def to_picture(frame: av.VideoFrame, *, size: int, mirrored: bool, max_pixels: int, **shown: Any) -> Tensor:
+    """-> uint8 [3, 1, size, size]; `shown`: as `to_rgb` has it."""
+    image = center_crop(to_rgb(frame, max_pixels=max_pixels, **shown), size, max_pixels=max_pixels)
     return to_tensor(ImageOps.mirror(image) if mirrored else image)
 
 
-def to_rgb(frame: av.VideoFrame, *, max_pixels: int, reformatter: VideoReformatter) -> Image.Image:
-    """Any pixel format -> upright RGB of 8 bits a channel, by the frame's own colour matrix and range.
+def to_rgb(
+    frame: av.VideoFrame, *, max_pixels: int, reformatter: VideoReformatter, pixel_aspect: Fraction = Fraction(1)
+) -> Image.Image:
+    """Any pixel format -> upright RGB of 8 bits a channel and of square pixels, by the frame's colour matrix and range.
+
+    Args:
+        pixel_aspect: `Video.pixel_aspect`; the width alone is made to fit it, as players do.
 
     Raises:
         Skip: larger than `max_pixels` (videos may change their size), or damaged.
     """
-    if frame.width * frame.height > max_pixels:
+    if frame.width * frame.height * max(1, pixel_aspect) > max_pixels:
         raise Skip(Reason.TOO_MANY_PIXELS)
     if frame.is_corrupt:
         raise Skip(Reason.UNDECODABLE_VIDEO)
     rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=colour_matrix(frame), threads=1)
     image = Image.fromarray(rgb.to_ndarray())
+    if (width := max(1, round(frame.width * pixel_aspect))) != frame.width:
+        image = image.resize((width, frame.height), Image.Resampling.BICUBIC)
     transposition = display_transposition(frame)
     return image if transposition is None else image.transpose(transposition)
 

@@ -38,11 +38,13 @@ def cut_video(
         if begin >= duration(video):
             raise Skip(Reason.BAD_SECTION)
         packets = list(_packets(video, begin, end, max_bytes))
-        first = video.time(packets[0].pts)
+        first, pixel_aspect = video.time(packets[0].pts), video.pixel_aspect
         cut = _mux(packets, video.stream, MUXERS[suffix])
     if len(cut) > max_bytes:
         raise Skip(Reason.OVERSIZE_ENTRY)
     with open_video(cut, suffix, max_pixels=MAX_FRAME_PIXELS) as video:  # muxers begin where they see fit
+        if video.pixel_aspect != pixel_aspect:  # PyAV has no way to tell Matroska what its codec does not
+            raise Skip(Reason.UNCUTTABLE_VIDEO)
         return cut, first - video.time(next(video.container.demux(video.stream)).pts)
 
 
@@ -83,6 +85,8 @@ def _mux(packets: Sequence[Packet], stream: VideoStream, format: str) -> bytes:
     try:
         with av.open(file, "w", format=format, container_options={"fflags": "+bitexact"}) as container:
             copy = container.add_stream_from_template(stream)
+            if aspect := stream.sample_aspect_ratio:
+                copy.codec_context.sample_aspect_ratio = aspect
             for packet in packets:
                 packet.stream = copy
                 packet.pts -= start

@@ -37,6 +37,9 @@ from grn.networks.tokenizer import HBQTokenizer, for_inference
 from grn.pixels import from_uint8
 
 KEPT_SUFFIXES = (*LABEL_SUFFIXES, *CAPTION_SUFFIXES, *METADATA_SUFFIXES)
+# Of a batch of clips that is encoded at once, as many as 64 images of 256x256 have: a stream takes up to twice the time
+# for a few clips of 32x32.
+WHOLE_PIXELS = 2**22
 
 
 @dataclass
@@ -151,7 +154,15 @@ class ShardEncoder:
         for places in by_shape(pixels):
             same = torch.stack([pixels[place] for place in places]).to(network.encoder.stem.weight.device)
             views = [same, same.flip(-1)] if self.mirrored else [same]
-            bits = [network.tokenize(from_uint8(view), "bit") for view in views]
+            bits = [_tokenize(network, view) for view in views]
             for place, array in zip(places, torch.stack([hbq.pack(b) for b in bits], dim=1).cpu().numpy()):
                 arrays[place] = write_array(array)
         return arrays
+
+
+def _tokenize(network: HBQTokenizer, pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, T, H, W] -> int64 `bit` tokens [B, D, T', h, w]; long clips in memory that does not grow with T."""
+    if pixels.shape[2] == 1 or pixels[:, 0].numel() <= WHOLE_PIXELS:
+        return network.tokenize(from_uint8(pixels), "bit")
+    latents = network.encode_stream(map(from_uint8, pixels.unbind(2)))
+    return torch.stack([hbq.labels(latent, network.rounds, "bit") for latent in latents], dim=2)

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from lightning import LightningDataModule
@@ -54,6 +55,11 @@ class MixedDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         return [part.val_dataloader() for part in self.parts.values()]
+
+    def split_dataloader(self, split: str, *, share: bool = False) -> Iterator[dict[str, Any]]:
+        """As of `ShardsDataModule`, of the parts that training draws from: one after the other, all of each."""
+        loaders = [part.split_dataloader(split, share=share) for part in self.drawn.values()]
+        return chain.from_iterable(loaders)
 
     def skipped(self) -> dict[str, int]:
         """As `ShardsDataModule.skipped`, of all parts."""

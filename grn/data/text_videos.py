@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import av
@@ -19,6 +20,7 @@ from grn.data.clips import (
     duration,
     frames_from,
     open_video,
+    read_section,
     resample,
     timed,
     to_rgb,
@@ -29,7 +31,6 @@ from grn.data.samples import (
     Reason,
     Skip,
     is_mirrored,
-    read_metadata,
     resize_and_crop,
     to_tensor,
 )
@@ -41,8 +42,8 @@ from grn.errors import UserError
 class TextVideoDecoder:
     """Raw webdataset sample -> one clip in the size of its shape, or an image, and a caption (for `ShardDataset`).
 
-    A clip lasts as many whole buckets, and one frame, as the video has room for. `begin_frame_id`, `end_frame_id` and
-    `fps` in `key.json` tell of which part of it: from the one frame to the other, which is not part of it.
+    A clip lasts as many whole buckets, and one frame, as the video has room for, or the part of it that `key.json`
+    tells of (`read_section`).
 
     Args:
         images: decodes what is no video; videos have their captions, sizes and flips from it, too.
@@ -75,10 +76,11 @@ class TextVideoDecoder:
         (data, suffix), (begin, end) = video_entry(raw), read_section(raw)
         draws = random.Random(f"clip/{seed}/{pass_number}/{key}") if self.training else None
         with open_video(data, suffix, max_pixels=self.max_pixels) as video:
-            times = self.times(begin, min(duration(video), end or duration(video)), draws)
+            seconds = duration(video)
+            times = self.times(begin, min(seconds, end or seconds), draws)
             frames = timed(frames_from(video, times[0], max_decoded_frames=self.max_decoded_frames), video)
             mirrored = self.images.flip and is_mirrored(seed, pass_number, key)
-            picture = _Pictures(self.images, sizes, mirrored=mirrored, max_pixels=self.max_pixels)
+            picture = _Pictures(self.images, sizes, video.pixel_aspect, mirrored=mirrored, max_pixels=self.max_pixels)
             pixels = torch.cat(resample(frames, times, picture), dim=1)
         return {"pixels": pixels, "caption": caption, "key": key}
 
@@ -99,35 +101,19 @@ class TextVideoDecoder:
 class _Pictures:
     """Frames -> uint8 [3, 1, H, W], all in the size that the first one has by its shape."""
 
-    def __init__(self, images: TextImageDecoder, sizes: Sizes, *, mirrored: bool, max_pixels: int):
+    def __init__(
+        self, images: TextImageDecoder, sizes: Sizes, pixel_aspect: Fraction, *, mirrored: bool, max_pixels: int
+    ):
         self.images, self.sizes, self.mirrored, self.max_pixels = images, sizes, mirrored, max_pixels
         self.size: tuple[int, int] | None = None
-        self.reformatter = VideoReformatter()
+        self.to_rgb = partial(to_rgb, max_pixels=max_pixels, reformatter=VideoReformatter(), pixel_aspect=pixel_aspect)
 
     def __call__(self, frame: av.VideoFrame) -> Tensor:
-        image: Image.Image = to_rgb(frame, max_pixels=self.max_pixels, reformatter=self.reformatter)
+        image: Image.Image = self.to_rgb(frame)
         if self.size is None:
             self.size = self.images.size_of(image, self.sizes)
         image = resize_and_crop(image, *self.size, max_pixels=self.max_pixels)
         return to_tensor(ImageOps.mirror(image) if self.mirrored else image)
-
-
-def read_section(raw: Mapping[str, object]) -> tuple[Fraction, Fraction | None]:
-    """(begin, end) in seconds of the part of the video that a sample is, by its `key.json`; None: to the end.
-
-    Raises:
-        Skip: frames without the `fps` to count them by, or numbers that make no part.
-    """
-    metadata = read_metadata(raw)
-    begin, end, fps = (metadata.get(name) for name in ("begin_frame_id", "end_frame_id", "fps"))
-    if begin is None and end is None:
-        return Fraction(0), None
-    begin = 0 if begin is None else begin
-    if type(begin) is not int or type(end) not in (int, type(None)) or type(fps) not in (int, float):
-        raise Skip(Reason.BAD_SECTION)
-    if not 0 < fps < 1e6 or not 0 <= begin < (2**40 if end is None else end) <= 2**40:
-        raise Skip(Reason.BAD_SECTION)
-    return begin / Fraction(fps), None if end is None else end / Fraction(fps)
 
 
 class TextVideoDataModule(TextImageDataModule):

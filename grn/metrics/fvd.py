@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from grn.errors import UserError
 from grn.metrics.features import FeatureStatistics
 from grn.metrics.fid import Statistics, as_numpy, frechet_distance, load_statistics, split_statistics
-from grn.metrics.splits import Split
+from grn.metrics.splits import Split, same_sizes
 from grn.metrics.video_networks import I3D, TorchvisionVideo
 
 log = logging.getLogger(__name__)
@@ -136,8 +135,7 @@ def clip_batches(split: Split, frames: int, *, name: str) -> Iterator[Tensor]:
             if clip.shape[1] >= frames:
                 long.append(clip[:, :frames])
         found, short = found + len(long), short + len(batch["pixels"]) - len(long)
-        for _, same in groupby(long, key=lambda clip: clip.shape):
-            yield torch.stack(list(same))
+        yield from same_sizes(long)
     if not found:
         raise UserError(
             f"scores.fvd: no clip of the {name} split has scores.fvd.frames={frames} frames, the longest has {longest}"

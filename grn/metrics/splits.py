@@ -1,13 +1,14 @@
 """Reads a split of the data as scores see it: images and labels.
 
 A split is a callable that returns an iterable of batches, each a dict with `pixels` uint8 [B, 3, H, W] or
-[B, 3, T, H, W] and, where labels exist, `label` int64 [B]; of clips, every frame counts as an image. Every call starts
-over and yields the whole split in one fixed order, on every rank alike: what is computed from a split is the same
-everywhere and never reduced over ranks.
+[B, 3, T, H, W], or of samples of several sizes a list of [3, T, H, W], and, where labels exist, `label` int64 [B]; of
+clips, every frame counts as an image. Every call starts over and yields the whole split in one fixed order, on every
+rank alike: what is computed from a split is the same everywhere and never reduced over ranks.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,6 +33,45 @@ def as_images(pixels: Tensor) -> Tensor:
     return pixels
 
 
+def of_kind(split: Split, *, clips: bool, name: str) -> Split:
+    """The clips of a split, or its images: what samples of that kind are compared with.
+
+    Iterating raises:
+        UserError: there are only samples of the other kind.
+    """
+
+    def batches() -> Iterator[dict[str, Any]]:
+        found = others = False
+        for batch in split():
+            pixels = batch["pixels"]
+            if isinstance(pixels, Tensor):
+                rows = range(len(pixels) if (pixels.ndim == 5 and pixels.shape[2] > 1) == clips else 0)
+            else:
+                rows = [row for row, sample in enumerate(pixels) if (sample.shape[1] > 1) == clips]
+            found, others = found or len(rows) > 0, others or len(rows) < len(pixels)
+            if len(rows) == len(pixels):
+                yield batch
+            elif rows:
+                yield {key: [values[row] for row in rows] for key, values in batch.items()}
+        if others and not found:
+            own, other = ("clips", "images") if clips else ("images", "clips")
+            raise UserError(
+                f"scores: samples are {own}, and the {name} split has only {other} to compare them with: give other "
+                "data (data=...), or leave out the scores that read it (scores=none)"
+            )
+
+    return batches
+
+
+def same_sizes(samples: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
+    """The samples of a batch, in their order, in tensors [B, ...] of neighbours of one size."""
+    if isinstance(samples, Tensor):
+        yield samples
+        return
+    for _, same in groupby(samples, key=lambda sample: sample.shape):
+        yield torch.stack(list(same))
+
+
 def image_batches(split: Split, *, name: str) -> Iterator[Tensor]:
     """The images of a split, batch by batch: uint8 [B, 3, H, W].
 
@@ -41,7 +81,7 @@ def image_batches(split: Split, *, name: str) -> Iterator[Tensor]:
     empty = True
     for batch in split():
         empty = False
-        yield as_images(batch["pixels"])
+        yield from map(as_images, same_sizes(batch["pixels"]))
     if empty:
         raise UserError(f"scores: the {name} split has no images: prepare the data first (python -m grn.prepare)")
 

@@ -11,8 +11,9 @@ from test_folders import contents, here, put, read, rejected
 from test_text_videos import clip, make, write
 
 from grn.data.clip_lists import CLOCK, MAX_LINE_BYTES, ClipList, draw_videos, frame_ids, list_lines, video_source
+from grn.data.clips import ClipDecoder
 from grn.data.folders import CaptionedClips, Clips
-from grn.data.samples import Reason
+from grn.data.samples import Reason, Skip
 from grn.data.shards import read_manifest, shard_paths
 from grn.errors import UserError
 
@@ -84,6 +85,24 @@ def test_parts_of_a_video_are_those_of_the_whole_file(videos, tmp_path):
             assert begin <= shown[0] <= shown[-1] < (end or 90)
     sizes = [len(samples[f"{number:09d}"]["mp4"]) for number in range(1, 10)]
     assert sizes[5] < sizes[0] / 2
+
+
+def test_tokenizers_see_the_parts_alone(videos, tmp_path):
+    """Of what was cut out, which begins at the keyframe before."""
+    lines = [line("long.mp4", begin, end) for begin, end in SECTIONS[:-1]]
+    lines = [*lines, line("second.mp4", *SECTIONS[-1]), line("second.mp4", 5, 13)]
+    source(jsonl(videos / "list.jsonl", lines)).write(tmp_path / "d")
+    samples, decode = all_of(tmp_path / "d"), ClipDecoder(image_size=32, frames=9, fps=(16,), training=True)
+    assert any(json.loads(sample["json"])["begin_frame_id"] > 0 for sample in samples.values())
+    for number, (begin, end) in enumerate(SECTIONS, 1):
+        sample = samples[f"{number:09d}"] | {"__key__": "x"}
+        clips = [read_numbers(decode(sample, draw)["pixels"]) for draw in range(3)]
+        for shown in clips:
+            assert shown == list(range(shown[0], shown[0] + 9))
+            assert begin <= shown[0] <= shown[-1] < (end or 90)
+    with pytest.raises(Skip) as caught:
+        decode(samples["000000010"] | {"__key__": "x"}, 0)
+    assert caught.value.reason is Reason.CLIP_TOO_SHORT
 
 
 @pytest.mark.parametrize("heldout", [1, 2, 3, 4])

@@ -4,6 +4,7 @@ Every frame of the test videos carries its own number, in four bands of eight le
 """
 
 import io
+import json
 import struct
 from bisect import bisect_right
 from fractions import Fraction
@@ -65,6 +66,7 @@ def video(
     pix_fmt="yuv420p",
     codec_options=None,
     format_options=None,
+    pixel_aspect=None,
     path=None,
 ):
     """The bytes of a video of `pictures` (RGB arrays), at `fps` or at the times `pts` x `time_base`."""
@@ -73,6 +75,8 @@ def video(
         stream = container.add_stream(codec, rate=fps, options=codec_options or {"g": "12"})
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pix_fmt
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if time_base is not None:
             stream.codec_context.time_base = time_base
         for number, picture in enumerate(pictures):
@@ -140,8 +144,9 @@ def test_rates_that_do_not_fit_are_left_out():
     data = numbered_video(24)
     assert read_numbers(decoder(frames=9, fps=(8, 9))(raw(data), 0)["pixels"]) == [1, 4, 6, 9, 12, 14, 17, 20, 22]
     assert reason(data, frames=9, fps=(8,)) is Reason.CLIP_TOO_SHORT  # the last would be shown as the video ends
-    assert choose_times(Fraction(2), 9, (3, 6, 8), None) == [Fraction(1, 2) + Fraction(k, 8) for k in range(9)]
-    assert choose_times(Fraction(2), 1, (3,), None) == [1]
+    eighths = [Fraction(1, 2) + Fraction(k, 8) for k in range(9)]
+    assert choose_times(Fraction(0), Fraction(2), 9, (3, 6, 8), None) == eighths
+    assert choose_times(Fraction(0), Fraction(2), 1, (3,), None) == [1]
 
 
 def test_training_draws_rate_and_start_from_seed_pass_and_key_alone(source):
@@ -161,6 +166,36 @@ def test_training_draws_rate_and_start_from_seed_pass_and_key_alone(source):
 
     assert clip() == clip()
     assert len({tuple(clip(*draw)) for draw in (("k", 0), ("l", 0), ("k", 1))} | {tuple(clip(seed=1))}) == 4
+
+
+def section(begin=None, end=None, fps=24):
+    return json.dumps({"begin_frame_id": begin, "end_frame_id": end, "fps": fps}).encode()
+
+
+def test_json_tells_the_part_of_the_video(source):
+    def clip(*own, number=0, **changes):
+        return read_numbers(decoder(**changes)(raw(source, json=section(*own)), number)["pixels"])
+
+    assert clip(40, 53) == [40, 43, 46, 49, 52]
+    assert clip(20, 27, 12) == [41, 44, 47, 50, 53]
+    assert clip(131) == clip(131, 9999) == [131, 134, 137, 140, 143]
+    assert clip(None, 13) == [0, 3, 6, 9, 12]
+    assert clip(None, None, None) == read_numbers(decoder()(raw(source), 0)["pixels"])
+    assert clip(40, 53, fps=(3, 8)) == clip(40, 53)  # at three a second it would be longer
+    clips = [clip(50, 80, number=number, fps=(8, 12), training=True) for number in range(30)]
+    assert all(50 <= shown[0] < shown[-1] < 80 for shown in clips)
+    assert min(shown[0] for shown in clips) < 55
+    assert max(shown[-1] for shown in clips) > 75
+    for own, expected in (
+        ((40, 52), Reason.CLIP_TOO_SHORT),  # the last frame would be shown as it ends
+        ((132,), Reason.CLIP_TOO_SHORT),
+        ((200, 300), Reason.CLIP_TOO_SHORT),
+        ((53, 40), Reason.BAD_SECTION),
+        ((40, 53, None), Reason.BAD_SECTION),
+    ):
+        with pytest.raises(Skip) as caught:
+            clip(*own)
+        assert caught.value.reason is expected
 
 
 def test_flip_is_for_training_and_leaves_the_times_alone(source):
@@ -322,6 +357,50 @@ def test_display_matrix(matrix, turn):
     for row, column in ((4, 4), (4, -5), (-5, 4), (-5, -5)):
         shown = expected[row, column]
         assert np.abs(pixels[row, column].astype(int) - shown).max() < 16, (row, column)
+
+
+def shape_of(data, suffix="mp4", **options):
+    found = probe_video(data, suffix, **options)
+    return found.width, found.height
+
+
+@pytest.mark.parametrize(
+    ("suffix", "format", "codec"), [it for it in FORMATS if it[0] != "webm"]
+)  # for want of a muxer
+@pytest.mark.parametrize(("aspect", "width"), [((4, 3), 64), ((1, 2), 24), ((16, 15), 51), ((1, 1), 48), (None, 48)])
+def test_pixels_become_square(suffix, format, codec, aspect, width):
+    squeezed = CORNERS[:, np.arange(48) * 64 // 48]
+    data = video([squeezed] * 6, format, codec, pixel_aspect=None if aspect is None else Fraction(*aspect))
+    assert shape_of(data, suffix) == (width, 48)
+    pixels = decoder(frames=1)(raw(data, suffix), 0)["pixels"][:, 0].permute(1, 2, 0).numpy()
+    for row, column in ((4, 4), (4, -5), (-5, 4), (-5, -5)):
+        assert np.abs(pixels[row, column].astype(int) - CORNERS[row, column]).max() < 20, (row, column)
+
+
+def test_pixels_become_square_before_the_frame_is_turned():
+    data = video([CORNERS] * 6, pixel_aspect=Fraction(3, 2))
+    turned = patched(data, b"tkhd", 40, ">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 2**30)
+    assert (shape_of(data), shape_of(turned)) == ((96, 48), (48, 96))
+
+
+def test_nonsense_about_pixels_does_not_count():
+    data = numbered_video(13, pixel_aspect=Fraction(3, 2))
+    for aspect, width in (
+        ((4, 1), 4 * SIZE),
+        ((1, 4), SIZE // 4),
+        ((5, 1), SIZE),
+        ((1, 5), SIZE),
+        ((2**31 - 1, 1), SIZE),
+    ):
+        claimed = patched(data, b"pasp", 0, ">II", *aspect)
+        assert shape_of(claimed) == (width, SIZE)
+    for aspect in ((0, 1), (1, 0), (0, 0)):  # the stream itself says 3:2
+        assert shape_of(patched(data, b"pasp", 0, ">II", *aspect)) in {(SIZE, SIZE), (SIZE * 3 // 2, SIZE)}
+    bound = SIZE * SIZE * 3 // 2
+    assert decoder(max_pixels=bound)(raw(data), 0)["pixels"].shape == (3, 5, SIZE, SIZE)
+    assert reason(data, max_pixels=bound - 1) is Reason.TOO_MANY_PIXELS
+    with pytest.raises(Skip):
+        shape_of(data, max_pixels=bound - 1)
 
 
 @pytest.mark.parametrize(("width", "height"), [(33, 47), (51, 32), (97, 35), (1, 1), (5, 200)])

@@ -46,6 +46,32 @@ def test_the_frames_of_a_part(suffix, format, codec, options):
         assert (part, start) == cut(data, Fraction(begin, 10), Fraction(end, 10), suffix)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "format", "codec", "pix_fmt"),
+    [
+        ("mp4", "mp4", "libx264", "yuv420p"),
+        ("mp4", "mp4", "libvpx-vp9", "yuv420p"),  # which has the shape of pixels in the container alone
+        ("mov", "mov", "prores_ks", "yuv422p10le"),
+        ("mkv", "matroska", "libx264", "yuv420p"),
+    ],
+)
+def test_the_shape_of_pixels_is_kept(suffix, format, codec, pix_fmt):
+    options = {} if codec == "prores_ks" else None
+    data = numbered_video(30, format, codec, pix_fmt=pix_fmt, codec_options=options, pixel_aspect=Fraction(3, 2))
+    part, _ = cut(data, 1, None, suffix)
+    assert {probe_video(it, suffix).width for it in (data, part)} == {48}
+
+
+def test_what_would_lose_the_shape_of_its_pixels_is_not_cut():
+    plain = numbered_video(30, "matroska", "ffv1", codec_options={})
+    told = plain.replace(
+        b"\x54\xb2\x81\x04", b"\x54\xb0\x81\x60"
+    )  # DisplayWidth=96 for a DisplayUnit that tells nothing
+    assert (probe_video(plain, "mkv").width, probe_video(told, "mkv").width) == (32, 96)
+    assert cut(plain, 1, None, "mkv")
+    assert reason(told, 1, None, "mkv") is Reason.UNCUTTABLE_VIDEO
+
+
 @pytest.mark.parametrize(("suffix", "format"), [("mp4", "mp4"), ("mkv", "matroska")])
 def test_variable_rate_and_times_that_do_not_begin_at_zero(suffix, format):
     gaps = np.random.default_rng(0).integers(5, 400, 60)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save
 from tars import write_tar
 from text_shards import config, frozen, of, write_clips, write_images, write_text_encoder, write_tokenizer
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from grn.data.mixed_packs import MixedPacksDataModule
 from grn.data.samples import Reason, Skip
@@ -22,6 +23,7 @@ from grn.data.tokens import TokenShardsDataModule, write_array
 from grn.encode import encode
 from grn.errors import UserError
 from grn.modules import check_fits, module_from_config
+from grn.networks.tokenizer import Encoder
 
 CAPTIONS = "{txt:1,long:2}"
 
@@ -154,6 +156,27 @@ def test_the_same_tokens_in_whatever_batches(folder, tmp_path):
     assert not encode(config("encode", folder, *arguments, *frozen(folder)))
     with pytest.raises(UserError, match=r"text_encoder=.*overwrite=true"):
         encode(config("encode", folder, *arguments))
+
+
+def test_long_clips_are_encoded_in_a_stream_and_to_the_same_tokens(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def encoded(out):
+        seen.clear()
+        with register_module_forward_pre_hook(lambda it, given: _note(seen, it, given[0])):
+            encode(config("encode", folder, *clips(folder), "flip=true", "batch_size=8", f"out={tmp_path}/{out}"))
+        return [path.read_bytes() for path in sorted((tmp_path / out).glob("*.tar"))]
+
+    whole = encoded("whole")
+    assert max(seen) == 17
+    monkeypatch.setattr("grn.data.encoding.WHOLE_PIXELS", 2 * 9 * 32 * 32)
+    assert encoded("stream") == whole
+    assert set(seen) == {1, 4, 5, 9}  # those of 5 and of 9 frames come in twos, at once
+
+
+def _note(seen, module, given):
+    if isinstance(module, Encoder):
+        seen.append(given.shape[2])
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ import json
 import tarfile
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_clips import video
 
 from grn.data.samples import Reason
 from grn.data.text_images import PackedTokens
@@ -124,6 +126,17 @@ def test_json_tells_the_part_of_the_video(tmp_path):
     assert found["rest"] == list(range(73, 90))
     assert found["beyond"] == list(range(81, 90))
     assert module.skipped() == {Reason.CLIP_TOO_SHORT.value: 2, Reason.BAD_SECTION.value: 5}
+
+
+def test_shapes_are_those_that_are_shown(tmp_path):
+    samples = {}
+    for name, width, aspect in (("wide", 32, Fraction(3, 2)), ("square", 48, Fraction(2, 3)), ("narrow", 48, 4)):
+        pictures = [np.full((32, width, 3), 90, np.uint8)] * 9
+        samples |= {f"{name}.mp4": video(pictures, fps=16, pixel_aspect=Fraction(aspect)), f"{name}.txt": b"x"}
+    module = make(write(tmp_path / "0.tar", samples), max_aspect=2)
+    shapes = {key: tuple(pixels.shape[2:]) for key, pixels in held_out(module).items()}
+    assert shapes == {"wide": (32, 48), "square": (32, 32)}
+    assert module.skipped() == {Reason.TOO_NARROW.value: 1}
 
 
 def test_what_is_no_clip_is_counted(tmp_path):
