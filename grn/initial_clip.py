@@ -139,14 +139,10 @@ def _last_frames(path: Path, most: int, rate: Fraction, fitted: Callable[[Image.
     """
     if not path.is_file():
         raise UserError(f"init={path}: there is no such file")
-    reformatter = VideoReformatter()
     with open_video(map_file(path), suffix_of(path), max_pixels=MAX_FRAME_PIXELS) as video:
         end = duration(video)
         count = max(1, min(most, int(end * rate)))
         times = [max(Fraction(0), end - (count - number) / rate) for number in range(count)]
         frames = timed(frames_from(video, times[0], max_decoded_frames=MAX_DECODED_FRAMES), video)
-        return resample(
-            frames,
-            times,
-            lambda frame: fitted(to_rgb(frame, max_pixels=MAX_FRAME_PIXELS, reformatter=reformatter)),
-        )
+        shown = {"reformatter": VideoReformatter(), "pixel_aspect": video.pixel_aspect}
+        return resample(frames, times, lambda frame: fitted(to_rgb(frame, max_pixels=MAX_FRAME_PIXELS, **shown)))

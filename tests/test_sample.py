@@ -198,6 +198,26 @@ def test_of_a_long_clip_no_more_than_its_end_is_read(clips, moving_digits, tmp_p
     assert torch.equal(long.tokens, short.tokens)
 
 
+def test_an_anamorphic_clip_is_seen_as_players_show_it(clips, tmp_path):
+    clips.ask_for(frames=9)
+    picture, seen = Image.linear_gradient("L").rotate(90).convert("RGB"), []
+    clips.tokenize = lambda batch, tokenize=clips.tokenize: seen.append(batch["pixels"][0]) or tokenize(batch)
+    for width, aspect in ((64, None), (32, 2)):
+        path = tmp_path / f"{width}.mp4"
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream("libx264", rate=16, options={"qp": "1"})
+            stream.width, stream.height, stream.pix_fmt = width, 32, "yuv444p"
+            if aspect is not None:
+                stream.codec_context.sample_aspect_ratio = aspect
+            for _ in range(6):
+                file.mux(stream.encode(av.VideoFrame.from_image(picture.resize((width, 32)))))
+            file.mux(stream.encode())
+        start_from(clips, path)
+    plain, squeezed = (pixels.float() for pixels in seen)
+    assert (plain - squeezed).abs().max() < 8
+    assert plain.std() > 30  # the middle half of the gradient
+
+
 @pytest.mark.parametrize("fps", [0, -8, "a", float("nan"), float("inf")])
 def test_a_wrong_rate_is_not_the_fault_of_the_file(clips, moving_digits, tmp_path, fps):
     source = moving_digits(tmp_path / "videos", 1) / "000.mp4"
