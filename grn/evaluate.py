@@ -24,6 +24,7 @@ from grn import pictures
 from grn.checkpoints.exported import is_exported_refiner
 from grn.checkpoints.native import load_tokenizer, read_checkpoint
 from grn.cli import MISTAKES, entry_point
+from grn.compiling import compile_network
 from grn.data.streaming import rank_and_world_size, report_skipped
 from grn.errors import UserError
 from grn.evaluation import build_scores, real_splits, score_reconstructions, score_samples, steps_by_class
@@ -74,7 +75,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
                 raise UserError("images=true keeps the samples of a refiner: leave it out for a tokenizer")
             for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
         elif config.compile:
-            module.network.compile()
+            compile_network(module.network, device, key="compile")
         datamodule = instantiate(config.data if "_target_" in config.data else _merged(trained.data, config.data))
         partials = instantiate(trained.scores if config.scores is None else config.scores)
     start = time.perf_counter()

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from grn import runs
 from grn.callbacks.preemption import requeue
 from grn.cli import entry_point
+from grn.compiling import compile_network
 from grn.errors import UserError
 from grn.files import write_json
 from grn.modules import check_fits, module_from_config
@@ -92,9 +93,8 @@ def train(config: DictConfig) -> Trainer:
     if sharded:
         trainer.strategy.check(module.network)
     checkpoint_activations(module.network, config.cluster.activation_checkpointing)
-    if config.cluster.compile:  # in place: the names in checkpoints stay
-        for part in module.network.blocks if sharded else [module.network]:  # a sharded block gathers its weights first
-            part.compile()
+    if config.cluster.compile:
+        compile_network(module.network, trainer.strategy.root_device, key="cluster.compile", by_blocks=sharded)
 
     rank_zero_only(runs.record)(Path(config.paths.run), config)
     for logger in loggers:

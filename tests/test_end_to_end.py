@@ -909,6 +909,8 @@ def test_two_ranks_train_the_text_refiner_of_one(captioned, ranks):
         ("train", TEXT + " name=x prompt_list=none", "training.prompts is empty"),
         ("train", REFINER + " name=x data=digits_t2i", "packs are for text refiners"),
         ("train", TEXT + " ckpt_path=last data.lookahead=8", "data.lookahead=64"),
+        ("train", TEXT + " name=x cluster=cpu cluster.compile=true", "cluster.compile=true does not go with a text"),
+        ("evaluate", "ckpt=runs/digits_t2i device=cpu compile=true out=o", "compile=true does not go with a text"),
         ("encode", "ckpt=runs/digits_tokenizer data=digits_t2i text_encoder=byt5_tiny", "is trained along"),
         ("export", "ckpt=runs/digits_t2i format=official", "the authors' files have no text encoder"),
     ],

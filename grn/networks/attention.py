@@ -4,9 +4,10 @@ Every pattern here is called with queries, keys and values [B, heads, N, head_di
 them, like the queries; keys and values may have fewer heads, each shared by a group of the queries' heads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import Literal
 
 import torch
@@ -67,8 +68,11 @@ class PackedFlex:
     compiled: bool
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attend = _compiled_flex_attention() if self.compiled else flex_attention
-        return attend(q, k, v, block_mask=self.mask, enable_gqa=k.shape[1] != q.shape[1])
+        attend = _flex_attention
+        if self.compiled and not torch.compiler.is_compiling():  # a compiled block fuses what is in it
+            modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(q.device.type)
+            attend = _fused_flex_attention(q.dtype, q.device, q.shape[1], k.shape[1], q.shape[3], *modes)
+        return attend(q, k, v, self.mask)
 
 
 @dataclass(frozen=True)
@@ -94,19 +98,18 @@ class WithText:
 
 
 class Recorder:
-    """Another pattern, whose keys and values are kept, call by call.
+    """Another pattern, whose last keys and values are kept; one a block, all alike to a compiled one.
 
     No dataclass: FSDP, which casts a block's inputs, would hand the block a copy of one.
     """
 
     def __init__(self, pattern: Pattern):
         self.pattern = pattern
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.keys.append(k)
-        self.values.append(v)
+        self.keys, self.values = k, v
         return self.pattern(q, k, v)
 
 
@@ -117,8 +120,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
 
 
 @cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+def _fused_flex_attention(*_: Hashable) -> Callable[..., Tensor]:
+    """`_flex_attention` compiled, for calls of one kind: of all that Dynamo compiles anew for, but the samples' sizes.
+
+    Dynamo compiles a function eight times at most and then runs it as it is, which would materialise all scores: 60 GB
+    at 40 960 tokens. It counts by code objects, so each kind gets its own; with `fullgraph` the limit is an error.
+    """
+    attend = FunctionType(_flex_attention.__code__.replace(), globals())
+    return torch.compile(attend, fullgraph=True)
+
+
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
 
 
 def packed_block_mask(lengths: Sequence[tuple[int, int]], device: torch.device) -> BlockMask:

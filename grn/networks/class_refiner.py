@@ -187,14 +187,22 @@ class TimeEmbedding(nn.Module):
         return self.second(F.silu(self.first(sinusoids)))
 
 
+class RMSNorm(nn.RMSNorm):
+    """In its input's type: under mixed precision the stream is float32, also where FSDP makes the weight bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # There is no kernel for two dtypes: a chain of operations would take its place.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Attention and SwiGLU, each behind RMSNorm and adaLN-zero (shift, scale, gate)."""
 
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=EPS)
+        self.norm1 = RMSNorm(width, eps=EPS)
         self.attention = Attention(width, heads)
-        self.norm2 = nn.RMSNorm(width, eps=EPS)
+        self.norm2 = RMSNorm(width, eps=EPS)
         self.mlp = SwiGLU(width, hidden)
         self.modulation = nn.Linear(width, 6 * width)
 
@@ -211,8 +219,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // heads, eps=EPS)
-        self.k_norm = nn.RMSNorm(width // heads, eps=EPS)
+        self.q_norm = RMSNorm(width // heads, eps=EPS)
+        self.k_norm = RMSNorm(width // heads, eps=EPS)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -239,7 +247,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=EPS)
+        self.norm = RMSNorm(width, eps=EPS)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, out)
 

@@ -18,7 +18,11 @@ from grn.errors import UserError
 from grn.networks.pretrained import Pretrained, brief
 
 CHARACTERS = 64  # of a caption, for every token that is kept: the rest of an endless one is not even tokenized
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+# Not float16: T5's MLPs leave its range, and transformers keeps a part of them in float32 in it.
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Captions * tokens^2 of a call, padding included: T5 holds about 4 bytes of each, by heads: 0.5 GB of umT5-XXL's 64.
+CALL = 2**21
+SHORT = 64  # tokens: of shorter captions, other activations are what fills the memory
 
 
 class TextEncoder(nn.Module):
@@ -53,11 +57,20 @@ class TextEncoder(nn.Module):
         """
         ids = self.tokenize(captions)
         lengths = [len(caption) for caption in ids]
+        features: list[Tensor] = [None] * len(ids)
+        for rows in _calls(lengths):
+            for row, own in zip(rows, self._encode_padded([ids[row] for row in rows])):
+                features[row] = own
+        return torch.cat(features), lengths
+
+    def _encode_padded(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """The features [length, width] of each caption, of one call of the encoder."""
+        lengths = [len(caption) for caption in ids]
         device = next(self.encoder.parameters()).device
         padded = pad_sequence([torch.tensor(caption) for caption in ids], batch_first=True)
         mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
         filled = mask.flatten().nonzero().squeeze(1).to(device)  # told here: nobody waits for the device to count
-        return self.encode(padded.to(device), mask.to(device)).flatten(0, 1)[filled], lengths
+        return self.encode(padded.to(device), mask.to(device)).flatten(0, 1)[filled].split(lengths)
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """The tokens of each caption, at least one and at most max_length."""
@@ -66,6 +79,18 @@ class TextEncoder(nn.Module):
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """int64 [B, L], and where they are tokens rather than padding -> features [B, L, width], any at padding."""
         return self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+
+def _calls(lengths: Sequence[int]) -> list[list[int]]:
+    """Captions of like lengths together, so that a long one pads few others: which ones each call encodes."""
+    calls: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if not calls or (len(calls[-1]) + 1) * longest**2 > CALL:
+            calls.append([])
+            longest = max(lengths[row], SHORT)
+        calls[-1].append(row)
+    return calls
 
 
 def tokenize(captions: Sequence[str], *, tokenizer: Any, max_length: int) -> list[list[int]]:
@@ -128,7 +153,7 @@ class PretrainedT5(TextEncoder):
         weights: the authors' single file of umT5-XXL (`models_t5_umt5-xxl-enc-bf16.pth`), instead of those in `path`,
             which then has only the tokenizer.
         tokenizer: a folder or repository as `path`; None: `path`.
-        dtype: of the weights: bfloat16, float32 or float16.
+        dtype: of the weights: bfloat16 or float32.
         max_length: tokens a caption.
 
     Raises:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grn.errors import UserError
 from grn.networks.attention import Backend, Pattern, Recorder, WithText, packed_attention
-from grn.networks.class_refiner import EPS, TimeEmbedding
+from grn.networks.class_refiner import EPS, RMSNorm, TimeEmbedding
 from grn.networks.pretrained import Pretrained
 from grn.networks.rotary import ROWS_3D, rotary_3d, rotate
 from grn.resolutions import nearest_template, rotary_span
@@ -134,10 +134,10 @@ class TextRefiner(Pretrained, nn.Module):
 
         visual = self.token_embedding(torch.cat([sample.flatten(1).T for sample in tokens]))
         sizes = [frames * height * width for frames, height, width in shapes]
-        pieces = visual.split(sizes), self.time_embedding(t).split(1), self.text_projection(self._like(text)).split(
+        pieces = visual.split(sizes), self.time_embedding(t).split(1), self.text_projection(self._input(text)).split(
             list(text_lengths)
         )  # fmt: skip
-        x = self._like(torch.cat([piece for sample in zip(*pieces) for piece in sample]))[None]
+        x = self._stream(torch.cat([piece for sample in zip(*pieces) for piece in sample]))[None]
         positions = torch.cat(
             [
                 piece
@@ -191,7 +191,7 @@ class TextRefiner(Pretrained, nn.Module):
         template = nearest_template(height, width) if template is None else template
 
         visual = self.token_embedding(tokens.flatten(2).transpose(1, 2))
-        x = self._like(torch.cat([visual, self.time_embedding(t)[:, None]], dim=1))
+        x = self._stream(torch.cat([visual, self.time_embedding(t)[:, None]], dim=1))
         positions = torch.cat([visual_positions(frames, height, width, template), time_positions([TIME_POSITION])])
         x = self._run(x, positions, _with_texts(text, rows, x.device))
         logits = self.head(x[:, context_frames * height * width : -1]).float()
@@ -205,16 +205,19 @@ class TextRefiner(Pretrained, nn.Module):
         """
         self._check_text(text, text_lengths)
         lengths = list(text_lengths)
-        x = self._like(self.text_projection(self._like(text)))[None]
+        x = self._stream(self.text_projection(self._input(text)))[None]
         positions = torch.cat([_of_text(length) for length in lengths])
-        recorder = Recorder(packed_attention([(0, length) for length in lengths], x.device, backend=backend))
-        self._run(x, positions, [recorder] * len(self.blocks))
+        pattern = packed_attention([(0, length) for length in lengths], x.device, backend=backend)
+        recorders = [Recorder(pattern) for _ in self.blocks]
+        self._run(x, positions, recorders)
 
         def padded(packed: Tensor) -> Tensor:
             return pad_sequence(packed[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)
 
         return TextCache(
-            keys=tuple(map(padded, recorder.keys)), values=tuple(map(padded, recorder.values)), lengths=tuple(lengths)
+            keys=tuple(padded(recorder.keys) for recorder in recorders),
+            values=tuple(padded(recorder.values) for recorder in recorders),
+            lengths=tuple(lengths),
         )
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -246,9 +249,16 @@ class TextRefiner(Pretrained, nn.Module):
             x = block(x, cos, sin, pattern)
         return x
 
-    def _like(self, x: Tensor) -> Tensor:
-        """In the weights' type: under bf16 autocast the stream is float32, as the norms want it."""
-        return x.to(self.text_projection.weight.dtype)
+    def _input(self, features: Tensor) -> Tensor:
+        """In the weights' type, whatever the text encoder's is."""
+        return features.to(self.text_projection.weight.dtype)
+
+    def _stream(self, x: Tensor) -> Tensor:
+        """In float32 under bf16 autocast, as the norms want it, also where FSDP makes the weights bfloat16; else in the
+        weights' type."""
+        device = x.device.type
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return x.float() if mixed else self._input(x)
 
     def _check_tokens(self, tokens: Tensor, context_frames: int) -> None:
         if tokens.ndim != 5 or tokens.shape[1] != self.channels:
@@ -286,9 +296,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int):
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=EPS)
+        self.norm1 = RMSNorm(width, eps=EPS)
         self.attention = Attention(width, heads, kv_heads)
-        self.norm2 = nn.RMSNorm(width, eps=EPS)
+        self.norm2 = RMSNorm(width, eps=EPS)
         self.mlp = SwiGLU(width, hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pattern: Pattern) -> Tensor:
@@ -305,16 +315,16 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, heads * self.head_dim, bias=False)
         self.k = nn.Linear(width, kv_heads * self.head_dim, bias=False)
         self.v = nn.Linear(width, kv_heads * self.head_dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=EPS)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=EPS)
+        self.q_norm = RMSNorm(self.head_dim, eps=EPS)
+        self.k_norm = RMSNorm(self.head_dim, eps=EPS)
         self.out = nn.Linear(heads * self.head_dim, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pattern: Pattern) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        # In the weights' type from norm to rotation: under bf16 autocast, RMSNorm has no kernel for two dtypes.
+        # In the stream's type from norm to rotation.
         q, k = (
-            rotate(norm(x.to(norm.weight.dtype)), cos, sin).to(v.dtype)
-            for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            rotate(norm(heads.to(x.dtype)), cos, sin).to(v.dtype)
+            for norm, heads in ((self.q_norm, q), (self.k_norm, k))
         )
         return self.out(pattern(q, k, v).transpose(1, 2).flatten(2))
 
@@ -335,7 +345,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=EPS)
+        self.norm = RMSNorm(width, eps=EPS)
         self.out = nn.Linear(width, out)
 
     def forward(self, x: Tensor) -> Tensor:

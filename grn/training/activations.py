@@ -22,6 +22,7 @@ _KEPT = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,  # seen in a compiled block alone: compiled for itself, it is no operator
 }
 
 
@@ -29,8 +30,8 @@ def checkpoint_activations(network: nn.Module, mode: Mode) -> None:
     """Makes the blocks of a network keep less for the backward pass, from now on; names of parameters stay.
 
     Args:
-        mode: `none`; `selective` keeps the results of matrix products and attention; `full` keeps each block's input
-            alone, and computes the block twice.
+        mode: `none`; `selective` keeps the results of matrix products and attention, of flex attention only where the
+            block is compiled; `full` keeps each block's input alone, and computes the block twice.
 
     Raises:
         UserError: another mode, or a network without `blocks`.

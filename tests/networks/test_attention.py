@@ -1,6 +1,9 @@
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn.attention import flex_attention as flex
 
+from grn.networks import attention
 from grn.networks.attention import (
     BLOCK,
     PackedExact,
@@ -45,8 +48,8 @@ def test_both_backends_are_the_definition():
     q, k, v = heads(LENGTHS)
     expected = by_definition(q, k, v, allowed(LENGTHS))
     torch.testing.assert_close(PackedExact(tuple(LENGTHS))(q, k, v), expected, atol=1e-5, rtol=1e-5)
-    flex = PackedFlex(packed_block_mask(LENGTHS, CPU), compiled=False)
-    torch.testing.assert_close(flex(q, k, v), expected, atol=1e-5, rtol=1e-5)
+    unfused = PackedFlex(packed_block_mask(LENGTHS, CPU), compiled=False)
+    torch.testing.assert_close(unfused(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow  # compiles a kernel for the CPU
@@ -54,6 +57,41 @@ def test_compiled_flex_skips_no_block_that_matters():
     q, k, v = heads(LENGTHS)
     attend = packed_attention(LENGTHS, CPU, backend="flex")
     torch.testing.assert_close(attend(q, k, v), by_definition(q, k, v, allowed(LENGTHS)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled, as `torch.compile` here runs it as it is, also on the way back, which the CPU cannot."""
+    made, compile = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **given: compile(f, backend=lambda g, _: made.append(g) or g, **given)
+    )
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "_warn_once", lambda warning_id, message, **_: pytest.fail(message))
+    attention._fused_flex_attention.cache_clear()
+    torch._dynamo.reset()
+    yield made
+    attention._fused_flex_attention.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_flex_attention_stays_fused_in_all_kinds_of_calls(graphs):
+    """Dynamo compiles a function eight times and then leaves it as it is, with all scores in memory."""
+    for kv in (2, 4):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            for lengths in ([(3, 2)], [(130, 20), (0, 7)], [(0, 30)], [(200, 3), (50, 90)]):
+                with mode():
+                    packed_attention(lengths, CPU, backend="flex")(*heads(lengths, kv=kv))
+    assert 8 < len(graphs) <= 18
+
+
+def test_flex_attention_beyond_dynamos_limit_is_an_error(graphs):
+    other = [(300, 20), (0, 7)]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        packed_attention(LENGTHS, CPU, backend="flex")(*heads(LENGTHS))
+        attend, given = packed_attention(other, CPU, backend="flex"), heads(other)
+        with pytest.raises(FailOnRecompileLimitHit):
+            attend(*given)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [(128, 128), (256, 128)], [(3, 2)], [(0, 500), (0, 20)]], ids=str)
@@ -105,6 +143,5 @@ def test_a_recorder_keeps_what_goes_through():
     pattern = PackedExact(((2, 3),))
     recorder = Recorder(pattern)
     assert torch.equal(recorder(q, k, v), pattern(q, k, v))
-    assert recorder.keys[0] is k
-    assert recorder.values[0] is v
-    assert len(recorder.keys) == len(recorder.values) == 1
+    assert recorder.keys is k
+    assert recorder.values is v

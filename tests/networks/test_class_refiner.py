@@ -154,6 +154,18 @@ def test_compiling_in_place_changes_neither_names_nor_logits():
     assert list(network.state_dict()) == names
 
 
+@pytest.mark.filterwarnings("error:Mismatch dtype")  # RMSNorm would fall back to a slow path
+def test_under_autocast_the_stream_is_float32_also_where_fsdp_casts_the_weights():
+    network, seen = shaken(), set()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for block in network.blocks:
+        block.register_forward_hook(lambda _, given, made: seen.update((given[0].dtype, made.dtype)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        network(torch.zeros(2, 3, 1, 4, 4, dtype=torch.long), torch.tensor([0.1, 0.8]), torch.tensor([2, 5]))
+    assert seen == {torch.float32}
+
+
 def test_bfloat16_autocast_is_close():
     network = shaken()
     exact = network(*inputs())

@@ -66,6 +66,25 @@ def test_a_batch_is_its_captions(encoder):
         torch.testing.assert_close(mine, encoder([caption])[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["trained", "frozen"])
+def test_a_long_caption_pads_few_others(kind, encoder, folder, monkeypatch):
+    monkeypatch.setattr("grn.networks.text_encoder.CALL", 300)
+    monkeypatch.setattr("grn.networks.text_encoder.SHORT", 4)
+    if kind == "frozen":
+        encoder = PretrainedT5(path=str(folder), dtype="float32", max_length=24)
+    captions = ["a three", "", "s" * 100, "ab", "seven three abc", "", "b" * 100, "a", "abc", "", "ba"] * 2
+    shapes, encode = [], encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda ids, mask: shapes.append(tuple(ids.shape)) or encode(ids, mask))
+    features, lengths = encoder(captions)
+    assert lengths == [len(ids) for ids in encoder.tokenize(captions)]
+    assert max(length for _, length in shapes) == 24
+    assert all(count == 1 or count * max(length, 4) ** 2 <= 300 for count, length in shapes)
+    assert sum(count for count, _ in shapes) == 22
+    assert len(shapes) < 12
+    for caption, mine in zip(captions, features.split(lengths), strict=True):
+        torch.testing.assert_close(mine, encoder([caption])[0], atol=1e-5, rtol=1e-5)
+
+
 def test_bytes_are_their_own_tokens(encoder):
     assert encoder.tokenize(["ab", "é", "\ud800"]) == [[100, 101, 1], [3 + 0xC3, 3 + 0xA9, 1], [3 + ord("?"), 1]]
 
@@ -131,7 +150,8 @@ def test_what_cannot_be_had_is_one_line(folder, tmp_path):
     assert message.endswith("); give a local folder")
     message = complaint(path=str(folder), tokenizer="google/umt5-xxl")
     assert message.startswith("text_encoder.tokenizer: google/umt5-xxl is no folder here")
-    assert "text_encoder.dtype=int8: choose among bfloat16" in complaint(path=str(folder), dtype="int8")
+    for dtype in ("int8", "float16"):
+        assert f"text_encoder.dtype={dtype}: choose among bfloat16, float32" in complaint(path=str(folder), dtype=dtype)
     assert "text_encoder.max_length must be a positive" in complaint(path=str(folder), max_length=0)
     assert "text_encoder.weights: no file /nowhere" in complaint(path=str(folder), weights="/nowhere")
 

@@ -13,6 +13,7 @@ from grn.checkpoints.native import build_network
 from grn.checkpoints.official_text_refiner import our_state
 from grn.cli import CONF
 from grn.errors import UserError
+from grn.networks import attention
 from grn.networks.rotary import rotary_3d
 from grn.networks.text_refiner import FIRST_FRAME, TextRefiner, time_positions, visual_positions
 
@@ -110,6 +111,24 @@ def test_golden_in_bfloat16(form, reference):
         assert (logits - expected[0]).norm() / expected.norm() < 2e-2
 
 
+@pytest.mark.filterwarnings("error:Mismatch dtype")
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])  # FSDP casts them, autocast alone does not
+def test_the_stream_is_float32_under_autocast(weights):
+    network, seen = shaken().to(weights), set()
+    for block in network.blocks:
+        block.register_forward_hook(lambda _, given, made: seen.update((given[0].dtype, made.dtype)))
+    tokens, t, text, lengths = samples([(1, 2, 3)] * 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        network(tokens, t, text, lengths)
+        cache = network.text_cache(text, lengths)
+        network.predict(torch.stack(tokens), t, cache)
+    assert seen == {torch.float32}
+    assert cache.keys[0].dtype == cache.values[0].dtype == torch.bfloat16
+    with torch.no_grad():
+        network(tokens, t, text, lengths)
+    assert seen == {torch.float32, weights}
+
+
 @pytest.mark.parametrize("labeling", ["ind", "bit"])
 def test_a_packed_batch_is_its_samples(labeling):
     classes = {"ind": 4, "bit": 2}[labeling]
@@ -134,9 +153,7 @@ def test_a_packed_batch_is_its_samples(labeling):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_by_flex_attention(monkeypatch):
-    monkeypatch.setattr(
-        "grn.networks.attention._compiled_flex_attention", lambda: torch.nn.attention.flex_attention.flex_attention
-    )
+    monkeypatch.setattr(attention, "_fused_flex_attention", lambda *kind: attention._flex_attention)
     network = shaken(width=64)  # 16 a head, the least that flex takes
     with torch.no_grad():
         expected, flex = (network(*samples(), backend=backend) for backend in ("exact", "flex"))
