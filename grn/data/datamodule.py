@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from grn.data.endless import GlobalBatches, ResumableLoader
 from grn.data.samples import collate
 from grn.data.shards import read_manifest, shard_paths
-from grn.data.streaming import ShardDataset, ShardStream, rank_and_world_size, resolve_urls
+from grn.data.streaming import ShardDataset, ShardStream, local_shards, rank_and_world_size, resolve_urls
 from grn.data.workers import outlive_sigterm
 from grn.errors import UserError
 
@@ -153,7 +153,7 @@ class ShardsDataModule(LightningDataModule):
             raise UserError(f"{key} and {self.key}.root are both null: give one of them")
         if self.manifest:
             return shard_paths(self.root, self.manifest, split)
-        return resolve_urls([str(self.root / f"{split}-*.tar")], key=key, remedy=remedy)
+        return local_shards(self.root / f"{split}-*.tar", key=key, remedy=remedy)
 
     def train_dataloader(self) -> ResumableLoader:
         """Endless and shuffled, the same on any number of ranks and workers; as long as the trainer's run, if any."""
