@@ -528,6 +528,7 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("train", "+experiment=digitz", "digits_c2i"),
         ("train", REFINER, "ckpt_path=last"),
         ("train", REFINER + " ckpt_path=last name=nothing", "there is no"),
+        ("train", REFINER + " ckpt_path=last", "trainer.max_steps"),
         ("train", REFINER + " ckpt_path=last model.depth=3", "model.depth=2"),
         ("train", REFINER + " ckpt_path=last data.rank_streams=4", "data.rank_streams=8"),
         ("train", REFINER + " name=x data.num_workers=2", "data.worker_streams=1"),
