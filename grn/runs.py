@@ -75,9 +75,10 @@ def checkpoint_to_resume(config: DictConfig) -> Checkpoint | None:
             f"training.gan_weight{' above 0' if had else '=0'} (training.gan_start holds a GAN back)"
         )
     if is_done(config, checkpoint) and wanted != "auto":
+        steps = f"trainer.max_steps={config.trainer.max_steps}"
         raise UserError(
-            f"ckpt_path={wanted}: {path} is of step {checkpoint.step}, and trainer.max_steps={config.trainer.max_steps} "
-            "counts from the run's start: give more to go on"
+            f"ckpt_path={wanted}: {path} is of step {checkpoint.step}, and {steps} counts from the run's start: give more "
+            "to go on"
         )
     return checkpoint
 
