@@ -77,8 +77,8 @@ def checkpoint_to_resume(config: DictConfig) -> Checkpoint | None:
     if is_done(config, checkpoint) and wanted != "auto":
         steps = f"trainer.max_steps={config.trainer.max_steps}"
         raise UserError(
-            f"ckpt_path={wanted}: {path} is of step {checkpoint.step}, and {steps} counts from the run's start: give more "
-            "to go on"
+            f"ckpt_path={wanted}: {path} is of step {checkpoint.step} already, and {steps} counts from the start: "
+            "give more to go on"
         )
     return checkpoint
 

@@ -41,7 +41,7 @@ def test_a_run_whose_steps_are_done_says_so(config, tmp_path, caplog):
     """To scripts that call again, what was measured; to who asks to go on, how."""
     for place in ("last", "best", f"{tmp_path}/digits_tokenizer/checkpoints/last.ckpt"):
         for steps in (100, 60, 0):
-            with pytest.raises(UserError, match=rf"of step 100, and trainer\.max_steps={steps} .*give more"):
+            with pytest.raises(UserError, match=rf"of step 100 already, and trainer\.max_steps={steps} .*give more"):
                 train(config(f"ckpt_path={place}", f"trainer.max_steps={steps}"))
         for steps in (101, -1):
             assert checkpoint_to_resume(config(f"ckpt_path={place}", f"trainer.max_steps={steps}")).step == 100

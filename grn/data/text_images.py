@@ -276,9 +276,7 @@ class TextImageDataModule(PackedDataModule):
         pairs = isinstance(resolutions, Sequence) and all(isinstance(size, Sequence) for size in resolutions)
         sizes = [tuple(size) for size in resolutions] if pairs else []
         if not sizes or any([type(side) for side in size] != [int, int] or min(size) < 1 for size in sizes):
-            raise UserError(
-                f"{self.key}.resolutions={resolutions} must be pairs [height, width] in pixels"
-            )
+            raise UserError(f"{self.key}.resolutions={resolutions} must be pairs [height, width] in pixels")
         return ((1.0, tuple((height / width, (height, width)) for height, width in sizes)),)
 
 
