@@ -7,6 +7,7 @@ when a process is killed): the images are dealt to them, and the first one write
 import logging
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from grn.checkpoints.exported import is_exported_refiner
 from grn.checkpoints.native import load_tokenizer, read_checkpoint
 from grn.cli import MISTAKES, entry_point
 from grn.compiling import compile_network
-from grn.data.streaming import rank_and_world_size, report_skipped
+from grn.data.datamodule import SPLITS
+from grn.data.streaming import check_foreign_urls, rank_and_world_size, report_skipped
 from grn.errors import UserError
 from grn.evaluation import build_scores, real_splits, score_reconstructions, score_samples, steps_by_class
 from grn.files import write_json
@@ -76,7 +78,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
             for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
         elif config.compile:
             compile_network(module.network, device, key="compile")
-        datamodule = instantiate(config.data if "_target_" in config.data else _merged(trained.data, config.data))
+        datamodule = instantiate(_data(config, trained))
         partials = instantiate(trained.scores if config.scores is None else config.scores)
     start = time.perf_counter()
     with (
@@ -177,13 +179,37 @@ def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[
     return module, checkpoint.config, {"ckpt": str(checkpoint.path), "step": checkpoint.step}
 
 
-def _merged(trained: DictConfig, overrides: DictConfig) -> DictConfig:
+def _data(config: DictConfig, trained: DictConfig | None) -> DictConfig:
+    """The data that were asked for, or those that the checkpoint was trained on."""
+    if "_target_" in config.data:
+        return config.data
+    given = _overrides(trained.data, config.data)
+    check_foreign_urls(f"ckpt={config.ckpt}", dict(_foreign(trained.data, given, "data")))
+    return OmegaConf.merge(trained.data, given)
+
+
+def _overrides(trained: DictConfig, overrides: DictConfig) -> dict[str, Any]:
     given = {key: value for key, value in overrides.items() if value is not None}
     if "parts" not in trained:
-        return OmegaConf.merge(trained, given)
+        return given
+    of_parts = given.pop("parts", {})
+    if odd := of_parts.keys() - trained.parts.keys():
+        raise UserError(f"data.parts.{min(odd)}: the checkpoint's data have only {', '.join(trained.parts)}")
     if odd := given.keys() - {"num_workers", "eval_batch_size"}:
         raise UserError(f"data.{min(odd)}: of a mixture, give +data.parts.<name>.{min(odd)}=... instead")
-    return OmegaConf.merge(trained, {"parts": dict.fromkeys(trained.parts, given)})
+    return {"parts": {part: OmegaConf.merge(given, of_parts.get(part, {})) for part in trained.parts}}
+
+
+def _foreign(trained: DictConfig, given: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:
+    """(Key, value) of all that a checkpoint says of shards and nobody has given here."""
+    for name, value in trained.items():
+        own = given.get(name)
+        if "_target_" in trained and name in SPLITS:
+            if own is None:
+                place = f"{key}.{name}" if key == "data" else f"+{key}.{name}"  # which conf/data/checkpoint.yaml lacks
+                yield place, OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        elif isinstance(value, DictConfig):
+            yield from _foreign(value, own or {}, f"{key}.{name}")
 
 
 def _pictures(shown: list[tuple[torch.Tensor, torch.Tensor]], scores: dict, train: Split, out: Path) -> None:

@@ -91,17 +91,18 @@ def module_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = 
     return module
 
 
-def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerModule, dict[str, Any]]:
+def load_refiner(ckpt: str, *, ema: str | float | None = None, **hub: Any) -> tuple[RefinerModule, dict[str, Any]]:
     """A trained refiner in evaluation mode, and what reports say of where it is from.
 
     Args:
         ckpt: a run folder or checkpoint file of ours, or an exported refiner, here or on the Hub (`hf://owner/name`).
         ema: as in `Checkpoint.weights`.
+        hub: as in `is_exported_refiner`.
 
     Raises:
         UserError: nothing of that kind is there.
     """
-    if not is_exported_refiner(ckpt):
+    if not is_exported_refiner(ckpt, **hub):
         checkpoint = read_checkpoint(ckpt)
         if checkpoint.kind == "tokenizer":
             raise UserError(f"ckpt: {checkpoint.path} is a {checkpoint.kind}; only refiners are sampled")
@@ -110,7 +111,7 @@ def load_refiner(ckpt: str, *, ema: str | float | None = None) -> tuple[RefinerM
     if ema is not None:
         raise UserError(f"ema={ema}: {ckpt} holds one set of weights; leave ema out")
     try:
-        found = load_exported_refiner(ckpt)
+        found = load_exported_refiner(ckpt, **hub)
         arguments = {"tokenizer": found.tokenizer, "sampler": found.sampler, "labeling": found.labeling}
         if found.text is None:
             module = RefinerModule(found.refiner, **arguments)

@@ -59,13 +59,25 @@ class GRNPipeline:
         self.module = module
 
     @classmethod
-    def from_pretrained(cls, ckpt: str | Path, *, ema: str | float | None = None) -> "GRNPipeline":
+    def from_pretrained(
+        cls,
+        ckpt: str | Path,
+        *,
+        ema: str | float | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "GRNPipeline":
         """The pipeline of a trained refiner, on the CPU; nothing in what is read is executed.
 
         Args:
             ckpt: a folder of `save_pretrained` or `grn.export`, or one on the Hugging Face Hub (`owner/name`, or
                 `hf://owner/name`); or a run folder or checkpoint file of ours.
             ema: of a run: the decay of the average to sample from, `none` for the weights as trained; None: as it did.
+            dtype: as `to` has it; None: float32.
+            revision, cache_dir, token, local_files_only: of the Hub, as in `huggingface_hub.snapshot_download`.
 
         Raises:
             UserError: nothing of that kind is there.
@@ -74,9 +86,17 @@ class GRNPipeline:
         if not Path(ckpt).expanduser().exists() and is_hub_id(ckpt):
             ckpt = f"{HUB}{ckpt}"
         try:
-            return cls(load_refiner(ckpt, ema=ema)[0])
+            module, _ = load_refiner(
+                ckpt,
+                ema=ema,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
         except MISTAKES as error:  # Hydra wraps what is wrong with a run's parts
             raise UserError(explain(error)) from None
+        return cls(module).to(dtype)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes a folder for `from_pretrained`, `grn.sample` and `grn.evaluate`: all of it or nothing.

@@ -1,5 +1,6 @@
 """The run folder: what is written beside curves, checkpoints and pictures, and where a run goes on."""
 
+import json
 import platform
 import shlex
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from grn.checkpoints.native import is_checkpoint, read_checkpoint
+from grn.checkpoints.native import Checkpoint, is_checkpoint, read_checkpoint
 from grn.errors import UserError
 from grn.files import write_json, write_text
 
@@ -34,12 +35,13 @@ def record(folder: Path, config: DictConfig) -> None:
     write_text(earlier, f"{earlier.read_text() if earlier.exists() else ''}{started}  {command}\n")
 
 
-def checkpoint_to_resume(config: DictConfig) -> Path | None:
-    """What `ckpt_path` means: None to start afresh.
+def checkpoint_to_resume(config: DictConfig) -> Checkpoint | None:
+    """What `ckpt_path` means, without weights: None to start afresh.
 
     Raises:
-        UserError: there is nothing to go on from; the folder holds a run that this one would overwrite; or the
-            checkpoint is of another model, or of a data stream that cannot go on here.
+        UserError: there is nothing to go on from; the folder holds a run that this one would overwrite; the checkpoint
+            is of another model, or of a data stream that cannot go on here; or it has all of `trainer.max_steps`
+            behind it, which only `auto` takes for a run that is done (`is_done`).
     """
     folder = Path(config.paths.run) / "checkpoints"
     wanted = config.ckpt_path
@@ -57,7 +59,8 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
             return None
     if not is_checkpoint(path):
         raise UserError(f"ckpt_path={wanted}: there is no {path}; leave ckpt_path out to start afresh")
-    trained = read_checkpoint(path, key="ckpt_path", weights=False).config
+    checkpoint = read_checkpoint(path, key="ckpt_path", weights=False)
+    trained = checkpoint.config
     for key in _same_keys(config, trained):
         old, new = OmegaConf.select(trained, key), OmegaConf.select(config, key)
         if old != new:
@@ -71,7 +74,25 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
             f"ckpt_path={wanted}: {path} was trained {'with' if had else 'without'} a discriminator: keep "
             f"training.gan_weight{' above 0' if had else '=0'} (training.gan_start holds a GAN back)"
         )
-    return path
+    if is_done(config, checkpoint) and wanted != "auto":
+        steps = f"trainer.max_steps={config.trainer.max_steps}"
+        raise UserError(
+            f"ckpt_path={wanted}: {path} is of step {checkpoint.step} already, and {steps} counts from the start: "
+            "give more to go on"
+        )
+    return checkpoint
+
+
+def is_done(config: DictConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a run has no step left to train."""
+    steps = config.trainer.max_steps
+    return steps is not None and 0 <= steps <= checkpoint.step
+
+
+def recorded_metrics(folder: Path) -> dict[str, float]:
+    """What an earlier start wrote into `metrics.json`; nothing where it did not come so far."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.is_file() else {}
 
 
 def _same_keys(config: DictConfig, trained: DictConfig) -> Iterable[str]:

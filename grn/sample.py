@@ -181,10 +181,10 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
     """Prompts as given, or those of a UTF-8 text file, one a line.
 
     Raises:
-        UserError: no such file, not of text, too large, or no prompt at all.
+        UserError: no such file, not of text, too large, something else, or no prompt at all.
     """
     if not isinstance(prompts, (str, Sequence)):
-        raise UserError(f"prompts={prompts}: a list of texts, or a file with one a line")
+        raise UserError(f"prompts={prompts}: a list of texts, prompts=[...], or a text file, one a line")
     if not isinstance(prompts, str):
         found = [str(prompt) for prompt in prompts]
     else:
@@ -192,7 +192,7 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
         try:
             with path.open("rb") as file:
                 data = file.read(MAX_PROMPTS_BYTES + 1)
-            found = [line.strip() for line in data.decode("utf-8").splitlines() if line.strip()]
+            found = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
         except OSError:
             raise UserError(f"prompts: no file {path}; prompts themselves are given as a list: prompts=[...]") from None
         except UnicodeDecodeError:

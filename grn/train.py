@@ -10,7 +10,7 @@ import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -57,16 +57,17 @@ KEYS = [
 def main(config: DictConfig) -> float | None:
     config.paths.run = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     try:
-        return objective(_measured(train(config)), config.monitor)
+        return objective(train(config), config.monitor)
     finally:
         if wandb.run is not None:  # the next point of a sweep is another run
             wandb.finish()
 
 
-def train(config: DictConfig) -> Trainer:
-    """Trains as `config` says, in the run folder `paths.run`; returns the trainer when its steps are done.
+def train(config: DictConfig) -> dict[str, float]:
+    """Trains as `config` says, in the run folder `paths.run`; returns what was measured last, when its steps are done.
 
-    What was measured last is in `metrics.json` then.
+    `metrics.json` has it, too. A run that was done before is left as it is: one line says so with `ckpt_path=auto`,
+    which scripts and schedulers may call again; `last`, `best` and paths ask to go on, and are refused with that line.
 
     After a SIGTERM it saves instead (`SaveOnSigterm`), and exits with the status `TERMINATED`.
     """
@@ -74,6 +75,10 @@ def train(config: DictConfig) -> Trainer:
     if not isinstance(config.cluster.compile, bool):
         raise UserError(f"cluster.compile must be true or false, got {config.cluster.compile!r}")
     resume = runs.checkpoint_to_resume(config)
+    if resume is not None and runs.is_done(config, resume):
+        log.info("%s is done: it is at step %d of trainer.max_steps", config.paths.run, resume.step)
+        return runs.recorded_metrics(Path(config.paths.run))
+    resume = resume and resume.path
     _quieten()
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.cluster.matmul_precision)
@@ -111,13 +116,10 @@ def train(config: DictConfig) -> Trainer:
         requeue(received)
         sys.exit(TERMINATED)
     trainer.save_checkpoint(Path(config.paths.run) / "checkpoints" / "last.ckpt", weights_only=False)
-    report = {"step": trainer.global_step, "metrics": _measured(trainer)}
+    measured = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
+    report = {"step": trainer.global_step, "metrics": measured}
     rank_zero_only(write_json)(Path(config.paths.run) / "metrics.json", report)
-    return trainer
-
-
-def _measured(trainer: Trainer) -> dict[str, float]:
-    return {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
+    return measured
 
 
 def _millions(network: torch.nn.Module) -> float:

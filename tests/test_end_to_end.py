@@ -446,7 +446,9 @@ def test_a_sharded_run_is_scored_exported_and_made_one_file(workspace, tmp_path)
     for ckpt, out in ((last, "a"), (tmp_path / "whole.ckpt", "b")):
         succeed(workspace, "sample", f"ckpt={ckpt} out={tmp_path}/{out} num=3 sampler=linear sampler.schedule.steps=2")
     assert (tmp_path / "a" / "samples.png").read_bytes() == (tmp_path / "b" / "samples.png").read_bytes()
-    succeed(workspace, "train", f"{REFINER} logger=none name=from_one_file ckpt_path={tmp_path}/whole.ckpt")
+    succeed(
+        workspace, "train", f"{REFINER} logger=none name=one_file trainer.max_steps=14 ckpt_path={tmp_path}/whole.ckpt"
+    )
 
 
 def test_two_processes_sample_and_score(workspace):
@@ -528,6 +530,7 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("train", "+experiment=digitz", "digits_c2i"),
         ("train", REFINER, "ckpt_path=last"),
         ("train", REFINER + " ckpt_path=last name=nothing", "there is no"),
+        ("train", REFINER + " ckpt_path=last", "trainer.max_steps"),
         ("train", REFINER + " ckpt_path=last model.depth=3", "model.depth=2"),
         ("train", REFINER + " ckpt_path=last data.rank_streams=4", "data.rank_streams=8"),
         ("train", REFINER + " name=x data.num_workers=2", "data.worker_streams=1"),

@@ -287,15 +287,23 @@ def test_from_the_hub(texts, tmp_path, monkeypatch):
 
     def snapshot_download(hub_id, *, allow_patterns, **options):
         assert hub_id == "grn-tests/digits"
+        asked.append(options)
         for name in files(folder).keys() & set(allow_patterns):
             (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / name, tmp_path / "hub" / name)
         return str(tmp_path / "hub")
 
+    asked = []
     monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
     for name in ("grn-tests/digits", "hf://grn-tests/digits"):
         assert GRNPipeline.from_pretrained(name).module.size == (16, 32)
     assert files(tmp_path / "hub") == files(folder)
+    asked.clear()
+    options = {"revision": "v1", "cache_dir": tmp_path / "cache", "token": "secret", "local_files_only": True}
+    pipe = GRNPipeline.from_pretrained("grn-tests/digits", dtype=torch.bfloat16, **options)
+    assert {parameter.dtype for parameter in pipe.module.network.parameters()} == {torch.bfloat16}
+    assert asked
+    assert all(given == options for given in asked)
 
 
 @pytest.mark.parametrize("kind", ["classes", "texts"])

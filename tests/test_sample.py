@@ -298,3 +298,13 @@ def test_samples_are_sorted_by_entropy_and_states_stand_beside_the_film(tmp_path
     film = Image.open(tmp_path / "refinement.gif")
     assert film.n_frames == max(report["steps"])
     assert film.size == tuple(pictures.scale_for(16) * n for n in (5 * (2 * 16 + 2) + 2, 3 * (16 + 2) + 2))
+
+
+def test_prompts_as_people_give_them(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfa seven\r\n\n a one \n")
+    assert command.read_prompts(str(path)) == ["a seven", "a one"]
+    assert command.read_prompts(["a seven", 3]) == ["a seven", "3"]
+    for odd in (5, {"a": 1}, True):
+        with pytest.raises(UserError, match=r"^prompts=.*: a list of texts, prompts=\[\.\.\.\], or a text file"):
+            command.read_prompts(odd)

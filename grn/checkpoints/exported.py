@@ -82,14 +82,17 @@ class ExportedRefiner:
     text: TextSide | None
 
 
-def is_exported_refiner(path_or_hub_id: str | Path) -> bool:
+def is_exported_refiner(path_or_hub_id: str | Path, **hub: Any) -> bool:
     """Whether it is a folder of this kind, here or (`hf://owner/name`) on the Hub, which is then asked.
+
+    Args:
+        hub: revision, cache_dir, token, local_files_only, as in `Pretrained.from_pretrained`.
 
     Raises:
         UserError: the Hub cannot be reached, or has no such repository.
     """
     if str(path_or_hub_id).startswith(HUB):
-        return (fetch(path_or_hub_id, files=[INDEX]) / INDEX).is_file()
+        return (fetch(path_or_hub_id, files=[INDEX], **hub) / INDEX).is_file()
     return (Path(path_or_hub_id).expanduser() / INDEX).is_file()
 
 
@@ -143,13 +146,13 @@ def save_exported_refiner(
     return write_folder(folder, write)
 
 
-def load_exported_refiner(path_or_hub_id: str | Path) -> ExportedRefiner:
-    """What `save_exported_refiner` wrote; from the Hub as `hf://owner/name`.
+def load_exported_refiner(path_or_hub_id: str | Path, **hub: Any) -> ExportedRefiner:
+    """What `save_exported_refiner` wrote; from the Hub as `hf://owner/name`, `hub` as in `is_exported_refiner`.
 
     Raises:
         UserError: not there, not whole, or its values are none; nothing in it is executed.
     """
-    folder = fetch(path_or_hub_id, files=(*FILES, *TEXT_FILES))
+    folder = fetch(path_or_hub_id, files=(*FILES, *TEXT_FILES), **hub)
     path = folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder} has no {INDEX}: it is no exported refiner; python -m grn.export writes one")

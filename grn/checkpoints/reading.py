@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from torch import Tensor
 
 from grn.errors import UserError
@@ -67,25 +68,31 @@ def check_targets(config: Any, complaint: str) -> None:
 
     Raises:
         UserError: a target is no class of GRN (or function, with `_partial_`), nor of a package that the environment
-            variable GRN_TRUST names.
+            variable GRN_TRUST names; or something refers to what is not in `config` (`${...}`).
     """
-    trusted = set(filter(None, os.environ.get("GRN_TRUST", "").split(",")))
-    for target, partial in _targets(config):
-        if target.split(".")[0] not in trusted and not _is_ours(target, partial):
+    for node in _nodes(config):
+        if isinstance(node, str) and "${" in node:  # configs are saved resolved
+            raise UserError(f"{complaint}: it refers to another place by {node[:100]!r}")
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            continue
+        target, partial = str(node["_target_"]), node.get("_partial_") is True
+        if target.split(".")[0] not in trusted() and not _is_ours(target, partial):
             raise UserError(
                 f"{complaint}: it wants to call {target[:100]}, which is no part of GRN; if you trust the file, set "
                 f"GRN_TRUST={target[:100].split('.')[0]}"
             )
 
 
-def _targets(node: Any) -> Iterator[tuple[str, bool]]:
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield str(node["_target_"]), node.get("_partial_") is True
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from _targets(child)
+def trusted() -> set[str]:
+    """What the environment variable GRN_TRUST names, by commas: packages, and schemes of urls such as `pipe`."""
+    return set(filter(None, os.environ.get("GRN_TRUST", "").split(",")))
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    """The node and all that is in it; OmegaConf makes lists of tuples, too."""
+    yield node
+    for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, (list, tuple)) else ():
+        yield from _nodes(child)
 
 
 def _is_ours(target: str, partial: bool) -> bool:
@@ -96,4 +103,8 @@ def _is_ours(target: str, partial: bool) -> bool:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         return False
-    return (inspect.isclass(found) or (partial and inspect.isfunction(found))) and found.__module__.startswith("grn.")
+    if not (inspect.isclass(found) or (partial and inspect.isfunction(found))):
+        return False
+    if found.__module__.startswith("grn.data."):  # what reads shards by itself would run the commands in their urls
+        return inspect.isclass(found) and issubclass(found, LightningDataModule)
+    return found.__module__.startswith("grn.")

@@ -1,6 +1,7 @@
 """What every data set of webdataset shards shares: which shards, their loaders, checks before anything starts."""
 
 import functools
+import math
 import os
 import warnings
 from abc import abstractmethod
@@ -16,11 +17,28 @@ from torch.utils.data import DataLoader
 from grn.data.endless import GlobalBatches, ResumableLoader
 from grn.data.samples import collate
 from grn.data.shards import read_manifest, shard_paths
-from grn.data.streaming import ShardDataset, ShardStream, rank_and_world_size, resolve_urls
+from grn.data.streaming import ShardDataset, ShardStream, local_shards, rank_and_world_size, resolve_urls
 from grn.data.workers import outlive_sigterm
 from grn.errors import UserError
 
 SPLITS = ("train", "heldout")
+
+
+def check_count(key: str, value: object, *, least: int = 1) -> None:
+    """Raises:
+    UserError: no whole number, or one below `least`.
+    """
+    if type(value) is not int or value < least:
+        raise UserError(f"{key}={value} must be a whole number, at least {least}")
+
+
+def check_number(key: str, value: object, *, least: float, most: float = math.inf) -> None:
+    """Raises:
+    UserError: no number, or one outside `least` to `most`.
+    """
+    if type(value) not in (int, float) or not least <= value <= most:
+        bounds = f"of at least {least}" if most == math.inf else f"in {least} to {most}"
+        raise UserError(f"{key}={value} must be a number {bounds}")
 
 
 class ShardsDataModule(LightningDataModule):
@@ -71,10 +89,10 @@ class ShardsDataModule(LightningDataModule):
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
         for name_, value in (sizes | {"rank_streams": rank_streams, "worker_streams": worker_streams}).items():
-            if value is not None and value < 1:
-                raise UserError(f"{key}.{name_}={value} must be at least 1")
-        if num_workers < 0:
-            raise UserError(f"{key}.num_workers={num_workers} must not be negative")
+            if name_ != "eval_batch_size" or value is not None:
+                check_count(f"{key}.{name_}", value)
+        check_count(f"{key}.num_workers", num_workers, least=0)
+        check_count(f"{key}.shuffle_buffer", shuffle_buffer, least=0)
         self.key = key
         self.name = name
         self.batch_size = batch_size
@@ -153,7 +171,7 @@ class ShardsDataModule(LightningDataModule):
             raise UserError(f"{key} and {self.key}.root are both null: give one of them")
         if self.manifest:
             return shard_paths(self.root, self.manifest, split)
-        return resolve_urls([str(self.root / f"{split}-*.tar")], key=key, remedy=remedy)
+        return local_shards(self.root / f"{split}-*.tar", key=key, remedy=remedy)
 
     def train_dataloader(self) -> ResumableLoader:
         """Endless and shuffled, the same on any number of ranks and workers; as long as the trainer's run, if any."""

@@ -446,7 +446,7 @@ def _names(path: Path, classes: Sequence[str]) -> list[str]:
     """One for each class, from lines `<class> <name>`."""
     try:
         with open(path, "rb") as file:
-            lines = file.read(MAX_NAMES_BYTES).decode("utf-8").splitlines()
+            lines = file.read(MAX_NAMES_BYTES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"source.names={path} cannot be read as text: {error}") from None
     names = {}

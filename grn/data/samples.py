@@ -176,13 +176,18 @@ def read_caption(raw: Mapping[str, object], metadata: Mapping[str, object]) -> s
     data = entry(raw, CAPTION_SUFFIXES, missing=None)
     if data is not None:
         try:
-            return data.decode("utf-8").strip()
+            return _plain(data.decode("utf-8"))
         except UnicodeDecodeError:
             raise Skip(Reason.BAD_CAPTION) from None
     caption = metadata.get("caption")
     if caption is not None and not isinstance(caption, str):
         raise Skip(Reason.BAD_CAPTION)
-    return None if caption is None else caption.strip()
+    return None if caption is None else _plain(caption)
+
+
+def _plain(text: str) -> str:
+    """Stripped, and without the mark of byte order that some editors begin a file with."""
+    return text.removeprefix("\ufeff").strip()
 
 
 def read_captions(raw: Mapping[str, object], names: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grn.data.partial import Job, PartialFolder, Rejected, ShardWriter, difference
 from grn.data.pool import run_jobs
+from grn.data.streaming import local_url
 from grn.errors import UserError
 from grn.files import write_json, write_text
 
@@ -144,7 +145,7 @@ def shard_paths(root: str | os.PathLike, manifest: Mapping[str, dict], split: st
             found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
             command = "grn.encode ckpt=..." if "tokenizer" in manifest else f"grn.prepare data={manifest['name']}"
             raise UserError(f"data.root is damaged: {path} {found}; make it anew: python -m {command} overwrite=true")
-        paths.append(str(path))
+        paths.append(local_url(path))
     return paths
 
 

@@ -18,6 +18,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import base_plus_ext
 
+from grn.checkpoints.reading import trusted
 from grn.data.samples import (
     CAPTION_SUFFIXES,
     FEATURE_SUFFIXES,
@@ -164,21 +165,63 @@ def resolve_urls(patterns: str | Sequence[str], *, key: str, remedy: str) -> lis
             raise UserError(f"{key}={pattern}: {error}") from None
         for url in expanded:
             path = local_path(url)
-            if path is None:
-                urls.append(url)
-                continue
-            found = [str(path)] if path.exists() or not glob.has_magic(str(path)) else sorted(glob.glob(str(path)))
-            if not found:
-                raise UserError(f"{key}: no shards at {path}; {remedy}")
-            for shard in found:
-                if not Path(shard).is_file():
-                    raise UserError(f"{key}: no shard at {shard}; {remedy}")
-                if Path(shard).stat().st_size == 0:
-                    raise UserError(f"{key}: the shard {shard} is empty; {remedy}")
-            urls += found
+            urls += [url] if path is None else local_shards(path, key=key, remedy=remedy)
     if not urls:
         raise UserError(f"{key} names no shards; {remedy}")
     return list(dict.fromkeys(urls))
+
+
+def local_shards(path: Path, *, key: str, remedy: str) -> list[str]:
+    """The urls of a local shard, or of those that a wildcard stands for; errors as of `resolve_urls`."""
+    found = [path] if path.exists() or not glob.has_magic(str(path)) else map(Path, sorted(glob.glob(str(path))))
+    urls = []
+    for shard in found:
+        if not shard.is_file():
+            raise UserError(f"{key}: no shard at {shard}; {remedy}")
+        if shard.stat().st_size == 0:
+            raise UserError(f"{key}: the shard {shard} is empty; {remedy}")
+        urls.append(local_url(shard))
+    if not urls:
+        raise UserError(f"{key}: no shards at {path}; {remedy}")
+    return urls
+
+
+def check_foreign_urls(source: str, given: Mapping[str, object]) -> None:
+    """Sees to it that what a file says of shards has only paths and http(s) read: other urls are shell commands
+    (`pipe:`), or run one.
+
+    Args:
+        source: the file, for messages: a manifest or checkpoint, which may be anyone's.
+        given: config key -> what the file says in its place (`patterns` of `resolve_urls`), None for nothing.
+
+    Raises:
+        UserError: another scheme, which the environment variable GRN_TRUST does not name.
+    """
+    asked = " ".join(f"{key}=..." for key, patterns in given.items() if patterns is not None)
+    for patterns in filter(None, given.values()):
+        found = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
+            raise UserError(f"{source}: no shards can be at {str(patterns)[:100]}; give {asked}")
+        for url in (url for pattern in found for url in _expanded(pattern)):
+            scheme = url.partition(":")[0]
+            if local_path(url) is None and scheme not in {"http", "https", *trusted()}:
+                raise UserError(
+                    f"{source} has shards read by a command, {url[:100]!r}, which may be anyone's: give {asked} "
+                    f"here, or, if you trust the file, set GRN_TRUST={scheme}"
+                )
+
+
+def _expanded(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError:  # as will be said where they are resolved
+        return []
+
+
+def local_url(path: Path) -> str:
+    """The url that is read as this path, also where the name of its first folder looks like a scheme."""
+    odd = re.match(r"~|[A-Za-z][A-Za-z0-9+.-]*:", str(path))
+    return str(path.absolute() if odd else path)
 
 
 def local_path(url: str) -> Path | None:
@@ -219,6 +262,8 @@ def _entries(archive: tarfile.TarFile, max_entry_bytes: dict[str, int]) -> Itera
         if key is None or not entry.isreg():
             continue
         suffix = suffix.lower()
+        if suffix.startswith("__"):  # `__key__` and `__url__` are the reader's to say
+            continue
         if suffix not in max_entry_bytes:
             yield key, suffix, b""
         elif entry.size > max_entry_bytes[suffix]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from grn.data.datamodule import ShardsDataModule
+from grn.data.datamodule import ShardsDataModule, check_count, check_number
 from grn.data.packing import PackedBatches
 from grn.data.samples import (
     IMAGE_SUFFIXES,
@@ -173,11 +173,9 @@ class PackedDataModule(ShardsDataModule):
         **shards: Any,
     ):
         super().__init__(**shards)
-        for name, value in {"max_tokens": max_tokens, "lookahead": lookahead}.items():
-            if value < 1:
-                raise UserError(f"{self.key}.{name}={value} must be at least 1")
-        if not 0 <= caption_dropout <= 1:
-            raise UserError(f"{self.key}.caption_dropout={caption_dropout} must lie in 0 to 1")
+        check_count(f"{self.key}.max_tokens", max_tokens)
+        check_count(f"{self.key}.lookahead", lookahead)
+        check_number(f"{self.key}.caption_dropout", caption_dropout, least=0, most=1)
         self.captions = _weights(captions, f"{self.key}.captions")
         self.max_tokens, self.lookahead, self.caption_dropout = max_tokens, lookahead, caption_dropout
         self._tokens: PackedTokens | None = None
@@ -227,10 +225,9 @@ class TextImageDataModule(PackedDataModule):
         **packs: Any,
     ):
         super().__init__(**packs)
-        if min_size < 1:
-            raise UserError(f"{self.key}.min_size={min_size} must be at least 1")
-        if max_aspect is not None and max_aspect < 1:
-            raise UserError(f"{self.key}.max_aspect={max_aspect} must be at least 1, the square's")
+        check_count(f"{self.key}.min_size", min_size)
+        if max_aspect is not None:
+            check_number(f"{self.key}.max_aspect", max_aspect, least=1)  # the square's
         self.budgets = self._budgets(pixels, resolutions)
         self.pixels = None if pixels is None else {pixels: 1.0} if isinstance(pixels, str) else dict(pixels)
         self.resolutions = None if resolutions is None else [list(size) for size in resolutions]
@@ -276,9 +273,10 @@ class TextImageDataModule(PackedDataModule):
             drawn = _weights({pixels: 1.0} if isinstance(pixels, str) else pixels, f"{self.key}.pixels")
             key = f"{self.key}.pixels"
             return tuple((weight, tuple(resolutions_at(budget, key=key).items())) for budget, weight in drawn)
-        sizes = [tuple(size) for size in resolutions]
-        if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
-            raise UserError(f"{self.key}.resolutions={sizes} must be pairs [height, width] in pixels")
+        pairs = isinstance(resolutions, Sequence) and all(isinstance(size, Sequence) for size in resolutions)
+        sizes = [tuple(size) for size in resolutions] if pairs else []
+        if not sizes or any([type(side) for side in size] != [int, int] or min(size) < 1 for size in sizes):
+            raise UserError(f"{self.key}.resolutions={resolutions} must be pairs [height, width] in pixels")
         return ((1.0, tuple((height / width, (height, width)) for height, width in sizes)),)
 
 
@@ -305,7 +303,12 @@ def _unknown(sample: dict) -> int:
 
 
 def _weights(weights: Mapping[str, float], key: str) -> tuple[tuple[str, float], ...]:
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise UserError(f"{key}={weights} must say of each name how often it is drawn, {key}={{NAME:1,OTHER:2}}")
     weights = dict(weights)
+    for name, weight in weights.items():
+        if type(weight) not in (int, float) or not math.isfinite(weight):
+            raise UserError(f"{key}.{name}={weight} must be a number: how often it is drawn, in proportion")
     if min(weights.values(), default=0) < 0 or not any(weights.values()):
         raise UserError(f"{key}={weights} must not be negative, and one of them positive")
     return tuple((name, float(weight)) for name, weight in weights.items() if weight)

@@ -29,6 +29,7 @@ from grn.data.samples import (
     read_annotation,
 )
 from grn.data.shards import MANIFEST
+from grn.data.streaming import check_foreign_urls
 from grn.errors import UserError
 
 
@@ -146,10 +147,16 @@ class EncodedDataModule(ShardsDataModule):
             )
 
     def split_dataloader(self, split: str, *, share: bool = False) -> DataLoader:
-        """The *pixels* of a split, for scores: those that were encoded; `share` as in `ShardsDataModule`."""
+        """The *pixels* of a split, for scores: those that were encoded; `share` as in `ShardsDataModule`.
+
+        Raises:
+            UserError: they are not there, or the manifest would have them read by a command.
+        """
         source = self.manifest["source"]
         if source is None:
             raise UserError("scores compare with real images, which these token shards were not made of: scores=none")
+        if self.pixels is None:
+            check_foreign_urls(str(self.root / MANIFEST), {f"{self.key}.pixels": source.get(split)})
         root = self.pixels or source["root"]
         places = {"name": source["name"], "root": root}
         places |= {name: None if self.pixels else source[name] for name in SPLITS}

@@ -53,7 +53,8 @@ class TextRefinerModule(RefinerModule):
         training: as `RefinerModule` has it.
 
     Raises:
-        UserError: parts that do not fit together, or no prompts.
+        UserError: parts that do not fit together, no prompts, samples that the networks do not make, or values of
+            other kinds than these.
     """
 
     def __init__(
@@ -72,21 +73,33 @@ class TextRefinerModule(RefinerModule):
         **training: Any,
     ):
         super().__init__(network, tokenizer, sampler, label_dropout=0.0, **training)
-        if context_latents < 0:
-            raise UserError(f"training.context_latents={context_latents} must not be negative")
-        if not 0 <= context_ratio <= 1:
+        if type(context_latents) is not int or context_latents < 0:
+            raise UserError(f"training.context_latents={context_latents} must not be negative, and whole; 0 for none")
+        if type(context_ratio) not in (int, float) or not 0 <= context_ratio <= 1:
             raise UserError(f"training.context_ratio={context_ratio} must lie in 0 to 1")
         if (text_encoder is None) == (network.encoder is None):
             raise UserError("text_encoder: a text refiner needs one, frozen or trained along, e.g. byt5_tiny")
         if text_encoder is not None:
             check_features(network.refiner, text_encoder)
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not all(type(it) is str for it in prompts):
+            raise UserError(f"training.prompts={prompts}: a list of texts, training.prompts=['a seven','a one']")
         if not prompts:
             raise UserError("training.prompts is empty: what should pictures show?")
+        if not isinstance(negative_prompt, str):
+            raise UserError(f"training.negative_prompt={negative_prompt} must be a text; '' is the empty one")
+        if not isinstance(size, Sequence) or [type(side) for side in size] != [int, int]:
+            raise UserError(f"training.size={size}: height and width in pixels, training.size=[256,256]")
+        if type(frames) is not int or frames < 1:
+            raise UserError(f"training.frames={frames}: a whole number, 1 for images")
         self.frozen_encoder = text_encoder
         self.prompts, self.negative_prompt, self.size = list(prompts), negative_prompt, tuple(size)
         self.frames, self.context_latents, self.context_ratio = frames, context_latents, context_ratio
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
         self._empty: Tensor | None = None
+        try:
+            _ = self.token_shape
+        except UserError as error:
+            raise UserError(f"training.size={list(size)} with training.frames={frames}: {error}") from None
 
     def ask_for(
         self,

@@ -14,6 +14,9 @@ from grn.errors import UserError
         "grn.files.write_text",
         "grn.data.pool.ProcessPoolExecutor",
         "grn.nowhere.Thing",
+        "grn.data.streaming.ShardStream",
+        "grn.data.encoding.ShardEncoder",
+        "grn.data.packing.PackPlace",
         "subprocess",
         "",
     ],
@@ -28,8 +31,22 @@ def test_what_is_no_class_of_ours_is_not_called(target, tmp_path, monkeypatch):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
+def test_nothing_hides_what_is_called(tmp_path):
+    hostile = {"_target_": "os.system", "command": "touch x"}
+    for weights in (({"x": (hostile,)},), "${callbacks.x}", ["${callbacks.x}"]):
+        config = {
+            "training": {"_target_": "grn.training.TokenizerModule"},
+            "model": {"_target_": "grn.networks.tokenizer.HBQTokenizer", "weights": weights},
+            "callbacks": {"x": hostile},
+        }
+        torch.save({"state_dict": {}, "config": config, "global_step": 1}, tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=r"^ckpt: .* is not to be trusted: it (wants to call|refers to)"):
+            read_checkpoint(tmp_path / "x.ckpt")
+
+
 def test_what_is_ours_and_what_is_trusted(monkeypatch):
     weights = "grn.metrics.digits_classifier.digits_classifier_weights"
+    check_targets({"_target_": "grn.data.images.ImageShardsDataModule"}, "x")
     check_targets({"_target_": "grn.training.RefinerModule", "x": {"_target_": weights, "_partial_": True}}, "x")
     with pytest.raises(UserError, match="GRN_TRUST=mine"):
         check_targets({"_target_": "mine.Network"}, "x")

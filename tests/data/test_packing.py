@@ -1,16 +1,20 @@
 """Packs: full, of whole samples, the same on any number of ranks and workers, and going on where a run broke off."""
 
+import math
 import random
 from itertools import islice, pairwise
 
 import pytest
+from hydra import compose, initialize_config_dir
 from tars import write_labels
 
+from grn.cli import CONF
 from grn.data import endless
 from grn.data.endless import GlobalBatches, ResumableLoader
 from grn.data.packing import PackedBatches
 from grn.data.samples import Reason, Skip
 from grn.errors import UserError
+from grn.resolutions import resolutions_at
 
 SIZES = (17, 64, 80, 257, 1025)
 BUDGET = 4096
@@ -84,6 +88,33 @@ def test_packs_are_full_and_miss_nothing(shards, monkeypatch):
     assert len(passes) > 1
     assert all(own == usable for own in passes)
     assert sum(place[0] for place in state["places"]) == len(packs)
+
+
+RECIPE = (CONF / "experiment" / "t2i_2B.yaml").read_text().splitlines()
+STAGES = ["", *(line.strip("# ") for line in RECIPE if line.startswith("#   ckpt_path=last "))]
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_the_stages_of_t2i_2B_train_and_fill_their_packs(tmp_path, stage):
+    """As its own header has them: each goes on beyond the last one, with samples of its size."""
+
+    def composed(stage):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", ["+experiment=t2i_2B", "tokenizer.ckpt=x", *STAGES[stage].split()])
+
+    assert len(STAGES) == 3
+    config = composed(stage)
+    if stage > 0:
+        assert config.trainer.max_steps > composed(stage - 1).trainer.max_steps
+    sizes = list(resolutions_at(config.data.pixels).values())
+    assert tuple(config.training.size) in sizes
+    draws = random.Random(0)  # captions of 10 to 120 tokens
+    labels = [math.prod(draws.choice(sizes)) // 16**2 + 1 + draws.randint(10, 120) for _ in range(500)]
+    url = write_labels(tmp_path / "x.tar", {f"{number:03d}": b"%d" % label for number, label in enumerate(labels)})
+    max_tokens, lookahead = config.data.max_tokens, config.data.lookahead
+    settings = {"tokens": size, "max_tokens": max_tokens, "lookahead": lookahead, "batch_size": 40}
+    batch, _ = next(iter(PackedBatches([url], decode, collate=collate, **settings)))
+    assert sum(tokens for pack in batch for *_, tokens in pack) >= 0.95 * len(batch) * max_tokens
 
 
 def test_every_pack_begins_with_what_has_waited_longest(shards, monkeypatch):

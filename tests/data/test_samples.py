@@ -9,7 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from grn.data.samples import ImageDecoder, Reason, Skip, center_crop, collate, decode_image, to_tensor
+from grn.data.samples import (
+    ImageDecoder,
+    Reason,
+    Skip,
+    center_crop,
+    collate,
+    decode_image,
+    read_captions,
+    to_tensor,
+)
 
 
 def encoded(image, format="PNG", **options):
@@ -217,3 +226,12 @@ def bomb(width, height):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_hostile_samples(raw, expected):
     assert reason(raw) is expected
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+def test_captions_do_not_begin_with_a_mark_of_byte_order(mark):
+    raw = {"txt": mark + b" a cat\n", "json": mark + b'{"caption": "\\ufeff a dog "}'}
+    assert read_captions(raw, ["txt", "caption"]) == {"txt": "a cat", "caption": "a dog"}
+    if mark:
+        with pytest.raises(Skip, match="no caption"):
+            read_captions({"txt": mark}, ["txt"])

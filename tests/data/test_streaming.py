@@ -11,8 +11,10 @@ import pytest
 from tars import write_tar
 from torch.utils.data import DataLoader
 
+from grn.data.images import ImageShardsDataModule
 from grn.data.samples import Reason, Skip
-from grn.data.streaming import MAX_ENTRY_BYTES, ShardStream, read_shard, resolve_urls
+from grn.data.shards import shard_paths
+from grn.data.streaming import MAX_ENTRY_BYTES, ShardStream, check_foreign_urls, read_shard, resolve_urls
 from grn.errors import UserError
 
 
@@ -203,3 +205,45 @@ def test_urls_that_are_not_there(tmp_path):
         resolve_urls([], key="data.train", remedy="make them")
     with pytest.raises(UserError, match=r"^data\.train=.*[Uu]nbalanced"):
         resolve_urls("a{b.tar", key="data.train", remedy="make them")
+
+
+def test_a_file_is_no_command_whatever_it_is_called(tmp_path, monkeypatch):
+    """Where the folder of the shards is the one at hand, their names begin the url."""
+    monkeypatch.chdir(tmp_path)
+    odd = write_tar("pipe:touch run-0.tar", [("a.cls", b"1")])
+    write_tar("~nobody.tar", [("a.cls", b"2")])
+    for pattern in (f"file://{odd}", "*run-0.tar", f"./{odd}"):
+        assert resolve_urls(pattern, key="data.train", remedy="make them") == [str(tmp_path / odd)]
+    named = {"splits": {"train": {"shards": [{"name": odd, "bytes": Path(odd).stat().st_size}]}}}
+    root = Path("{pipe:touch run,x}")
+    with pytest.raises(UserError, match=r"^data\.heldout: no shards at"):
+        ImageShardsDataModule(name="x", batch_size=1, image_size=8, root=root).urls("heldout")
+    for url in (*shard_paths(".", named, "train"), *resolve_urls("*.tar", key="data.train", remedy="make them")):
+        assert len(list(read_shard(url, MAX_ENTRY_BYTES))) == 1
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.parametrize(
+    "url", ["pipe:touch x", ["a.tar", "{pipe,x}:touch x"], "s3://bucket/{0..2}.tar", "gs://b/x", "hf://x/y", "PIPE://x"]
+)
+def test_commands_out_of_a_file_are_not_run(url, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"^x\.json has shards read by a command.* give data\.train=\.\.\. here,"
+    ) as told:
+        check_foreign_urls("x.json", {"data.train": url, "data.heldout": None})
+    assert "\n" not in str(told.value)
+    monkeypatch.setenv("GRN_TRUST", f"mine,{str(told.value).rpartition('=')[2]}")  # as it says
+    check_foreign_urls("x.json", {"data.train": url})
+
+
+def test_paths_and_http_out_of_a_file_are_read():
+    check_foreign_urls("x", {"a": None, "b": "/a/{0..3}.tar", "c": ["https://h/a.tar", "file:///x", "x:y.tar", "a{b"]})
+    for odd in ({"_target_": "x"}, [["pipe:x"]], 3, [None]):
+        with pytest.raises(UserError, match=r"^x: no shards can be at .*give b=\.\.\."):
+            check_foreign_urls("x", {"b": odd})
+
+
+def test_entries_cannot_say_which_sample_they_are_of(tmp_path):
+    entries = [("a.cls", b"1"), ("a.__key__", b"x"), ("a.__URL__", b"x"), ("b.__url__", b"x")]
+    path = write_tar(tmp_path / "x.tar", entries)
+    assert list(read_shard(path, MAX_ENTRY_BYTES)) == [{"__key__": "a", "__url__": path, "cls": b"1"}]

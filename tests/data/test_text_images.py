@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -180,6 +181,22 @@ def test_resumed_packs_are_the_same_bits(cc12m):
         ({"caption_dropout": 1.5}, r"data\.caption_dropout=1\.5"),
         ({"max_aspect": 0.5}, r"data\.max_aspect=0\.5"),
         ({"lookahead": 0}, r"data\.lookahead=0"),
+        ({"lookahead": 1.5}, r"data\.lookahead=1\.5 must be a whole number"),
+        ({"max_tokens": None}, r"^data\.max_tokens=None must be a whole number, at least 1$"),
+        ({"min_size": None}, r"^data\.min_size=None must be a whole number"),
+        ({"max_aspect": "a"}, r"^data\.max_aspect=a must be a number of at least 1$"),
+        ({"caption_dropout": "x"}, r"^data\.caption_dropout=x must be a number in 0 to 1$"),
+        ({"captions": {"txt": "abc"}}, r"^data\.captions\.txt=abc must be a number"),
+        ({"captions": {"txt": math.nan}}, r"^data\.captions\.txt=nan must be a number"),
+        ({"captions": ["txt"]}, r"^data\.captions=.*\{NAME:1,OTHER:2\}"),
+        ({"captions": None}, r"^data\.captions=None"),
+        ({"pixels": {"0.25M": "x"}}, r"^data\.pixels\.0\.25M=x must be a number"),
+        ({"pixels": 1}, r"^data\.pixels=1 must say"),
+        ({"resolutions": [32, 64]}, r"^data\.resolutions=.*pairs"),
+        ({"resolutions": [[32, "x"]]}, r"^data\.resolutions=.*pairs"),
+        ({"resolutions": 32}, r"^data\.resolutions=32 must be pairs"),
+        ({"batch_size": None}, r"^data\.batch_size=None must be a whole number"),
+        ({"num_workers": "x"}, r"^data\.num_workers=x must be a whole number, at least 0"),
     ],
 )
 def test_mistakes_are_explained(cc12m, arguments, complaint):

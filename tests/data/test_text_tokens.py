@@ -429,3 +429,24 @@ def test_samples_that_cannot_be_encoded_are_listed(folder, tmp_path):
     kept = list(found._stream("train").shard(written))
     assert [r["__key__"] for r in kept] == [first["__key__"], second["__key__"]]
     assert all(own[suffix] == r[suffix] for own, r in zip(kept, (first, second)) for suffix in ("txt", "json"))
+
+
+def test_a_manifest_runs_no_command(folder, tmp_path, monkeypatch):
+    """Unless the user says that this one may."""
+    shutil.copytree(folder / "text_image_tokens", tmp_path / "tokens")
+    path = tmp_path / "tokens" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["source"]["heldout"] = f"pipe:touch {tmp_path}/ran; cat {folder}/images/heldout-0.tar"
+    path.write_text(json.dumps(manifest))
+    datamodule = data(tmp_path, tokens(tmp_path, "tokens"))
+    with pytest.raises(
+        UserError, match=r"manifest\.json has shards read by a command.*give data\.pixels=.*GRN_TRUST=pipe$"
+    ):
+        list(datamodule.split_dataloader("heldout"))
+    assert not (tmp_path / "ran").exists()
+    given = data(tmp_path, tokens(tmp_path, "tokens", pixels=folder / "images"))
+    monkeypatch.setenv("GRN_TRUST", "pipe")
+    for trusted in (given, datamodule):
+        assert not (tmp_path / "ran").exists()
+        assert sum(len(batch["key"]) for batch in trusted.split_dataloader("heldout")) == 10
+    assert (tmp_path / "ran").exists()

@@ -249,6 +249,18 @@ def test_checkpoints_hold_what_is_trained(frozen):
     [
         ({"prompts": []}, r"training\.prompts is empty"),
         ({"frozen": True, "text_encoder": None}, "a text refiner needs one"),
+        ({"prompts": "abc"}, r"^training\.prompts=abc: a list of texts"),
+        ({"prompts": [3]}, r"^training\.prompts=\[3\]: a list of texts"),
+        ({"prompts": None}, r"^training\.prompts=None: a list of texts"),
+        ({"negative_prompt": None}, r"^training\.negative_prompt=None must be a text"),
+        ({"size": 32}, r"^training\.size=32: height and width in pixels"),
+        ({"size": [32]}, r"^training\.size=\[32\]: height and width in pixels"),
+        ({"size": [32, "x"]}, r"^training\.size=.*: height and width in pixels"),
+        ({"size": [30, 64]}, r"^training\.size=\[30, 64\] .* multiples of the tokenizer's stride 4, got \(30, 64\)$"),
+        ({"frames": "x"}, r"^training\.frames=x: a whole number"),
+        ({"frames": 0}, r"^training\.frames=0: a whole number"),
+        ({"context_ratio": "a"}, r"^training\.context_ratio=a must lie in 0 to 1"),
+        ({"context_latents": None}, r"^training\.context_latents=None must not be negative, and whole"),
         ({"labeling": "bit"}, r"training\.labeling=bit of 3 channels .* needs model\.channels=6"),
     ],
 )
