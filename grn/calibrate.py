@@ -16,9 +16,9 @@ from torch import Tensor
 
 from grn.calibration import TOLERANCE, decision_entropies, fit, steps_taken, wanted_spread
 from grn.cli import entry_point
-from grn.errors import UserError
+from grn.errors import UserError, check_count
 from grn.files import write_json
-from grn.generation import best_device, check_count, equal_labels
+from grn.generation import best_device, equal_labels
 from grn.modules import build_sampler, load_refiner
 from grn.sampler import EntropyGuided
 from grn.sampler_file import write_sampler

@@ -1,4 +1,6 @@
-"""The one exception for what a user can mend: a key, a path, a file, a shape."""
+"""The one exception for what a user can mend: a key, a path, a file, a shape; and checks of values that end in it."""
+
+import math
 
 
 class UserError(Exception):
@@ -13,3 +15,20 @@ class UserError(Exception):
         if message.startswith("Caught ") and "Original Traceback" in message:
             message = message.strip().rsplit("\n", 1)[-1].partition(": ")[2]
         super().__init__(message)
+
+
+def check_count(key: str, value: object, *, least: int = 1) -> None:
+    """Raises:
+    UserError: no whole number, or one below `least`.
+    """
+    if type(value) is not int or value < least:
+        raise UserError(f"{key}={value} must be a whole number, at least {least}")
+
+
+def check_number(key: str, value: object, *, least: float, most: float = math.inf) -> None:
+    """Raises:
+    UserError: no number, or one outside `least` to `most`.
+    """
+    if type(value) not in (int, float) or not least <= value <= most:
+        bounds = f"of at least {least}" if most == math.inf else f"in {least} to {most}"
+        raise UserError(f"{key}={value} must be a number {bounds}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grn.data.datamodule import SPLITS
 from grn.data.samples import key_id
-from grn.errors import UserError
+from grn.errors import UserError, check_count
 from grn.generation import Batch, equal_labels, generate
 from grn.metrics.quantization import QuantizationScores
 from grn.metrics.ranks import Totals
@@ -68,10 +68,11 @@ def score_samples(
         how many images of each class took so many steps. The same on every rank.
 
     Raises:
-        UserError: `num` is not a multiple of the number of classes, or another rank failed.
+        UserError: `num` is no multiple of the number of classes, or another rank failed.
     """
     num_labels = module.num_labels
-    if num < 1 or num % num_labels:
+    check_count("num", num)
+    if num % num_labels:
         raise UserError(f"num={num} is not a multiple of the {num_labels} classes: every class must come up equally")
     for score in scores.values():
         score.reset()

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from grn.errors import UserError
+from grn.errors import UserError, check_count
 from grn.sampler import Refined, Sampler, Start, Step
 from grn.training import RefinerModule
 
@@ -95,14 +95,6 @@ def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:
     rows = torch.nonzero(step.rows < number).squeeze(1)
     if len(rows):
         callback(step.select(rows))
-
-
-def check_count(key: str, value: object) -> None:
-    """Raises:
-    UserError: not a whole number of at least 1.
-    """
-    if type(value) is not int or value < 1:
-        raise UserError(f"{key}={value}: a whole number of at least 1")
 
 
 def check_labels(labels: Sequence[object], num_labels: int) -> None:

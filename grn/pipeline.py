@@ -17,8 +17,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from grn.cli import MISTAKES, explain
-from grn.errors import UserError
-from grn.generation import check_count, check_labels
+from grn.errors import UserError, check_count
+from grn.generation import check_labels
 from grn.initial_clip import Init, start_from
 from grn.modules import load_refiner, save_refiner
 from grn.networks.pretrained import HUB, is_hub_id

@@ -17,9 +17,9 @@ from rich.progress import Progress
 
 from grn import pictures
 from grn.cli import entry_point
-from grn.errors import UserError
+from grn.errors import UserError, check_count
 from grn.files import write_json
-from grn.generation import Batch, best_device, check_count, check_labels, equal_labels, generate
+from grn.generation import Batch, best_device, check_labels, equal_labels, generate
 from grn.initial_clip import given_latents, start_from
 from grn.modules import build_sampler, load_refiner
 from grn.mp4 import save_mp4

@@ -553,7 +553,7 @@ def test_sweeps_leave_a_folder_a_point(workspace):
         ("sample", "ckpt=runs/digits_c2i labels=[11] out=o", "labels of this checkpoint are 0..9"),
         ("sample", "ckpt=runs/digits_c2i ema=0.5 out=o", "it holds"),
         ("sample", "ckpt=runs/digits_c2i sampler.temperature=-1 out=o", "sampler.temperature"),
-        ("sample", "ckpt=runs/digits_c2i batch_size=0 out=o", "batch_size must be at least 1"),
+        ("sample", "ckpt=runs/digits_c2i batch_size=0 out=o", "batch_size=0 must be a whole number, at least 1"),
         ("sample", "ckpt=runs/digits_c2i mask=mask.png out=o", "init=image.png"),
         ("sample", "ckpt=runs/digits_c2i init=/nowhere.png out=o", "no such file"),
         ("sample", "ckpt=runs/digits_c2i sampler=calibrated sampler.file=no.yaml out=o", "python -m grn.calibrate"),

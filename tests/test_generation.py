@@ -107,5 +107,5 @@ def test_two_processes_draw_the_same_tokens(tmp_path):
 
 
 def test_a_batch_holds_a_sample():
-    with pytest.raises(UserError, match=r"^batch_size=0: a whole number of at least 1"):
+    with pytest.raises(UserError, match=r"^batch_size=0 must be a whole number, at least 1"):
         next(generate(tiny_module(GUIDED), equal_labels(2, range(2)), batch_size=0, seed=0))

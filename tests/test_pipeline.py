@@ -344,7 +344,7 @@ def test_another_precision(kind, request):
         ("classes", {"labels": 0, "seed": 1.5}, r"^seed=1\.5: a whole number"),
         ("classes", {"labels": 0, "generator": [torch.Generator()]}, r"^generator=.*: one torch\.Generator"),
         ("classes", {"labels": 0, "num_images_per_prompt": 0}, "^num_images_per_prompt=0: a whole number of at least"),
-        ("classes", {"labels": 0, "batch_size": 0}, "^batch_size=0: a whole number of at least 1"),
+        ("classes", {"labels": 0, "batch_size": 0}, "^batch_size=0 must be a whole number, at least 1"),
         ("classes", {"labels": 0, "output": "np"}, "^output=np: choose among pil, pt, tokens"),
         ("classes", {"labels": 0, "init": torch.zeros(3, 9, 9)}, "^init: the path of an image, .* not Tensor"),
         ("classes", {"labels": 0, "init": np.zeros((9, 9, 3))}, "^init: the path of an image, .* not ndarray"),

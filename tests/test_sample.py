@@ -46,9 +46,9 @@ def test_samples_are_written_in_their_order(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["num=abc"], "^num=abc: a whole number of at least 1"),
+        (["num=abc"], "^num=abc must be a whole number, at least 1"),
         (["num=0"], "^num=0: a whole number"),
-        (["batch_size=0"], "^batch_size=0: a whole number of at least 1"),
+        (["batch_size=0"], "^batch_size=0 must be a whole number, at least 1"),
         (["batch_size=2.5"], r"^batch_size=2\.5: a whole number"),
         (["columns=abc"], "^columns=abc: a whole number"),
         (["seed=abc"], "^seed=abc: a whole number"),
@@ -249,7 +249,7 @@ def test_going_on_where_training_did_not_is_warned_of(clips, caplog):
         (["height=[8]"], r"^height=\[8\]: a whole number of pixels"),
         (["width=16.0"], r"^width=16\.0: a whole number of pixels"),
         (["prompts=5"], "^prompts=5: a list of texts"),
-        (["batch_size=0"], "^batch_size=0: a whole number of at least 1"),
+        (["batch_size=0"], "^batch_size=0 must be a whole number, at least 1"),
         (["frames=9", "init=5"], "^init: the path of an image, .* not int"),
         (["frames=9", "init={a:1}"], "^init: the path of an image, .* not dict"),
         (["frames=1", "init=[frame.png,frame.png]"], "^init: several pictures are for clips"),

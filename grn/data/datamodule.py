@@ -1,7 +1,6 @@
 """What every data set of webdataset shards shares: which shards, their loaders, checks before anything starts."""
 
 import functools
-import math
 import os
 import warnings
 from abc import abstractmethod
@@ -19,26 +18,9 @@ from grn.data.samples import collate
 from grn.data.shards import read_manifest, shard_paths
 from grn.data.streaming import ShardDataset, ShardStream, local_shards, rank_and_world_size, resolve_urls
 from grn.data.workers import outlive_sigterm
-from grn.errors import UserError
+from grn.errors import UserError, check_count
 
 SPLITS = ("train", "heldout")
-
-
-def check_count(key: str, value: object, *, least: int = 1) -> None:
-    """Raises:
-    UserError: no whole number, or one below `least`.
-    """
-    if type(value) is not int or value < least:
-        raise UserError(f"{key}={value} must be a whole number, at least {least}")
-
-
-def check_number(key: str, value: object, *, least: float, most: float = math.inf) -> None:
-    """Raises:
-    UserError: no number, or one outside `least` to `most`.
-    """
-    if type(value) not in (int, float) or not least <= value <= most:
-        bounds = f"of at least {least}" if most == math.inf else f"in {least} to {most}"
-        raise UserError(f"{key}={value} must be a number {bounds}")
 
 
 class ShardsDataModule(LightningDataModule):

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from grn.data.datamodule import ShardsDataModule, check_count, check_number
+from grn.data.datamodule import ShardsDataModule
 from grn.data.packing import PackedBatches
 from grn.data.samples import (
     IMAGE_SUFFIXES,
@@ -22,7 +22,7 @@ from grn.data.samples import (
     resize_and_crop,
     to_tensor,
 )
-from grn.errors import UserError
+from grn.errors import UserError, check_count, check_number
 from grn.resolutions import resolutions_at
 
 Sizes = tuple[tuple[float, tuple[int, int]], ...]  # (height/width that it stands for, (height, width) in pixels)
