@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_refused(folder):
     with pytest.raises(UserError, match="was encoded by another tokenizer"):
         check_fits(module, of_images)
     write_text_encoder(folder / "other", seed=1)
-    shorter, coarser = [*frozen(folder), "text_encoder.max_length=20"], frozen(folder, dtype="float16")
+    shorter, coarser = [*frozen(folder), "text_encoder.max_length=20"], frozen(folder, dtype="bfloat16")
     for encoder in (frozen(folder, "other"), shorter, coarser):
         with pytest.raises(UserError, match=r"has features of .*, and text_encoder is another one.*features=false"):
             check_fits(refiner(folder, encoder), of_images)
