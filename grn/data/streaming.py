@@ -34,6 +34,7 @@ from grn.errors import UserError
 
 log = logging.getLogger(__name__)
 
+MAX_URLS = 10**6  # that braces may stand for
 MAX_ENTRY_BYTES = (
     dict.fromkeys(VIDEO_SUFFIXES, 512 * 2**20)
     | dict.fromkeys((*IMAGE_SUFFIXES, *TOKEN_SUFFIXES, *FEATURE_SUFFIXES), 64 * 2**20)
@@ -160,9 +161,9 @@ def resolve_urls(patterns: str | Sequence[str], *, key: str, remedy: str) -> lis
     urls = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
-            expanded = list(braceexpand.braceexpand(pattern))
+            expanded = expand_braces(pattern)
         except ValueError as error:
-            raise UserError(f"{key}={pattern}: {error}") from None
+            raise UserError(f"{key}={pattern[:200]}: {error}") from None
         for url in expanded:
             path = local_path(url)
             urls += [url] if path is None else local_shards(path, key=key, remedy=remedy)
@@ -202,7 +203,11 @@ def check_foreign_urls(source: str, given: Mapping[str, object]) -> None:
         found = [patterns] if isinstance(patterns, str) else patterns
         if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
             raise UserError(f"{source}: no shards can be at {str(patterns)[:100]}; give {asked}")
-        for url in (url for pattern in found for url in _expanded(pattern)):
+        try:
+            urls = [url for pattern in found for url in expand_braces(pattern)]
+        except ValueError as error:
+            raise UserError(f"{source} names shards {str(patterns)[:100]!r}: {error}; give {asked}") from None
+        for url in urls:
             scheme = url.partition(":")[0]
             if local_path(url) is None and scheme not in {"http", "https", *trusted()}:
                 raise UserError(
@@ -211,11 +216,17 @@ def check_foreign_urls(source: str, given: Mapping[str, object]) -> None:
                 )
 
 
-def _expanded(pattern: str) -> list[str]:
-    try:
-        return list(braceexpand.braceexpand(pattern))
-    except ValueError:  # as will be said where they are resolved
-        return []
+def expand_braces(pattern: str) -> list[str]:
+    """Raises:
+    ValueError: braces that do not match, or that stand for more than `MAX_URLS`, which are not even counted out.
+    """
+    number = 1
+    for group in re.findall(r"\{([^{}]*)\}", pattern):
+        bounds = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?", group)
+        number *= abs(int(bounds[2]) - int(bounds[1])) + 1 if bounds else group.count(",") + 1
+    if number > MAX_URLS:
+        raise ValueError(f"its braces stand for more than {MAX_URLS} shards")
+    return list(braceexpand.braceexpand(pattern))
 
 
 def local_url(path: Path) -> str:

@@ -207,6 +207,25 @@ def test_urls_that_are_not_there(tmp_path):
         resolve_urls("a{b.tar", key="data.train", remedy="make them")
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..999999999999}.tar",
+        "{9..-1000000}.tar",
+        "{0..9999}-{000..999..2}.tar",
+        "{a,b}" * 40,
+        "{0..1" + "0" * 5000 + "}",
+    ],
+)
+def test_braces_that_stand_for_too_much(pattern):
+    """Told at once: braceexpand would make them all."""
+    with pytest.raises(UserError, match=r"^data\.train=.*(more than 1000000 shards|digits)") as told:
+        resolve_urls(pattern, key="data.train", remedy="make them")
+    assert len(str(told.value)) < 500
+    with pytest.raises(UserError, match=r"^x\.json names shards .*(more than|digits).*give data\.train="):
+        check_foreign_urls("x.json", {"data.train": pattern})
+
+
 def test_a_file_is_no_command_whatever_it_is_called(tmp_path, monkeypatch):
     """Where the folder of the shards is the one at hand, their names begin the url."""
     monkeypatch.chdir(tmp_path)
@@ -237,7 +256,7 @@ def test_commands_out_of_a_file_are_not_run(url, monkeypatch):
 
 
 def test_paths_and_http_out_of_a_file_are_read():
-    check_foreign_urls("x", {"a": None, "b": "/a/{0..3}.tar", "c": ["https://h/a.tar", "file:///x", "x:y.tar", "a{b"]})
+    check_foreign_urls("x", {"a": None, "b": "/a/{0..3}.tar", "c": ["https://h/a.tar", "file:///x", "x:y.tar"]})
     for odd in ({"_target_": "x"}, [["pipe:x"]], 3, [None]):
         with pytest.raises(UserError, match=r"^x: no shards can be at .*give b=\.\.\."):
             check_foreign_urls("x", {"b": odd})
