@@ -343,7 +343,7 @@ def test_another_precision(kind, request):
         ("classes", {"labels": 0, "seed": 1, "generator": torch.Generator()}, "^seed=1: give it or a generator"),
         ("classes", {"labels": 0, "seed": 1.5}, r"^seed=1\.5: a whole number"),
         ("classes", {"labels": 0, "generator": [torch.Generator()]}, r"^generator=.*: one torch\.Generator"),
-        ("classes", {"labels": 0, "num_images_per_prompt": 0}, "^num_images_per_prompt=0: a whole number of at least"),
+        ("classes", {"labels": 0, "num_images_per_prompt": 0}, "^num_images_per_prompt=0 must be a whole number"),
         ("classes", {"labels": 0, "batch_size": 0}, "^batch_size=0 must be a whole number, at least 1"),
         ("classes", {"labels": 0, "output": "np"}, "^output=np: choose among pil, pt, tokens"),
         ("classes", {"labels": 0, "init": torch.zeros(3, 9, 9)}, "^init: the path of an image, .* not Tensor"),

@@ -47,10 +47,10 @@ def test_samples_are_written_in_their_order(tmp_path, monkeypatch):
     ("overrides", "complaint"),
     [
         (["num=abc"], "^num=abc must be a whole number, at least 1"),
-        (["num=0"], "^num=0: a whole number"),
+        (["num=0"], "^num=0 must be a whole number"),
         (["batch_size=0"], "^batch_size=0 must be a whole number, at least 1"),
-        (["batch_size=2.5"], r"^batch_size=2\.5: a whole number"),
-        (["columns=abc"], "^columns=abc: a whole number"),
+        (["batch_size=2.5"], r"^batch_size=2\.5 must be a whole number"),
+        (["columns=abc"], "^columns=abc must be a whole number"),
         (["seed=abc"], "^seed=abc: a whole number"),
         (["labels=9"], r"^labels=\[9\]: labels of this checkpoint"),
         (["init=5"], "^init: the path of an image, .* not int"),
