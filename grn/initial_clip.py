@@ -6,7 +6,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +19,6 @@ from grn.data.clips import (
     open_video,
     resample,
     timed,
-    to_rgb,
 )
 from grn.data.folders import suffix_of
 from grn.data.samples import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Skip, resize_and_crop, to_tensor
@@ -144,5 +142,4 @@ def _last_frames(path: Path, most: int, rate: Fraction, fitted: Callable[[Image.
         count = max(1, min(most, int(end * rate)))
         times = [max(Fraction(0), end - (count - number) / rate) for number in range(count)]
         frames = timed(frames_from(video, times[0], max_decoded_frames=MAX_DECODED_FRAMES), video)
-        shown = {"reformatter": VideoReformatter(), "pixel_aspect": video.pixel_aspect}
-        return resample(frames, times, lambda frame: fitted(to_rgb(frame, max_pixels=MAX_FRAME_PIXELS, **shown)))
+        return resample(frames, times, lambda frame: fitted(video.to_rgb(frame)))

@@ -11,13 +11,12 @@ import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from itertools import chain
 from math import floor
 from mmap import mmap
-from typing import Any
 
 import av
 import torch
@@ -107,14 +106,8 @@ class ClipDecoder:
         (data, suffix), (begin, end) = video_entry(raw), read_section(raw)
         draws = random.Random(f"clip/{self.seed}/{pass_number}/{key}") if self.training else None
         with open_video(data, suffix, max_pixels=self.max_pixels) as video:
-            picture = partial(
-                to_picture,
-                size=self.image_size,
-                mirrored=self.training and self.flip and is_mirrored(self.seed, pass_number, key),
-                max_pixels=self.max_pixels,
-                reformatter=VideoReformatter(),
-                pixel_aspect=video.pixel_aspect,
-            )
+            mirrored = self.training and self.flip and is_mirrored(self.seed, pass_number, key)
+            picture = partial(to_picture, video=video, size=self.image_size, mirrored=mirrored)
             seconds = duration(video)
             times = choose_times(begin, min(seconds, end or seconds), self.frames, self.fps, draws)
             frames = timed(frames_from(video, times[0], max_decoded_frames=self.max_decoded_frames), video)
@@ -146,9 +139,8 @@ def probe_video(data: bytes, suffix: str, *, max_pixels: int = MAX_FRAME_PIXELS)
     with open_video(data, suffix, max_pixels=max_pixels) as video:
         seconds = duration(video)
         first = next(frames_from(video, Fraction(0), max_decoded_frames=MAX_DECODED_FRAMES))
-        shown = to_rgb(first, max_pixels=max_pixels, reformatter=VideoReformatter(), pixel_aspect=video.pixel_aspect)
         codec = video.stream.codec_context.codec.canonical_name
-        return VideoInfo(*shown.size, float(1 / video.interval), float(seconds), codec)
+        return VideoInfo(*video.to_rgb(first).size, float(1 / video.interval), float(seconds), codec)
 
 
 def video_entry(raw: Mapping[str, object]) -> tuple[bytes, str]:
@@ -161,10 +153,12 @@ def video_entry(raw: Mapping[str, object]) -> tuple[bytes, str]:
 
 @dataclass(frozen=True)
 class Video:
-    """An open video."""
+    """An open video; `max_pixels`: of a frame as it is shown."""
 
     container: InputContainer
     stream: VideoStream
+    max_pixels: int
+    reformatter: VideoReformatter = field(default_factory=VideoReformatter)
 
     @property
     def time_base(self) -> Fraction:
@@ -190,6 +184,25 @@ class Video:
     def time(self, pts: int) -> Fraction:
         return (pts - self.first_pts) * self.time_base
 
+    def to_rgb(self, frame: av.VideoFrame) -> Image.Image:
+        """Any pixel format -> upright RGB of 8 bits a channel, by the frame's own colour matrix and range.
+
+        Pixels become square: the width alone is made to fit, as players do.
+
+        Raises:
+            Skip: larger than `max_pixels` (videos may change their size), or damaged.
+        """
+        if frame.width * frame.height * max(1, self.pixel_aspect) > self.max_pixels:
+            raise Skip(Reason.TOO_MANY_PIXELS)
+        if frame.is_corrupt:
+            raise Skip(Reason.UNDECODABLE_VIDEO)
+        rgb = self.reformatter.reformat(frame, format="rgb24", src_colorspace=colour_matrix(frame), threads=1)
+        image = Image.fromarray(rgb.to_ndarray())
+        if (width := max(1, round(frame.width * self.pixel_aspect))) != frame.width:
+            image = image.resize((width, frame.height), Image.Resampling.BICUBIC)
+        transposition = display_transposition(frame)
+        return image if transposition is None else image.transpose(transposition)
+
 
 @contextmanager
 def open_video(data: bytes | mmap, suffix: str, *, max_pixels: int) -> Iterator[Video]:
@@ -211,7 +224,7 @@ def open_video(data: bytes | mmap, suffix: str, *, max_pixels: int) -> Iterator[
             io_open=refuse_to_open,
         ) as container:
             stream = video_stream(container)
-            video, codec = Video(container, stream), stream.codec_context
+            video, codec = Video(container, stream, max_pixels), stream.codec_context
             if codec.width * codec.height * max(1, video.pixel_aspect) > max_pixels:
                 raise Skip(Reason.TOO_MANY_PIXELS)
             codec.options = options
@@ -405,33 +418,10 @@ def resample(
     raise Skip(Reason.CUT_SHORT)
 
 
-def to_picture(frame: av.VideoFrame, *, size: int, mirrored: bool, max_pixels: int, **shown: Any) -> Tensor:
-    """-> uint8 [3, 1, size, size]; `shown`: as `to_rgb` has it."""
-    image = center_crop(to_rgb(frame, max_pixels=max_pixels, **shown), size, max_pixels=max_pixels)
+def to_picture(frame: av.VideoFrame, *, video: Video, size: int, mirrored: bool) -> Tensor:
+    """-> uint8 [3, 1, size, size]."""
+    image = center_crop(video.to_rgb(frame), size, max_pixels=video.max_pixels)
     return to_tensor(ImageOps.mirror(image) if mirrored else image)
-
-
-def to_rgb(
-    frame: av.VideoFrame, *, max_pixels: int, reformatter: VideoReformatter, pixel_aspect: Fraction = Fraction(1)
-) -> Image.Image:
-    """Any pixel format -> upright RGB of 8 bits a channel and of square pixels, by the frame's colour matrix and range.
-
-    Args:
-        pixel_aspect: `Video.pixel_aspect`; the width alone is made to fit it, as players do.
-
-    Raises:
-        Skip: larger than `max_pixels` (videos may change their size), or damaged.
-    """
-    if frame.width * frame.height * max(1, pixel_aspect) > max_pixels:
-        raise Skip(Reason.TOO_MANY_PIXELS)
-    if frame.is_corrupt:
-        raise Skip(Reason.UNDECODABLE_VIDEO)
-    rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=colour_matrix(frame), threads=1)
-    image = Image.fromarray(rgb.to_ndarray())
-    if (width := max(1, round(frame.width * pixel_aspect))) != frame.width:
-        image = image.resize((width, frame.height), Image.Resampling.BICUBIC)
-    transposition = display_transposition(frame)
-    return image if transposition is None else image.transpose(transposition)
 
 
 def colour_matrix(frame: av.VideoFrame) -> str | None:

@@ -5,25 +5,23 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 import av
 import torch
-from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from grn.data.clips import (
     MAX_DECODED_FRAMES,
     MAX_FRAME_PIXELS,
+    Video,
     duration,
     frames_from,
     open_video,
     read_section,
     resample,
     timed,
-    to_rgb,
     video_entry,
 )
 from grn.data.samples import (
@@ -80,7 +78,7 @@ class TextVideoDecoder:
             times = self.times(begin, min(seconds, end or seconds), draws)
             frames = timed(frames_from(video, times[0], max_decoded_frames=self.max_decoded_frames), video)
             mirrored = self.images.flip and is_mirrored(seed, pass_number, key)
-            picture = _Pictures(self.images, sizes, video.pixel_aspect, mirrored=mirrored, max_pixels=self.max_pixels)
+            picture = _Pictures(video, self.images, sizes, mirrored=mirrored)
             pixels = torch.cat(resample(frames, times, picture), dim=1)
         return {"pixels": pixels, "caption": caption, "key": key}
 
@@ -101,18 +99,15 @@ class TextVideoDecoder:
 class _Pictures:
     """Frames -> uint8 [3, 1, H, W], all in the size that the first one has by its shape."""
 
-    def __init__(
-        self, images: TextImageDecoder, sizes: Sizes, pixel_aspect: Fraction, *, mirrored: bool, max_pixels: int
-    ):
-        self.images, self.sizes, self.mirrored, self.max_pixels = images, sizes, mirrored, max_pixels
+    def __init__(self, video: Video, images: TextImageDecoder, sizes: Sizes, *, mirrored: bool):
+        self.video, self.images, self.sizes, self.mirrored = video, images, sizes, mirrored
         self.size: tuple[int, int] | None = None
-        self.to_rgb = partial(to_rgb, max_pixels=max_pixels, reformatter=VideoReformatter(), pixel_aspect=pixel_aspect)
 
     def __call__(self, frame: av.VideoFrame) -> Tensor:
-        image: Image.Image = self.to_rgb(frame)
+        image = self.video.to_rgb(frame)
         if self.size is None:
             self.size = self.images.size_of(image, self.sizes)
-        image = resize_and_crop(image, *self.size, max_pixels=self.max_pixels)
+        image = resize_and_crop(image, *self.size, max_pixels=self.video.max_pixels)
         return to_tensor(ImageOps.mirror(image) if self.mirrored else image)
 
 
