@@ -54,16 +54,12 @@ def video_source(
 
 @dataclass(frozen=True, order=True)
 class Line:
-    """Where a line stands: the path of its file, its number (from 1), the bytes before it and its own.
-
-    `video` is its video_path; None where it has none.
-    """
+    """Where a line stands: the path of its file, its number (from 1), the bytes before it and its own."""
 
     file: str
     number: int
     start: int
     size: int
-    video: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +171,8 @@ def draw_videos(lines: Sequence[Line], folder: Path, count: int, seed: int) -> l
     """All lines of videos that are drawn until there are `count` lines; a line that has no video is one of its own."""
     videos: dict[str | int, list[Line]] = {}
     for line in lines:
-        video = line.number if line.video is None else os.path.normpath(folder / line.video)
-        videos.setdefault(video, []).append(line)
+        path = video_of(line)
+        videos.setdefault(line.number if path is None else os.path.normpath(folder / path), []).append(line)
     order = list(videos.values())
     random.Random(f"heldout/{seed}").shuffle(order)
     drawn = []
@@ -204,13 +200,12 @@ def list_lines(key: str, path: str) -> tuple[list[Line], str]:
             while part := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 size, blank = len(part), not part.strip() and len(part) <= MAX_LINE_BYTES
-                video = video_of(part) if len(part) <= MAX_LINE_BYTES else None
                 digest.update(part)
                 while part[-1:] != b"\n" and (part := file.readline(MAX_LINE_BYTES)):
                     size += len(part)
                     digest.update(part)
                 if not blank:
-                    lines.append(Line(str(path), number, start, size, video))
+                    lines.append(Line(str(path), number, start, size))
                 start += size
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read: {error.strerror}") from None
@@ -219,10 +214,10 @@ def list_lines(key: str, path: str) -> tuple[list[Line], str]:
     return lines, digest.hexdigest()[:16]
 
 
-def video_of(line: bytes) -> str | None:
+def video_of(line: Line) -> str | None:
     """Its video_path; None where there is none, for which the line will be rejected."""
     try:
-        path = read_metadata({"json": line}).get("video_path")
+        path = read_metadata({"json": read_line(line)}).get("video_path")
     except Skip:
         return None
     return path if isinstance(path, str) and path else None

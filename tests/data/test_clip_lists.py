@@ -10,7 +10,16 @@ from test_clips import numbered_video, patched, read_numbers
 from test_folders import contents, here, put, read, rejected
 from test_text_videos import clip, make, write
 
-from grn.data.clip_lists import CLOCK, MAX_LINE_BYTES, ClipList, draw_videos, frame_ids, list_lines, video_source
+from grn.data.clip_lists import (
+    CLOCK,
+    MAX_LINE_BYTES,
+    ClipList,
+    draw_videos,
+    frame_ids,
+    list_lines,
+    video_of,
+    video_source,
+)
 from grn.data.clips import ClipDecoder
 from grn.data.folders import CaptionedClips, Clips
 from grn.data.samples import Reason, Skip
@@ -124,7 +133,7 @@ def test_an_unusable_line_is_a_video_of_its_own(videos, tmp_path):
     lines = [b"x", b'{"video_path": ""}', b"{}", b"[" * 10_000, line("\ud800"), line("long.mp4"), line("second.mp4")]
     path = jsonl(videos / "list.jsonl", lines)
     found = list_lines("root", path)[0]
-    assert [it.video for it in found] == [None, None, None, None, "\ud800", "long.mp4", "second.mp4"]
+    assert [video_of(it) for it in found] == [None, None, None, None, "\ud800", "long.mp4", "second.mp4"]
     assert [len(draw_videos(found, videos, count, 0)) for count in range(8)] == list(range(8))
 
 
