@@ -74,11 +74,10 @@ def train(config: DictConfig) -> dict[str, float]:
     runs.check_top_level(config, KEYS)
     if not isinstance(config.cluster.compile, bool):
         raise UserError(f"cluster.compile must be true or false, got {config.cluster.compile!r}")
-    resume = runs.checkpoint_to_resume(config)
-    if resume is not None and runs.is_done(config, resume):
-        log.info("%s is done: it is at step %d of trainer.max_steps", config.paths.run, resume.step)
+    earlier = runs.checkpoint_to_resume(config)
+    if earlier is not None and runs.is_done(config, earlier):
+        log.info("%s is done: it is at step %d of trainer.max_steps", config.paths.run, earlier.step)
         return runs.recorded_metrics(Path(config.paths.run))
-    resume = resume and resume.path
     _quieten()
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.cluster.matmul_precision)
@@ -106,7 +105,7 @@ def train(config: DictConfig) -> dict[str, float]:
         logger.log_hyperparams(module.checkpoint_extras["config"])
     log.info("run folder: %s (%.2f M parameters)", config.paths.run, _millions(module.network))
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=earlier and earlier.path, weights_only=True)
     except SIGTERMException as stopped:
         if trainer.global_rank > 0:
             sys.exit(0)  # Lightning kills rank 0, which may still be closing its logs, where another fails

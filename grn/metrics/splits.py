@@ -44,10 +44,7 @@ def of_kind(split: Split, *, clips: bool, name: str) -> Split:
         found = others = False
         for batch in split():
             pixels = batch["pixels"]
-            if isinstance(pixels, Tensor):
-                rows = range(len(pixels) if (pixels.ndim == 5 and pixels.shape[2] > 1) == clips else 0)
-            else:
-                rows = [row for row, sample in enumerate(pixels) if (sample.shape[1] > 1) == clips]
+            rows = [row for row, it in enumerate(pixels) if (it.ndim == 4 and it.shape[1] > 1) == clips]
             found, others = found or len(rows) > 0, others or len(rows) < len(pixels)
             if len(rows) == len(pixels):
                 yield batch
