@@ -1,17 +1,23 @@
 """GRN: an experiment framework for Generative Refinement Networks (arXiv 2604.13030)."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-try:
-    __version__ = version("grn")
-except PackageNotFoundError:  # a checkout on PYTHONPATH that was never installed
-    __version__ = "0+unknown"
+from grn.runtime.openmp import bound_spinning
+
+bound_spinning()  # here, since whoever imports torch through GRN imports this first
 
 
 def __getattr__(name: str) -> Any:
-    if name != "GRNPipeline":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from grn.pipeline import GRNPipeline  # only when asked for: it takes seconds to import torch
+    """What takes its time, only when asked for."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
 
-    return GRNPipeline
+        try:
+            return version("grn")
+        except PackageNotFoundError:  # a checkout on PYTHONPATH that was never installed
+            return "0+unknown"
+    if name == "GRNPipeline":
+        from grn.sampling.pipeline import GRNPipeline
+
+        return GRNPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

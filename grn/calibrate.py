@@ -1,131 +1,17 @@
 """python -m grn.calibrate ckpt=runs/digits_c2i target_steps=20: fits entropy-guided sampling (conf/calibrate.yaml)."""
 
-import logging
-import math
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from torch import Tensor
 
-from grn.calibration import TOLERANCE, decision_entropies, fit, steps_taken, wanted_spread
-from grn.cli import entry_point
-from grn.errors import UserError, check_count
-from grn.files import write_json
-from grn.generation import best_device, equal_labels
-from grn.modules import build_sampler, load_refiner
-from grn.sampler import EntropyGuided
-from grn.sampler_file import write_sampler
-
-log = logging.getLogger(__name__)
-
-ENOUGH = 500  # samples to fit to
+from grn.cli.entry import entry_point
 
 
 @entry_point("calibrate")
 def main(config: DictConfig) -> None:
+    from grn.sampling.calibrate import calibrate
+
     config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     calibrate(config)
-
-
-def calibrate(config: DictConfig) -> dict[str, Any]:
-    """Measures, fits, checks, and writes `sampler.yaml` and `calibration.json` into `out`; returns the latter.
-
-    Raises:
-        UserError: what is asked for cannot be had, or misses the target on the samples that were not fitted to.
-    """
-    check_count("batch_size", config.batch_size)
-    if config.num is not None:
-        check_count("num", config.num)
-    module, source = load_refiner(config.ckpt, ema=config.ema)
-    if config.sampler.schedule.get("_target_") != "grn.sampler.EntropyGuided":
-        raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
-    sampler = build_sampler(config.sampler, module.sampler)
-    target, spread = (_number(config, key) for key in ("target_steps", "spread"))
-    spread = wanted_spread(sampler.schedule, target, spread)
-    labels = _labels(config.num, module.num_labels)
-    device = best_device(config.device)
-    module = module.to(device)
-
-    with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        task = progress.add_task("measuring entropies", total=len(labels))
-        entropy = decision_entropies(
-            module,
-            labels,
-            sampler,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            advance=lambda number: progress.advance(task, number),
-        )
-    halves = dict(zip(("fitted", "fresh"), entropy.chunk(2)))
-    sampler = replace(sampler, schedule=fit(sampler.schedule, halves["fitted"], target=target, spread=spread))
-    measured = {name: _described(sampler.schedule, half) for name, half in halves.items()}
-    _print(measured, target)
-    mean = measured["fresh"]["steps_mean"]
-    if abs(mean / target - 1) > TOLERANCE:
-        raise UserError(
-            f"num={len(labels)}: {mean:.2f} steps in the mean over samples that were not fitted to, more than "
-            f"{TOLERANCE:.0%} off target_steps={target}; give a larger num"
-        )
-    out = Path(config.out)
-    report = {**source, "target_steps": target, "spread": spread, "sampler": repr(sampler), "seed": config.seed}
-    report |= measured
-    write_json(out / "calibration.json", report)
-    fresh = measured["fresh"]
-    remark = (
-        f"Fitted by python -m grn.calibrate to {source['ckpt']}, step {source['step']}; on {fresh['samples']} fresh "
-        f"samples\n{fresh['steps_mean']} steps in the mean, {fresh['steps_min']} to {fresh['steps_max']}."
-    )
-    path = write_sampler(out / "sampler.yaml", sampler, remark)
-    log.info("written: %s (sampler=calibrated; of another folder, with sampler.file=...)", path)
-    return report
-
-
-def _number(config: DictConfig, key: str) -> float | None:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-        raise UserError(f"{key}={value}: give a number of steps")
-    return value
-
-
-def _labels(num: int | None, num_labels: int) -> Tensor:
-    """Labels int64 [num] of which each half has every class equally often."""
-    if num is None:
-        num = 2 * num_labels * math.ceil(ENOUGH / num_labels)
-    if num % (2 * num_labels):
-        raise UserError(f"num={num} is not a multiple of {2 * num_labels}: {num_labels} classes equally often, twice")
-    return equal_labels(num, range(num_labels))
-
-
-def _described(schedule: EntropyGuided, entropy: Tensor) -> dict[str, int | float]:
-    steps = steps_taken(schedule, entropy).double()
-    return {
-        "samples": len(steps),
-        "steps_mean": round(steps.mean().item(), 3),
-        "steps_std": round(steps.std(correction=0).item(), 3),
-        "steps_min": int(steps.min()),
-        "steps_max": int(steps.max()),
-        "entropy_mean": round(entropy.mean().item(), 5),
-        "entropy_min": round(entropy.min().item(), 5),
-        "entropy_max": round(entropy.max().item(), 5),
-    }
-
-
-def _print(measured: dict[str, dict[str, int | float]], target: float) -> None:
-    table = Table(title=f"steps by the entropies of samples; target {target} in the mean")
-    for column in ("samples", "number", "mean", "std", "min", "max", "entropy"):
-        table.add_column(column, justify="left" if column == "samples" else "right", no_wrap=True)
-    for name, row in measured.items():
-        steps = (f"{row['steps_mean']:.2f}", f"{row['steps_std']:.2f}", str(row["steps_min"]), str(row["steps_max"]))
-        entropy = f"{row['entropy_mean']:.4f} ({row['entropy_min']:.4f}-{row['entropy_max']:.4f})"
-        table.add_row(name, str(row["samples"]), *steps, entropy)
-    Console().print(table)
 
 
 if __name__ == "__main__":

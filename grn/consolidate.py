@@ -1,40 +1,15 @@
 """python -m grn.consolidate ckpt=runs/c2i_ind_G: a sharded checkpoint as a single file (conf/consolidate.yaml)."""
 
-import logging
-from pathlib import Path
-
-import torch
 from omegaconf import DictConfig
 
-from grn.checkpoints.native import find_checkpoint
-from grn.checkpoints.sharded import is_sharded_checkpoint, read_sharded
-from grn.cli import entry_point
-from grn.errors import UserError
-from grn.files import write_atomically
-
-log = logging.getLogger(__name__)
+from grn.cli.entry import entry_point
 
 
-@entry_point("consolidate")
+@entry_point("consolidate", writes="out")
 def main(config: DictConfig) -> None:
+    from grn.checkpoints.consolidate import consolidate
+
     consolidate(config)
-
-
-def consolidate(config: DictConfig) -> Path:
-    """Writes `out`, from which training goes on, too, as from the folder; returns its path.
-
-    It takes as much memory as the file is large: weights, averages and optimiser state in float32.
-    """
-    path = find_checkpoint(config.ckpt)
-    if not is_sharded_checkpoint(path):
-        raise UserError(f"ckpt: {path} is a single file already")
-    out = Path(config.out or path.with_name(f"{path.stem}_whole.ckpt")).expanduser()
-    if out.is_dir():
-        raise UserError(f"out={out} is a folder: name a file")
-    checkpoint = read_sharded(path, f"ckpt: {path} cannot be read as a checkpoint")
-    write_atomically(out, lambda temporary: torch.save(checkpoint, temporary))
-    log.info("consolidated: %s (step %s, %.2f GB)", out, checkpoint.get("global_step"), out.stat().st_size / 1e9)
-    return out
 
 
 if __name__ == "__main__":

@@ -2,18 +2,67 @@
 
 import json
 import os
+import shutil
+import signal
+import tempfile
 from pathlib import Path
 
 import av
+import commands
 import numpy as np
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+
+import grn.cli.entry  # noqa: F401 - the resolvers of configs, for tests that compose some by themselves
+
+# What runs the tests in the background, as nohup and some CI do, has them ignored, here and in what is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+pytest_plugins = ("digit_splits",)
+
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # else xdist's workers have them from whoever started them
+        os.environ[commands.FOLDER] = tempfile.mkdtemp(prefix="grn-tests-")  # short: it holds a socket
+        os.environ[commands.TESTER] = str(os.getpid())
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        commands.stop(os.environ[commands.FOLDER])
+        shutil.rmtree(os.environ[commands.FOLDER], ignore_errors=True)  # as the server does
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first: one of xdist's workers has all of it, and the other takes over at its end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_end_to_end"))
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory, worker_id):
+    """built_once(name, build): what build(folder) leaves there; one of pytest's workers builds, each has a copy."""
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        shared = shared.parent
+
+    def built(name, build):
+        template, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                template.mkdir()  # fails in the second worker where building did in the first one
+                build(template)
+                done.touch()
+        return shutil.copytree(template, tmp_path_factory.mktemp(name), dirs_exist_ok=True)
+
+    return built
 
 
 @pytest.fixture(scope="session")

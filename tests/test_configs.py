@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 
 from grn.callbacks import EMA
 from grn.checkpoints.native import build_network
-from grn.cli import CONF
 from grn.data.text_videos import TextVideoDataModule
-from grn.modules import build_sampler
-from grn.sampler import Sampler
-from grn.train import KEYS
+from grn.method.sampler import Sampler
+from grn.method.schedules import EntropyGuided, Shifted
+from grn.runtime.config_folder import CONF, top_level_keys
+from grn.training.building import build_sampler
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
@@ -29,12 +29,22 @@ def experiment(name, *overrides):
     return composed("train", f"+experiment={name}", *given, *overrides)
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
-@pytest.mark.parametrize("name", EXPERIMENTS)
+# Each experiment, and each cluster, at least once; make test-full has all pairs.
+LONGER = max(len(EXPERIMENTS), len(CLUSTERS))
+PAIRED = {(EXPERIMENTS[i % len(EXPERIMENTS)], CLUSTERS[i % len(CLUSTERS)]) for i in range(LONGER)}
+PAIRS = [
+    pytest.param(name, cluster, marks=[] if (name, cluster) in PAIRED else pytest.mark.full)
+    for name in EXPERIMENTS
+    for cluster in CLUSTERS
+]
+
+
+@pytest.mark.parametrize(("name", "cluster"), PAIRS)
 def test_every_experiment_on_every_cluster(name, cluster, tmp_path):
-    config = experiment(name, f"cluster={cluster}", f"paths.runs={tmp_path}")
+    own = {"image_folder_c2i": ["data.image_size=64", "data.num_labels=10"]}  # which else a manifest tells
+    config = experiment(name, f"cluster={cluster}", f"paths.runs={tmp_path}", *own.get(name, ()))
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert set(resolved) <= set(KEYS)
+    assert set(resolved) <= top_level_keys("train")
     assert resolved["name"] == name
     with torch.device("meta"):
         network = build_network(config.model)
@@ -48,7 +58,7 @@ def test_every_experiment_on_every_cluster(name, cluster, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "depth", "width", "heads", "bottleneck", "context_start"),
-    [  # the table of DESIGN 1.4
+    [  # the table of docs/method.md#class-conditional-refiner
         ("c2i_ind_B", 12, 768, 12, 128, 4),
         ("c2i_ind_L", 24, 1024, 16, 128, 8),
         ("c2i_ind_H", 32, 1280, 16, 256, 10),
@@ -80,9 +90,27 @@ def test_reference_sizes_and_hyperparameters(name, depth, width, heads, bottlene
         assert (sampler.temperature, sampler.guidance, tuple(sampler.guidance_interval)) == (1.3, 2.0, (0.42, 1.0))
 
 
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("c2i")])
+def test_rates_and_epochs_follow_the_global_batch(name):
+    """5e-5 at 256; accumulated batches are one."""
+    for batch, accumulated, rate in ((256, 1, 5e-5), (512, 1, 1e-4), (64, 4, 5e-5), (1024, 2, 4e-4)):
+        config = experiment(name, f"data.batch_size={batch}", f"trainer.accumulate_grad_batches={accumulated}")
+        assert config.training.learning_rate == pytest.approx(rate)
+        assert config.trainer.max_steps == round(600 * 1281167 / (batch * accumulated))
+        assert config.training.warmup_steps == round(5 * 1281167 / (batch * accumulated))
+    assert experiment(name, "training.learning_rate=1e-3").training.learning_rate == 1e-3
+
+
+def test_samples_of_packs_weigh_as_in_the_authors_newer_script():
+    powers = {name: experiment(name).training.sample_weight_power for name in ("t2i_2B", "t2v_2B", "t2v_8B")}
+    assert powers == {"t2i_2B": 0.5, "t2v_2B": 0.5, "t2v_8B": 0.5}
+    assert composed("train", "training=text_refiner").training.sample_weight_power == 0
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "t2i" in name or "t2v" in name])
 def test_text_experiments_sample_what_they_train_on(name):
-    config = experiment(name)
+    own = {"captions_t2i": ["data.resolutions=[[64,64]]"]}  # which else are those of the prepared pictures
+    config = experiment(name, *own.get(name, ()))
     if config.data.name.endswith("_tokens"):  # of these pixels
         config = experiment(name, f"data={config.data.name.removesuffix('_tokens')}")
     data, asked = instantiate(config.data), config.training
@@ -120,7 +148,7 @@ def test_every_sampler_fills_its_nulls(option):
     alone = build_sampler(chosen)
     assert (alone.temperature, alone.guidance) == (1.0, 1.0)
     trained = {
-        "schedule": {"_target_": "grn.sampler.EntropyGuided", "warmup": 2, "scale": 9.0, "min_steps": 7},
+        "schedule": {"_target_": "grn.method.schedules.EntropyGuided", "warmup": 2, "scale": 9.0, "min_steps": 7},
         "temperature": 1.3,
         "guidance": 2.0,
     }
@@ -133,14 +161,52 @@ def test_every_sampler_fills_its_nulls(option):
         assert beside.schedule == alone.schedule
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys", "expected"),
+    [
+        ("Linear", {"steps": 40}, ("linear", 1.0, 0.999)),
+        ("Cosine", {"steps": 40}, ("cosine", 1.0, 0.999)),
+        ("Shifted", {"steps": 40, "alpha": 2.0, "cap": 0.95}, ("shifted", 2.0, 0.95)),
+        ("EntropyGuided", {"grid": "cosine", "warmup": 2}, ("cosine", 1.0, 0.999)),
+    ],
+)
+def test_adaptive_steps_follow_the_grid_of_the_checkpoint(kind, keys, expected):
+    trained = {"schedule": {"_target_": f"grn.method.schedules.{kind}"} | keys}
+    schedule = build_sampler(composed("sample", "ckpt=x", "sampler=entropy").sampler, trained).schedule
+    assert (schedule.grid, schedule.alpha, schedule.cap) == expected
+    asked = composed("sample", "ckpt=x", "sampler=entropy", "sampler.schedule.grid=linear").sampler
+    assert build_sampler(asked, trained).schedule.grid == "linear"
+
+
+@pytest.mark.parametrize("name", ["t2i_2B", "t2v_2B", "t2v_8B"])
+def test_text_experiments_follow_the_authors_newer_script(name):
+    config = experiment(name)
+    sampler = build_sampler(config.sampler)
+    assert sampler.schedule == Shifted(50, alpha=1.0, cap=0.95)
+    assert (sampler.guidance, sampler.temperature) == (3.0, {"t2i_2B": 1.1, "t2v_2B": 1.0, "t2v_8B": 1.0}[name])
+    assert config.training.signal_ratio_input == "realized"
+    assert config.model.initialization == "normal"
+
+
+def test_the_keys_of_the_shifted_schedule():
+    chosen = composed("sample", "ckpt=x", "sampler=shifted", "sampler.schedule.cap=0.95", "sampler.schedule.alpha=2")
+    assert build_sampler(chosen.sampler).schedule == Shifted(50, alpha=2, cap=0.95)
+    chosen = composed("sample", "ckpt=x", "sampler=shifted", "sampler.schedule.steps=30").sampler
+    assert build_sampler(chosen).schedule == Shifted(30, alpha=1.0, cap=0.999)
+    tuned = Sampler(Shifted(50, alpha=2.0, cap=0.95))  # what the weights were
+    assert build_sampler(chosen, tuned).schedule == Shifted(30, alpha=2.0, cap=0.95)
+    adaptive = composed("sample", "ckpt=x", "sampler=entropy", "sampler.schedule.grid=shifted").sampler
+    assert build_sampler(adaptive, tuned).schedule == EntropyGuided(grid="shifted", alpha=2.0, cap=0.95)
+
+
 def test_command_line_beats_the_checkpoint():
     chosen = composed("sample", "ckpt=x", "sampler=linear", "sampler.schedule.steps=7", "sampler.temperature=1.1")
     sampler = build_sampler(
-        chosen.sampler, {"temperature": 2.0, "schedule": {"_target_": "grn.sampler.Linear", "steps": 9}}
+        chosen.sampler, {"temperature": 2.0, "schedule": {"_target_": "grn.method.schedules.Linear", "steps": 9}}
     )
     assert (sampler.schedule.steps, sampler.temperature) == (7, 1.1)
     unchanged = build_sampler(
-        composed("sample", "ckpt=x").sampler, {"schedule": {"_target_": "grn.sampler.Linear", "steps": 9}}
+        composed("sample", "ckpt=x").sampler, {"schedule": {"_target_": "grn.method.schedules.Linear", "steps": 9}}
     )
     assert unchanged.schedule.steps == 9
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grn.checkpoints.native import is_checkpoint
+from grn.weights.kinds import is_checkpoint
 
 pytestmark = pytest.mark.slurm
 

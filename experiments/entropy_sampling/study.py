@@ -25,17 +25,18 @@ from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 from torch import Tensor
 
-import grn.cli  # noqa: F401  its resolvers
-from grn import pictures
-from grn.calibration import decision_entropies, fit, steps_taken
+import grn.cli.entry  # noqa: F401  its resolvers
 from grn.checkpoints.native import read_checkpoint
-from grn.evaluation import build_scores, score_samples
-from grn.files import write_atomically, write_json
-from grn.generation import Batch, equal_labels
-from grn.metrics.judge import DigitsJudge
-from grn.modules import module_from_checkpoint
-from grn.sampler import Cosine, EntropyGuided, Linear, Schedule
+from grn.evaluation.scoring import build_scores, score_samples
+from grn.media import pictures
+from grn.method.request import Request
+from grn.method.schedules import Cosine, EntropyGuided, Linear, Schedule
+from grn.runtime.files import write_atomically, write_json
+from grn.sampling.calibration import decision_entropies, fit, steps_taken
+from grn.sampling.generation import Batch
+from grn.toys.judge import DigitsJudge
 from grn.training import RefinerModule
+from grn.training.building import module_from_checkpoint
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -90,8 +91,8 @@ def schedule(name: str, steps: int, module: RefinerModule, guidance: float, num:
         return Cosine(steps)
     guided = EntropyGuided(warmup=warmup_of(steps), min_steps=round(steps * 2 / 3), max_steps=round(steps * 5 / 3))
     sampler = replace(module.sampler, schedule=guided, guidance=guidance)
-    labels = equal_labels(num, range(module.num_labels))
-    entropy = decision_entropies(module, labels, sampler, batch_size=BATCH, seed=CALIBRATION_SEED)
+    request = Request(num=num, seed=CALIBRATION_SEED, sampler=sampler)
+    entropy = decision_entropies(module, request, batch_size=BATCH)
     guided = fit(guided, entropy, target=steps)
     if name == "unscaled":
         return Unscaled(**vars(guided))

@@ -1,11 +1,9 @@
-"""The class-conditional refiner: training from ready tokens and sampling, each thing that makes them fast by itself."""
+"""The class-conditional refiner: training from tokens and sampling, in each precision, compiled, with less memory."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -14,17 +12,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from grn import refinement
-from grn import sampler as sampling
 from grn.benchmarks import machine
 from grn.checkpoints.native import build_network
-from grn.errors import UserError
-from grn.flops import forward_flop, training_flop
+from grn.method import corruption
+from grn.method.sampler import Refinement, Sampler, finished
+from grn.method.schedules import Linear
 from grn.networks.class_refiner import ClassRefiner
-from grn.sampler import Condition, Labels, Linear, Sampler, refine
+from grn.networks.conditions import Labels
+from grn.runtime.errors import UserError
+from grn.runtime.flops import forward_flop, training_flop
 from grn.training.activations import Mode, checkpoint_activations
 from grn.training.optimization import adamw, clip_gradients
 
@@ -34,22 +32,17 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train or sample: without some of what makes it fast (`PLAIN`), or with more of it."""
+    """A way to train or sample."""
 
     name: str
-    without: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("training", "sampling")
     dtype: torch.dtype = torch.float32
     compile: bool = False
     activations: Mode = "none"
 
 
-# Each adds one thing to the one before, up to `compiled`.
 VARIANTS = (
-    Variant("plain", without=("attention", "updates", "one pass")),
-    Variant("attention", without=("updates", "one pass")),  # fused, no matrix of float32 weights
-    Variant("updates", without=("one pass",), tasks=("training",)),  # AdamW and EMAs over all parameters at once
-    Variant("one pass", tasks=("sampling",)),  # both halves of guidance in one batch, and inside its interval alone
+    Variant("float32"),
     Variant("bfloat16", dtype=torch.bfloat16),
     Variant("compiled", dtype=torch.bfloat16, compile=True),
     # For less memory: cluster.activation_checkpointing, without and with torch.compile.
@@ -57,37 +50,6 @@ VARIANTS = (
     Variant("selective, compiled", dtype=torch.bfloat16, tasks=("training",), compile=True, activations="selective"),
     Variant("full", dtype=torch.bfloat16, tasks=("training",), activations="full"),
 )
-
-
-def _attention_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = torch.softmax(q.float() @ k.float().mT / q.shape[-1] ** 0.5, dim=-1)
-    return (weights @ v.float()).to(v.dtype)
-
-
-def _two_passes(
-    predict: Callable, tokens: Tensor, t: Tensor, condition: Condition, sampler: Sampler
-) -> tuple[Tensor, Tensor]:
-    """Both halves of guidance at every step, outside the interval with a strength of 1."""
-    time, (low, high) = t.float().to(tokens.device), sampler.guidance_interval
-    conditional, unconditional = predict(tokens, time, condition), predict(tokens, time, condition.null())
-    strength = torch.where((time > low) & (time < high), sampler.guidance, 1.0).view(-1, *[1] * (tokens.ndim))
-    return unconditional + strength * (conditional - unconditional), conditional
-
-
-PLAIN = {  # what takes the place of each thing that makes the network and its sampling fast
-    "attention": (F, "scaled_dot_product_attention", _attention_in_float32),
-    "one pass": (sampling, "_guided_logits", _two_passes),
-}
-
-
-@contextmanager
-def without(*names: str) -> Iterator[None]:
-    """Runs the refiner and the sampler as if they had never heard of some of `PLAIN`."""
-    with ExitStack() as stack:
-        for name in names:
-            if name in PLAIN:
-                stack.enter_context(patch.object(*PLAIN[name]))
-        yield
 
 
 def benchmark(
@@ -103,7 +65,7 @@ def benchmark(
     guidance_interval: list[float],
     compile: bool | None,
 ) -> dict[str, Any]:
-    """Measures both tasks and prints one table; the keys are explained in conf/what/c2i.yaml.
+    """Measures both tasks and prints one table; the keys are explained in conf/benchmark/c2i.yaml.
 
     Returns:
         `training` and `sampling`, a row for each variant, beside the sizes and rates that they are measured against.
@@ -116,7 +78,7 @@ def benchmark(
     sizes |= {"measured_steps": measured_steps}
     for key, value in sizes.items():
         if value < 1:
-            raise UserError(f"what.{key}={value}: at least one")
+            raise UserError(f"benchmark.{key}={value}: at least one")
     network = _network(model).to(device)
     sampler = Sampler(Linear(steps), guidance=guidance, guidance_interval=tuple(guidance_interval))
     variants = [variant for variant in VARIANTS if compile or not variant.compile]
@@ -157,7 +119,7 @@ def _network(model: DictConfig) -> ClassRefiner:
     """Random weights, none of them zero: a new network would predict the same for all inputs."""
     network = build_network(model)
     if not isinstance(network, ClassRefiner):
-        raise UserError("what=c2i measures class-conditional refiners: size=B, or model=class_refiner")
+        raise UserError("benchmark=c2i measures class-conditional refiners: size=B, or model=class_refiner")
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for module in (*network.blocks, network.head):
@@ -188,19 +150,16 @@ def measure_training(
     averages = [[p.detach().clone() for p in network.parameters()] for _ in DECAYS]
     batch = _inputs(network, batch_size, device)
     flop = training_flop(network, lambda hollow: hollow(*_inputs(network, 1, torch.device("meta"))))
-    optimizers = {
-        "plain": torch.optim.AdamW(network.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, foreach=False),
-        "fused": adamw(network, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.0),
-    }
+    optimizer = adamw(network, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     calls, rows, reference = [], [], None
     for variant in (variant for variant in variants if "training" in variant.tasks):
-        predict, kind = _predict(network, variant), "plain" if "updates" in variant.without else "fused"
+        predict = _predict(network, variant)
         logits = _running_as(variant, device, predict)(*batch).detach()
         reference = logits if reference is None else reference
         error = ((logits - reference).norm() / reference.norm()).item()
-        call = _running_as(variant, device, _step(network, predict, optimizers[kind], kind, averages, batch))
+        call = _running_as(variant, device, _step(network, predict, optimizer, averages, batch))
         call()  # compiles, and makes the optimiser's state
-        state = [value for values in optimizers[kind].state.values() for value in values.values()]
+        state = [value for values in optimizer.state.values() for value in values.values()]
         held = [*network.parameters(), *(p for average in averages for p in average), *state, *batch]
         _, peak = machine.peak_memory(call, device, held=held)
         calls.append(call)
@@ -213,7 +172,6 @@ def _step(
     network: ClassRefiner,
     predict: Callable,
     optimizer: torch.optim.Optimizer,
-    kind: str,
     averages: list[list[Tensor]],
     batch: tuple[Tensor, Tensor, Tensor],
 ) -> Callable[[], None]:
@@ -222,18 +180,14 @@ def _step(
     weights = [p.detach() for p in network.parameters()]
 
     def step() -> None:
-        t = refinement.signal_ratio(SEED, ids, 0, mean=-0.8, std=0.8)
-        noisy = refinement.corrupt(tokens, t, network.classes, seed=SEED, ids=ids, step=0)
-        refinement.token_loss(predict(noisy, t, labels), tokens).backward()
+        t = corruption.signal_ratio(SEED, ids, 0, mean=-0.8, std=0.8)
+        noisy = corruption.corrupt(tokens, t, network.classes, seed=SEED, ids=ids, step=0)
+        corruption.token_loss(predict(noisy, t, labels), tokens).backward()
         clip_gradients(network.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
         for decay, average in zip(DECAYS, averages):
-            if kind == "fused":
-                get_ema_multi_avg_fn(decay)(average, weights, 1)
-            else:
-                for ema, weight in zip(average, weights):
-                    ema.mul_(decay).add_(weight * (1 - decay))
+            get_ema_multi_avg_fn(decay)(average, weights, 1)
 
     return step
 
@@ -248,20 +202,20 @@ def measure_sampling(
     sampler: Sampler,
     steps: int,
 ) -> list[dict[str, Any]]:
-    """`refine` to tokens; a row a variant. `steps` are taken, and their time is scaled to all by passes of the network.
+    """Noise to tokens; a row a variant. `steps` are taken, and their time is scaled to all by passes of the network.
 
-    FLOP are those that the schedule needs, whatever a variant computes. `equal_tokens`: with the first variant.
+    FLOP are those that the schedule needs. `equal_tokens`: with the first variant.
     """
     short = replace(sampler, schedule=Linear(steps))
     forward = forward_flop(network, lambda hollow: hollow(*_inputs(network, 1, torch.device("meta"))))
     _, _, labels = _inputs(network, batch_size, device)
     ids = torch.arange(batch_size, device=device)
-    calls, scales, rows, reference = [], [], [], None
+    calls, rows, reference = [], [], None
     for variant in (variant for variant in variants if "sampling" in variant.tasks):
         predict = _predict(network, variant)
 
         def sample(predict: Callable = predict) -> Tensor:
-            return refine(
+            refinement = Refinement(
                 lambda given, t, condition: predict(given, t, condition.index),
                 Labels(labels, network.num_labels),
                 short,
@@ -269,7 +223,10 @@ def measure_sampling(
                 classes=network.classes,
                 seed=SEED,
                 ids=ids,
-            ).tokens
+                batch_size=batch_size,
+            )
+            ((_, refined),) = finished(refinement, batch_size)
+            return refined.tokens
 
         call = _running_as(variant, device, sample)
         if variant.compile:
@@ -279,19 +236,17 @@ def measure_sampling(
         calls.append(call)
         equal = (tokens == reference).double().mean().item()
         rows.append(_row(variant, device, forward * passes(sampler), peak) | {"equal_tokens": equal})
-        always = "one pass" in variant.without  # then both halves run at every step
-        scales.append(sampler.schedule.steps / steps if always else passes(sampler) / passes(short))
     times = machine.median_seconds(calls, device, repeats)
-    _fill_in(rows, [batch_size / (seconds * scale) for seconds, scale in zip(times, scales)])
+    scale = passes(sampler) / passes(short)
+    _fill_in(rows, [batch_size / (seconds * scale) for seconds in times])
     return rows
 
 
 def passes(sampler: Sampler) -> int:
     """How often a sample runs through the network: once a step, and once more where guidance acts."""
-    schedule, (low, high) = sampler.schedule, sampler.guidance_interval
-    total = torch.tensor([schedule.max_steps])
-    ratios = [schedule.signal_ratio(step, total).item() for step in range(schedule.max_steps)]
-    return len(ratios) + sum(low < t < high for t in ratios if sampler.guidance != 1.0)
+    schedule = sampler.schedule
+    ratios = schedule.signal_ratio(torch.arange(schedule.max_steps), torch.tensor([schedule.max_steps]))
+    return len(ratios) + int(sampler.guides(ratios).sum())
 
 
 def _inputs(network: ClassRefiner, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,7 +271,7 @@ def _running_as(variant: Variant, device: torch.device, function: Callable) -> C
     autocast = {"dtype": torch.bfloat16, "enabled": variant.dtype == torch.bfloat16}
 
     def call(*arguments: Any) -> Any:
-        with without(*variant.without), torch.autocast(device.type, **autocast):
+        with torch.autocast(device.type, **autocast):
             return function(*arguments)
 
     return call

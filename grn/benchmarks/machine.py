@@ -1,4 +1,4 @@
-"""Measuring on whatever machine this is: its name, the rate of its matrix products, time and memory of a call."""
+"""Measures this machine: matrix product rate, time and memory of a call."""
 
 import os
 import platform

@@ -1,48 +1,29 @@
-"""Entropy-guided sampling beside a fixed schedule: does it take what its steps are worth, and what is that owed to?"""
+"""Entropy-guided sampling beside a fixed schedule: does it take what its steps are worth?"""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from grn import sampler as sampling
 from grn.benchmarks import machine
-from grn.calibration import fit
 from grn.checkpoints.native import build_network
-from grn.errors import UserError
-from grn.modules import load_refiner
+from grn.method.sampler import Refined, Refinement, Sampler, finished
+from grn.method.schedules import EntropyGuided, Linear
 from grn.networks.class_refiner import ClassRefiner
-from grn.sampler import Condition, EntropyGuided, Labels, Linear, Sampler, refine_queue
+from grn.networks.conditions import Labels
+from grn.runtime.errors import UserError
+from grn.sampling.calibration import fit
+from grn.training.building import load_refiner
 
 SEED = 0
 BAR = 1.15  # entropy-guided sampling in S steps in the mean takes at most this times S/N of what N fixed steps take
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to sample many images: who is done leaves the batch (`compaction`), and the next one enters (`refill`)."""
-
-    name: str
-    guided: bool = True
-    refill: bool = True
-    compaction: bool = True
-
-
-FIXED = Variant("fixed", guided=False)
-VARIANTS = (
-    FIXED,
-    Variant("entropy-guided"),
-    Variant("without refill", refill=False),
-    Variant("without compaction", refill=False, compaction=False),  # as the reference samples
-)
+NAMES = ("fixed", "entropy-guided")
 
 
 def benchmark(
@@ -58,18 +39,20 @@ def benchmark(
     mean_steps: float,
     bfloat16: bool,
 ) -> dict[str, Any]:
-    """Measures all variants in turns and prints one table; the keys are explained in conf/what/sampler.yaml.
+    """Measures both schedules in turns and prints one table; the keys are explained in conf/benchmark/sampler.yaml.
 
     Returns:
-        `rows`, one for each dtype and variant, beside the sizes, the sampler and the schedule that was fitted.
+        `rows`, one for each dtype and schedule, beside the sizes, the sampler and the schedule that was fitted.
     """
     on_cpu = device.type == "cpu"
     num, batch_size = num or (256 if on_cpu else 2048), batch_size or (64 if on_cpu else 256)
     for key, value in {"num": num, "batch_size": batch_size}.items():
         if value < 1:
-            raise UserError(f"what.{key}={value}: at least one")
+            raise UserError(f"benchmark.{key}={value}: at least one")
     if not min_steps < mean_steps < steps:
-        raise UserError(f"what.mean_steps={mean_steps}: between what.min_steps={min_steps} and what.steps={steps}")
+        raise UserError(
+            f"benchmark.mean_steps={mean_steps}: between benchmark.min_steps={min_steps} and benchmark.steps={steps}"
+        )
     network, trained = _refiner(model, ckpt)
     network = network.to(device).eval()
     fixed = replace(trained, schedule=Linear(steps))
@@ -78,27 +61,23 @@ def benchmark(
     dtypes = (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
     # A fixed schedule's first steps are those of an entropy-guided one: it knows the entropies that would decide.
     guided = EntropyGuided(min_steps=min_steps, max_steps=steps)
-    entropy = run(FIXED, fixed, dtypes[0]).trace[:, guided.warmup]
+    entropy = run(fixed, dtypes[0]).trace[:, guided.warmup]
     guided = replace(fixed, schedule=fit(guided, entropy, target=mean_steps))
     rows, calls = [], []
     for dtype in dtypes:
-        others = {}  # the same samples in other batches, by `guided`
-        for variant in VARIANTS:
-            sampler = guided if variant.guided else fixed
-            if variant.guided not in others:
-                others[variant.guided] = run(variant, sampler, dtype, batch_size=batch_size // 2 + 1).tokens
-            found = run(variant, sampler, dtype)
+        for name, sampler in zip(NAMES, (fixed, guided)):
+            found, others = run(sampler, dtype), run(sampler, dtype, batch_size=batch_size // 2 + 1)
             rows.append(
                 {
-                    "variant": variant.name,
+                    "variant": name,
                     "dtype": str(dtype).removeprefix("torch."),
                     "steps_mean": found.steps.double().mean().item(),
                     "steps_min": found.steps.min().item(),
                     "steps_max": found.steps.max().item(),
-                    "equal_tokens": (found.tokens == others[variant.guided]).double().mean().item(),
+                    "equal_tokens": (found.tokens == others.tokens).double().mean().item(),
                 }
             )
-            calls.append(lambda variant=variant, sampler=sampler, dtype=dtype: run(variant, sampler, dtype))
+            calls.append(lambda sampler=sampler, dtype=dtype: run(sampler, dtype))
     for row, seconds in zip(rows, machine.median_seconds(calls, device, repeats)):
         row |= {"seconds": seconds, "images_per_second": num / seconds}
     for row in rows:
@@ -124,11 +103,13 @@ def _refiner(model: DictConfig, ckpt: str | None) -> tuple[ClassRefiner, Sampler
         try:
             module, _ = load_refiner(ckpt)
         except UserError as error:
-            raise UserError(f"what.{error}") from None
+            raise UserError(f"benchmark.{error}") from None
         return module.network, module.sampler
     network = build_network(model)
     if not isinstance(network, ClassRefiner):
-        raise UserError("what=sampler measures class-conditional refiners: model=class_refiner, or what.ckpt=...")
+        raise UserError(
+            "benchmark=sampler measures class-conditional refiners: model=class_refiner, or benchmark.ckpt=..."
+        )
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for module in (*network.blocks, network.head):
@@ -140,56 +121,28 @@ def _refiner(model: DictConfig, ckpt: str | None) -> tuple[ClassRefiner, Sampler
 
 @dataclass(frozen=True)
 class _Runs:
-    """Samples `num` images in a way, and says what became of all of them."""
+    """Samples `num` images, and says what became of all of them."""
 
     network: ClassRefiner
     num: int
     batch_size: int
     device: torch.device
 
-    def __call__(
-        self, variant: Variant, sampler: Sampler, dtype: torch.dtype, batch_size: int | None = None
-    ) -> sampling.Refined:
-        network, batch_size = self.network, batch_size or self.batch_size
-        labels, ids = torch.arange(self.num) % network.num_labels, torch.arange(self.num)
-        groups, places = [], []
-        for queue in (ids,) if variant.refill else ids.split(batch_size):
-            with (
-                torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
-                compacting(variant.compaction, len(queue)),
-            ):
-                for rows, refined in refine_queue(
-                    lambda tokens, t, condition: network(tokens, t, condition.index),
-                    Labels(labels[queue].to(self.device), network.num_labels),
-                    sampler,
-                    shape=(network.channels, 1, network.size, network.size),
-                    classes=network.classes,
-                    seed=SEED,
-                    ids=queue.to(self.device),
-                    batch_size=batch_size,
-                ):
-                    groups.append(refined)
-                    places.append(queue[rows])
-        order = torch.cat(places).argsort()
-        whole = {key: torch.cat([vars(group)[key] for group in groups]) for key in vars(groups[0])}
-        return sampling.Refined(**{key: value[order.to(value.device)] for key, value in whole.items()})
-
-
-@contextmanager
-def compacting(compaction: bool, batch_size: int) -> Iterator[None]:
-    """Without compaction the network always sees a whole batch, in which others stand for the samples that are done."""
-    guided_logits = sampling._guided_logits
-
-    def whole(
-        predict: Callable, tokens: Tensor, t: Tensor, condition: Condition, sampler: Sampler
-    ) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(batch_size) % len(tokens)
-        sent = rows.to(tokens.device)
-        logits = guided_logits(predict, tokens[sent], t[rows], condition.select(rows), sampler)
-        return tuple(part[: len(tokens)] for part in logits)
-
-    with patch.object(sampling, "_guided_logits", guided_logits if compaction else whole):
-        yield
+    def __call__(self, sampler: Sampler, dtype: torch.dtype, batch_size: int | None = None) -> Refined:
+        network, labels = self.network, torch.arange(self.num) % self.network.num_labels
+        refinement = Refinement(
+            lambda tokens, t, condition: network(tokens, t, condition.index),
+            Labels(labels.to(self.device), network.num_labels),
+            sampler,
+            shape=(network.channels, 1, network.size, network.size),
+            classes=network.classes,
+            seed=SEED,
+            ids=torch.arange(self.num, device=self.device),
+            batch_size=batch_size or self.batch_size,
+        )
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ((_, refined),) = finished(refinement, self.num)
+        return refined
 
 
 def _table(rows: list[dict[str, Any]], sizes: dict[str, int], device: torch.device) -> Table:
@@ -206,7 +159,7 @@ def _table(rows: list[dict[str, Any]], sizes: dict[str, int], device: torch.devi
     for column in ("steps", "s", "img/s", "ratio", "per\nstep", "equal\ntokens"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        if row["variant"] == FIXED.name:
+        if row["variant"] == NAMES[0]:
             table.add_section()
             table.add_row(row["dtype"])
         table.add_row(

@@ -1,29 +1,25 @@
-"""The tokenizer: images a second, memory and exactness of each thing that makes it fast; memory of long clips."""
+"""The tokenizer: images a second, memory and exactness in each precision, and compiled; memory of long clips."""
 
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from grn import hbq
 from grn.benchmarks import machine
 from grn.checkpoints.native import build_network, load_tokenizer
-from grn.errors import UserError
-from grn.networks import tokenizer as network_code
-from grn.networks.tokenizer import CausalConv3d, HBQTokenizer, RMSNorm, Stream, Upsample, for_inference
+from grn.method import hbq
+from grn.networks.tokenizer import HBQTokenizer, for_inference
+from grn.runtime.errors import UserError
 
 PEAK_TO_PEAK = 2.0  # pixels are in [-1, 1]
 CPU_STREAM_WIDTH = 16  # on a CPU the full network would take minutes over a long clip
@@ -31,54 +27,18 @@ CPU_STREAM_WIDTH = 16  # on a CPU the full network would take minutes over a lon
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the network: without some of what makes it fast (`PLAIN`), or with more of it."""
+    """A way to run the network."""
 
     name: str
-    without: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     compile: bool = False
 
 
-# Each adds one thing to the one before.
 VARIANTS = (
-    Variant("plain", without=("folding", "channels last", "transposed")),
-    Variant("folded", without=("channels last", "transposed")),  # one frame's 3-D convolutions are 2-D
-    Variant("channels last", without=("transposed",)),  # with norms over the last axis
-    Variant("transposed"),  # doubling and its convolution as one transposed convolution; decoding alone
+    Variant("float32"),
     Variant("bfloat16", dtype=torch.bfloat16),
     Variant("compiled", dtype=torch.bfloat16, compile=True),
 )
-
-
-def _padded_conv(self: CausalConv3d, x: Tensor, stream: Stream | None = None) -> Tensor:
-    return nn.Conv3d.forward(self, F.pad(x, (0, 0, 0, 0, self.kernel_size[0] - 1, 0)))
-
-
-def _double_then_conv(self: Upsample, x: Tensor, stream: Stream | None = None) -> Tensor:
-    frames = F.interpolate(x.squeeze(2), scale_factor=2, mode="nearest-exact")
-    return self.space(frames).unsqueeze(2)
-
-
-def _normalize(self: RMSNorm, x: Tensor) -> Tensor:
-    gain = (self.gamma.float() * len(self.gamma) ** 0.5).view(-1, *[1] * (x.ndim - 2))
-    return (F.normalize(x.float(), dim=1) * gain).to(x.dtype)
-
-
-PLAIN = {  # what takes the place of each thing that makes the network fast; for images alone
-    "folding": [(CausalConv3d, "forward", _padded_conv)],
-    "channels last": [(network_code, "_channels_last", lambda x: x), (RMSNorm, "forward", _normalize)],
-    "transposed": [(Upsample, "forward", _double_then_conv)],
-}
-
-
-@contextmanager
-def without(*names: str) -> Iterator[None]:
-    """Runs images through the tokenizer as if it had never heard of some of `PLAIN`."""
-    with ExitStack() as stack:
-        for name in names:
-            for owner, attribute, replacement in PLAIN[name]:
-                stack.enter_context(patch.object(owner, attribute, replacement))
-        yield
 
 
 def benchmark(
@@ -92,7 +52,7 @@ def benchmark(
     compile: bool | None,
     stream: DictConfig,
 ) -> dict[str, Any]:
-    """Measures images and, by `stream`, the memory of clips; the keys are explained in conf/what/tokenizer.yaml."""
+    """Measures images and, by `stream`, the memory of clips; conf/benchmark/tokenizer.yaml explains the keys."""
     on_cpu = device.type == "cpu"
     batch_size = batch_size or (1 if on_cpu else 64)
     compile = not on_cpu if compile is None else compile
@@ -120,12 +80,12 @@ def benchmark(
 
 def _tokenizer(model: DictConfig, ckpt: str | None) -> HBQTokenizer:
     if ckpt is not None:
-        return load_tokenizer(ckpt, embed=False, key="what.ckpt")[0]
+        return load_tokenizer(ckpt, embed=False, key="benchmark.ckpt")[0]
     if model.get("weights"):
         return load_tokenizer(model.weights, embed=False, official=model)[0]
     tokenizer = build_network(model)
     if not isinstance(tokenizer, HBQTokenizer):
-        raise UserError("what=tokenizer measures tokenizers: model=tokenizer, model=tokenizer_small, ...")
+        raise UserError("benchmark=tokenizer measures tokenizers: model=tokenizer, model=tokenizer_small, ...")
     return tokenizer
 
 
@@ -153,13 +113,12 @@ def measure_images(
     given = torch.rand(batch_size, 3, 1, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     given = given.to(device)
     for task in ("encode", "decode"):
-        chosen = [variant for variant in variants if task == "decode" or variant.name != "transposed"]
         calls, rows, reference = [], [], None
-        for variant in chosen:
-            call = _call(networks[variant.name], variant, task, given)
+        for variant in variants:
+            call = _call(networks[variant.name], task, given)
             result, peak = _first_pass(call, variant, device, held=[*networks[variant.name].parameters(), given])
             reference = result if reference is None else reference
-            flop = flop_per_image(tokenizer, variant, task, given.shape)
+            flop = flop_per_image(tokenizer, task, given.shape)
             row = {"variant": variant.name, "dtype": _name(variant.dtype), "flop_per_image": flop, "peak_bytes": peak}
             rows.append(row | _closeness(task, result, reference, exact))
             calls.append(call)
@@ -177,11 +136,11 @@ def measure_images(
     return rates, tables
 
 
-def flop_per_image(tokenizer: HBQTokenizer, variant: Variant, task: str, shape: torch.Size) -> int:
+def flop_per_image(tokenizer: HBQTokenizer, task: str, shape: torch.Size) -> int:
     """Floating-point operations of convolutions and matrix products, counted while the network runs without data."""
     hollow = copy.deepcopy(tokenizer).to("meta")
     with FlopCounterMode(display=False) as counter:
-        _call(hollow, variant, task, torch.empty(shape, device="meta"))()
+        _call(hollow, task, torch.empty(shape, device="meta"))()
     return counter.get_total_flops() // shape[0]
 
 
@@ -197,11 +156,10 @@ def _networks(tokenizer: HBQTokenizer, variants: list[Variant], device: torch.de
     return networks
 
 
-def _call(network: HBQTokenizer, variant: Variant, task: str, given: Tensor) -> Callable[[], Tensor]:
+def _call(network: HBQTokenizer, task: str, given: Tensor) -> Callable[[], Tensor]:
     @torch.no_grad()
     def call() -> Tensor:
-        with without(*variant.without):
-            return getattr(network, task)(given)
+        return getattr(network, task)(given)
 
     return call
 
@@ -221,7 +179,7 @@ def _first_pass(
 def _closeness(task: str, result: Tensor, reference: Tensor, exact: HBQTokenizer) -> dict[str, float]:
     if task == "decode":
         return {"psnr": psnr(result, reference)}
-    found, expected = (hbq.labels(features, exact.rounds, "ind") for features in (result, reference))
+    found, expected = (hbq.tokens(features, exact.rounds, "ind") for features in (result, reference))
     if torch.equal(found, expected):
         return {"psnr": math.inf, "equal_tokens": 1.0}
     pixels = [exact.detokenize(tokens, "ind") for tokens in (found, expected)]

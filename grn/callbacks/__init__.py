@@ -1,9 +1,10 @@
-"""Lightning callbacks: what a run keeps, draws and measures on its way."""
+"""Lightning callbacks: EMA, checkpoints, pictures, scores, throughput, preemption."""
 
 from grn.callbacks.artifacts import CodeAndConfig
 from grn.callbacks.ema import EMA
+from grn.callbacks.milestones import Milestones
 from grn.callbacks.pictures import ReconstructionGrid, RefinementFilm, SampleGrid
-from grn.callbacks.preemption import SaveOnSigterm
+from grn.callbacks.preemption import SaveLastStep, SaveOnSigterm
 from grn.callbacks.progress import Progress
 from grn.callbacks.scores import EvaluateSamples
 from grn.callbacks.throughput import SkippedSamples, Throughput
@@ -12,10 +13,12 @@ __all__ = [
     "EMA",
     "CodeAndConfig",
     "EvaluateSamples",
+    "Milestones",
     "Progress",
     "ReconstructionGrid",
     "RefinementFilm",
     "SampleGrid",
+    "SaveLastStep",
     "SaveOnSigterm",
     "SkippedSamples",
     "Throughput",

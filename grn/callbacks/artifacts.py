@@ -1,13 +1,12 @@
-"""What a W&B run is told beside its curves."""
+"""Logs code and config to W&B."""
 
 from pathlib import Path
 
-import wandb
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from grn.cli import CONF
+from grn.runtime.config_folder import CONF
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -26,6 +25,8 @@ class CodeAndConfig(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
+                import wandb  # takes its time, and has it taken already where there is such a logger
+
                 code = wandb.Artifact("grn-code", type="code")
                 for folder, pattern in ((PACKAGE, "*.py"), (CONF, "*.yaml")):
                     for path in sorted(folder.rglob(pattern)):

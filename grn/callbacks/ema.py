@@ -1,4 +1,4 @@
-"""Exponential moving averages of the trained network, as many decays as wanted, in float32 (DESIGN 1.4)."""
+"""Exponential moving averages of the network, for any number of decays, in float32."""
 
 from typing import Any
 
@@ -8,16 +8,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from grn.errors import UserError
+from grn.runtime.errors import UserError
 from grn.training.fsdp import local, shard_like
+from grn.training.restoring import REMEDY, check_weights
 
 
 class EMA(Callback):
     """Averages `module.network` after every optimiser step: ema = decay*ema + (1 - decay)*weights.
 
-    Validation, and with it every picture and score of a run, sees the average of decay `use`. All of them are in the
-    checkpoint, under `ema.<decay>.<parameter>`. An average starts from the weights, or from the one of its decay among
-    the module's `initial_averages` (of an official file), which are let go then. They are sharded as the weights are.
+    Validation, and with it every picture and score of a run, sees the average of decay `use`. All of them are in every
+    checkpoint, under `ema.<decay>.<parameter>`, by way of the module's `checkpoint_extras`. An average starts from the
+    weights, or from the one of its decay among the module's `initial_averages` (of an official file), which are let go
+    then. They are sharded as the weights are.
 
     Args:
         decays: one average each.
@@ -26,7 +28,7 @@ class EMA(Callback):
 
     def __init__(self, decays: list[float], use: float):
         if not all(0 <= decay < 1 for decay in decays):
-            raise UserError(f"callbacks.ema.decays must lie in [0, 1), got {list(decays)}")
+            raise UserError(f"callbacks.ema.decays must be in [0, 1), got {list(decays)}")
         if use not in decays:
             raise UserError(f"callbacks.ema.use={use} is not one of callbacks.ema.decays={list(decays)}")
         self.decays = {str(decay): get_ema_multi_avg_fn(decay) for decay in decays}
@@ -44,8 +46,10 @@ class EMA(Callback):
             if self._restored is not None and restored is None:
                 raise UserError(
                     f"callbacks.ema.decays={list(self.decays)}: the checkpoint holds {list(self._restored)} only; "
-                    "go on with the decays it was trained with"
+                    "use the decays it was trained with"
                 )
+            if restored is not None:
+                check_weights(trained, restored, f"the average of decay {decay}")
             source = initial.get(decay, trained) if restored is None else restored
             self.averages[decay] = {
                 name: shard_like(parameter, source[name]).detach().to(parameter.device, torch.float32, copy=True)
@@ -53,6 +57,8 @@ class EMA(Callback):
             }
         self._restored = None
         pl_module.initial_averages = {}
+        # The module's, so that checkpoints without the state of callbacks and optimisers have them, too.
+        pl_module.checkpoint_extras |= {"ema": self.averages, "ema_use": self.use}
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -78,12 +84,10 @@ class EMA(Callback):
         if not isinstance(pl_module.network, FSDPModule):  # which may have broken off within its forward pass
             self.on_validation_end(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["ema"] = self.averages
-        checkpoint["ema_use"] = self.use
-
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get("ema", {})
+        if not isinstance(self._restored, dict):
+            raise UserError(f"ckpt_path: its ema does not hold averages by decay; {REMEDY}")
 
 
 def _trained(module: LightningModule) -> dict[str, Tensor]:

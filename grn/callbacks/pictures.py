@@ -1,19 +1,25 @@
-"""Pictures that a run leaves in `<run folder>/pictures` and in its loggers."""
+"""Logs sample grids and films to `<run folder>/pictures` and the loggers."""
 
 import math
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from torch import Tensor
 
-from grn import pictures
-from grn.callbacks.validations import is_last_validation
-from grn.generation import equal_labels
-from grn.pixels import as_frames
+from grn.callbacks.validations import is_last_validation, logged_step
+from grn.media import pictures
+from grn.media.pixels import as_frames
+from grn.method.request import Request
+from grn.sampling import films
+from grn.sampling.player import save_page
+from grn.sampling.recording import Recording
 
 
 class SampleGrid(Callback):
@@ -32,13 +38,15 @@ class SampleGrid(Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        labels = equal_labels(self.num, range(pl_module.num_labels)).to(pl_module.device)
-        ids = torch.arange(self.num, device=pl_module.device)
-        tokens = pl_module.generate(labels, seed=self.seed, ids=ids).tokens
+        if trainer.sanity_checking:
+            return
+        tokens = pl_module.generate(Request(num=self.num, seed=self.seed)).tokens
         frames = pl_module.decode_stream(tokens)
         images = next(frames)
-        columns = pl_module.num_labels if self.num % pl_module.num_labels == 0 else None
-        picture = pictures.grid(images, columns, pictures.scale_for(images.shape[-1]))
+        columns = pl_module.num_conditions if self.num % pl_module.num_conditions == 0 else None
+        wanted = pl_module.complete(Request()).wanted
+        captions = [str(wanted[number % len(wanted)]) for number in range(self.num)]
+        picture = pictures.grid(images, columns, pictures.scale_for(images.shape[-1]), captions)
         name = f"samples-step{trainer.global_step:07d}"
         pictures.save(picture, self.folder / f"{name}.png")
         _log_image(trainer, "sample/grid", picture)
@@ -58,12 +66,27 @@ class ReconstructionGrid(Callback):
 
     def __init__(self, folder: str, num: int = 16):
         self.folder, self.num = Path(folder), num
+        self._first: dict[int, Tensor] = {}  # number of the data set -> pixels of rank 0's first batch, if it has one
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            self._first[dataloader_idx] = batch["pixels"][: self.num]
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loaders = trainer.val_dataloaders
-        for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
-            pixels = next(iter(loader))["pixels"][: self.num].to(pl_module.device)
+        first, self._first = self._first, {}
+        if trainer.sanity_checking:
+            return
+        for number, pixels in first.items():
             pixels = pixels[: math.ceil(self.num / pixels.shape[2])]  # of clips, as many as show `num` frames
             pair = [as_frames(x)[: self.num] for x in (pixels, pl_module.reconstruct(pixels))]
             picture = pictures.grid(torch.cat(pair), len(pair[0]), pictures.scale_for(pixels.shape[-1]))
@@ -73,10 +96,10 @@ class ReconstructionGrid(Callback):
 
 
 class RefinementFilm(Callback):
-    """A GIF of one sample a class (16 at most) being refined, at the end of training.
+    """A GIF, and a page to step through, of one sample a class (16 at most) being refined, at the end of training.
 
     Args:
-        folder: where `refinement.gif` goes.
+        folder: where `refinement.gif` and `refinement.html` go.
         seed: of the sampling.
     """
 
@@ -85,24 +108,33 @@ class RefinementFilm(Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not is_last_validation(trainer):
+        if trainer.sanity_checking or not is_last_validation(trainer):
             return
-        num = min(16, pl_module.num_labels)
-        labels = torch.arange(num, device=pl_module.device)
-        recorder = pictures.FilmRecorder()
-        pl_module.generate(labels, seed=self.seed, ids=torch.arange(num, device=pl_module.device), callback=recorder)
-        frames = recorder.frames(lambda tokens: pl_module.decode_stream(tokens.to(pl_module.device)))
-        path = pictures.save_film(frames, self.folder / "refinement.gif")
+        num = min(16, pl_module.num_conditions)
+        recording, request = Recording(), pl_module.complete(Request(num=num, seed=self.seed))
+        pl_module.generate(request, callback=recording)
+
+        def decode(tokens: Tensor) -> Iterator[Tensor]:
+            return pl_module.decode_stream(tokens.to(pl_module.device))
+
+        path = pictures.save_film(films.film(recording, decode), self.folder / "refinement.gif")
         _log_video(trainer, "sample/film", path)
+        title, shown = f"GRN: step {trainer.global_step}", ", ".join(map(str, request.wanted[:num]))
+        page = save_page(recording, decode, self.folder / "refinement.html", title=title, facts={"shown": shown})
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb  # takes its time, and has it taken already where there is such a logger
+
+                logger.log_metrics({"sample/page": wandb.Html(str(page))}, step=logged_step(trainer))
 
 
 def _log_image(trainer: Trainer, key: str, picture: Image.Image) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(key, [picture], step=trainer.global_step)
+            logger.log_image(key, [picture], step=logged_step(trainer))
 
 
 def _log_video(trainer: Trainer, key: str, path: Path) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_video(key, [str(path)], format=[path.suffix.removeprefix(".")])
+            logger.log_video(key, [str(path)], step=logged_step(trainer), format=[path.suffix.removeprefix(".")])

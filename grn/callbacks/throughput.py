@@ -1,13 +1,16 @@
-"""How fast the run is, and what the data lost."""
+"""Logs throughput and skipped samples."""
 
 import time
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from grn.data.streaming import report_skipped
+from grn.callbacks.validations import logged_step
+from grn.data.contract import count_samples
+from grn.data.stream.streaming import report_skipped
+from grn.runtime.ranks import gather, gather_counts
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}  # of the trainer's matrix products; else float32
 
@@ -27,27 +30,34 @@ class Throughput(Callback):
         self._since: float | None = None
         self._paused: float | None = None
         self._peak: float | None = None
+        self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._samples, self._flop, self._since = 0, 0, time.perf_counter()
+        self._step = trainer.global_step
         dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
         self._peak = get_available_flops(pl_module.device, dtype)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        samples = len(batch["key"]) * trainer.world_size
+        samples = count_samples(batch)  # packs have more on one rank than on another
         self._samples += samples
         self._flop += samples * pl_module.flop_per_sample(batch)
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self._samples:
+        if trainer.global_step == self._step:  # gradients are still being accumulated
+            return
+        self._step = trainer.global_step
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             now = time.perf_counter()
             seconds = now - self._since
+            own = torch.tensor([self._samples, self._flop], dtype=torch.float64)
+            samples, flop = sum(gather(own)).tolist()
             curves = {
-                "train/images_per_second": self._samples / seconds,
-                "train/tflops_per_second": self._flop / seconds / 1e12,
+                "train/images_per_second": samples / seconds,
+                "train/tflops_per_second": flop / seconds / 1e12,
             }
             if self._peak:
-                curves["train/mfu"] = self._flop / seconds / (self._peak * trainer.world_size)
+                curves["train/mfu"] = flop / seconds / (self._peak * trainer.world_size)
             for logger in trainer.loggers:
                 logger.log_metrics(curves, trainer.global_step - 1)
             self._samples, self._flop, self._since = 0, 0, now
@@ -61,11 +71,18 @@ class Throughput(Callback):
 
 
 class SkippedSamples(Callback):
-    """Reports samples that the data could not give, by reason: `data/skipped` with every validation, and at the end."""
+    """Reports samples that the data could not give any rank, by reason: `data/skipped` with every validation, and at
+    the end."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        skipped = gather_counts(_counts(trainer.datamodule, "skipped"))
         for logger in trainer.loggers:
-            logger.log_metrics({"data/skipped": sum(trainer.datamodule.skipped().values())}, trainer.global_step)
+            logger.log_metrics({"data/skipped": sum(skipped.values())}, logged_step(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        report_skipped(trainer.datamodule.skipped())
+        report_skipped(*(gather_counts(_counts(trainer.datamodule, kind)) for kind in ("skipped", "noted")))
+
+
+def _counts(datamodule: LightningDataModule, kind: str) -> dict[str, int]:
+    """Of a data module that counts them (grn.data.contract)."""
+    return getattr(datamodule, kind, dict)()

@@ -18,15 +18,18 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from grn.errors import UserError
-from grn.files import write_folder, write_json
-from grn.hbq import Labeling
+from grn.method.hbq import Labeling
+from grn.method.sampler import Sampler
+from grn.method.schedules import MAX_STEPS, Cosine, EntropyGuided, Linear, Shifted
 from grn.networks.class_refiner import ClassRefiner
-from grn.networks.pretrained import (
-    CONFIG,
-    HUB,
+from grn.networks.text_encoder import ByteT5, PretrainedT5, TextEncoder
+from grn.networks.text_refiner import TextRefiner
+from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.errors import UserError
+from grn.runtime.files import write_folder, write_json
+from grn.weights.kinds import CONFIG, HUB, INDEX, WEIGHTS
+from grn.weights.pretrained import (
     MAX_CONFIG_BYTES,
-    WEIGHTS,
     brief,
     check_replaceable,
     fetch,
@@ -34,12 +37,7 @@ from grn.networks.pretrained import (
     read_config,
     read_marked_json,
 )
-from grn.networks.text_encoder import ByteT5, PretrainedT5, TextEncoder
-from grn.networks.text_refiner import TextRefiner
-from grn.networks.tokenizer import HBQTokenizer
-from grn.sampler import Cosine, EntropyGuided, Linear, Sampler, Shifted
 
-INDEX = "model_index.json"
 PIPELINE = "GRNPipeline"
 # A folder each, and what may be in it; only text refiners have the third.
 PARTS = {
@@ -50,14 +48,16 @@ PARTS = {
 FILES = (INDEX, *(f"{part}/{name}" for part in ("refiner", "tokenizer") for name in (CONFIG, WEIGHTS)))
 TEXT_FILES = tuple(f"text_encoder/{name}" for name in (CONFIG, WEIGHTS))
 SCHEDULES = {schedule.__name__: schedule for schedule in (Linear, Cosine, Shifted, EntropyGuided)}
-# What a file may ask for: every step is a call of the network, and other numbers meet in float32.
-MAX_STEPS, MAX_NUMBER, MAX_SIDE = 10_000, 1e9, 1 << 14
+# What a file may ask for: numbers meet in float32; pixels or frames of a side.
+MAX_NUMBER, MAX_SIDE = 1e9, 1 << 14
 
 
 @dataclass(frozen=True)
 class TextSide:
     """What a text refiner has beside: its encoder, what is drawn unless somebody asks for something else (prompts, a
-    negative prompt, (height, width) in pixels, frames), and how many first latents it was trained to go on from."""
+    negative prompt, (height, width) in pixels, frames), how many first latents it was trained to go on from, and what
+    every prompt stands between (`context_prefix`: before those of clips that go on from given latents; None: the same).
+    """
 
     encoder: TextEncoder
     prompts: Sequence[str]
@@ -65,6 +65,9 @@ class TextSide:
     size: tuple[int, int]
     frames: int = 1
     context_latents: int = 0
+    prompt_prefix: str = ""
+    prompt_suffix: str = ""
+    context_prefix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def save_exported_refiner(
     if text is not None:
         index |= {"prompts": list(text.prompts), "negative_prompt": text.negative_prompt, "size": list(text.size)}
         index |= {"frames": text.frames, "context_latents": text.context_latents}
+        index |= {"prompt_prefix": text.prompt_prefix, "prompt_suffix": text.prompt_suffix}
+        index |= {"context_prefix": text.context_prefix}
         if len(json.dumps(index, indent=2)) >= MAX_CONFIG_BYTES:
             raise UserError(f"prompts: {len(text.prompts)} of them are too long for {INDEX}; give fewer: prompts=[...]")
     # What could not be read again: a schedule or an encoder of somebody's own.
@@ -155,7 +160,7 @@ def load_exported_refiner(path_or_hub_id: str | Path, **hub: Any) -> ExportedRef
     folder = fetch(path_or_hub_id, files=(*FILES, *TEXT_FILES), **hub)
     path = folder / INDEX
     if not path.is_file():
-        raise UserError(f"{folder} has no {INDEX}: it is no exported refiner; python -m grn.export writes one")
+        raise UserError(f"{folder} has no {INDEX}: it is not an exported refiner; python -m grn.export writes one")
     index = read_marked_json(path)
     if index["_class_name"] != PIPELINE:
         raise UserError(f"{path} is of a {brief(index['_class_name'])}, not of a {PIPELINE}")
@@ -201,28 +206,34 @@ def _text_side(index: Mapping[str, Any], encoder: type[ByteT5] | type[Pretrained
         "frames": type(frames) is int and 1 <= frames <= MAX_SIDE,
         "context_latents": type(context_latents) is int and 0 <= context_latents <= MAX_SIDE,
     }
+    around = {name: index.get(name, "") for name in ("prompt_prefix", "prompt_suffix")}  # exports had none before
+    sound |= {name: isinstance(value, str) for name, value in around.items()}
+    around["context_prefix"] = index.get("context_prefix")
+    sound["context_prefix"] = isinstance(around["context_prefix"], str | None)
+    told |= around
     for name, value in told.items():
         if not sound[name]:
             raise UserError(f"{folder / INDEX}: {name} cannot be {brief(value)}")
     place = folder / "text_encoder"
     made = ByteT5.from_pretrained(place) if encoder is ByteT5 else _referred(place)
-    return TextSide(made, prompts, negative_prompt, tuple(size), frames, context_latents)
+    return TextSide(made, prompts, negative_prompt, tuple(size), frames, context_latents, **around)
 
 
 def _referred(place: Path) -> PretrainedT5:
     config, path = read_config(place), place / CONFIG
     if config["_class_name"] != PretrainedT5.__name__:
         raise UserError(f"{path} is of a {brief(config['_class_name'])}, not of a {PretrainedT5.__name__}")
-    reference = {name: value for name, value in config.items() if not name.startswith("_")}
-    texts = {name: value for name, value in reference.items() if name != "max_length"}
-    odd = reference.keys() ^ {"path", "weights", "tokenizer", "dtype", "max_length"}
+    reference = {"clean_captions": False}  # of exports from before there was a choice
+    reference |= {name: value for name, value in config.items() if not name.startswith("_")}
+    texts = {name: value for name, value in reference.items() if name not in ("max_length", "clean_captions")}
+    odd = reference.keys() ^ {"path", "weights", "tokenizer", "dtype", "max_length", "clean_captions"}
     odd |= {name for name, value in texts.items() if not isinstance(value, str if name == "path" else (str, NoneType))}
     if odd:
         raise UserError(f"{path} refers to no {PretrainedT5.__name__}: {brief(min(odd))} is odd or missing")
     try:
         return PretrainedT5(**reference)
     except UserError as error:
-        raise UserError(f"{path}, which may be edited, refers to what is not here: {error}") from None
+        raise UserError(f"{path}, which may be edited, refers to something missing: {error}") from None
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -231,7 +242,7 @@ def _check_replaceable(folder: Path) -> None:
         return
     foreign = sorted({entry.name for entry in folder.iterdir()} - {INDEX, *PARTS})
     if foreign or not (folder / INDEX).is_file() or read_marked_json(folder / INDEX)["_class_name"] != PIPELINE:
-        raise UserError(f"{folder} holds other things ({(foreign or ['not from here'])[0]}): choose a new folder")
+        raise UserError(f"{folder} holds other files ({(foreign or ['not from here'])[0]}): choose a new folder")
     for part in PARTS:
         check_replaceable(folder / part)
 
@@ -263,8 +274,10 @@ def sampler_from_plain(values: Any, path: Path) -> Sampler:
         raise UserError(f"{path}: {error}") from None
 
 
-def _is_like(default: int | float | tuple, value: Any) -> bool:
+def _is_like(default: int | float | str | tuple, value: Any) -> bool:
     """Whether a setting with this default can be `value`, and is nothing that only looks like a number."""
+    if isinstance(default, str):
+        return isinstance(value, str)
     if isinstance(default, tuple):
         return isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_is_like, default, value))
     if isinstance(default, int):

@@ -9,8 +9,11 @@ data position) and beside it
 """
 
 import hashlib
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,20 +21,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.official_class_refiner import is_official_class_refiner
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
-from grn.checkpoints.reading import check_targets
-from grn.checkpoints.sharded import is_sharded_checkpoint, read_either
-from grn.errors import UserError
-from grn.networks.pretrained import fetch, is_pretrained, read_config
+from grn.checkpoints.sharded import read_either, verify
+from grn.checkpoints.trust import BUILT, GROUPS, check_group
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.errors import UserError
+from grn.weights.building import build_with_weights
+from grn.weights.kinds import KINDS, checkpoints_at, is_pretrained
+from grn.weights.mapping import load_strict
+from grn.weights.pretrained import fetch, local_file, read_config
+from grn.weights.reading import check_plain, is_state
 
-KINDS = {
-    "grn.training.RefinerModule": "refiner",
-    "grn.training.TextRefinerModule": "text refiner",
-    "grn.training.TokenizerModule": "tokenizer",
-}
+TEXT_REFINER = "grn.networks.text_refiner.TextRefiner"
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,7 @@ class Checkpoint:
         Args:
             ema: a decay that was kept, `none` for the weights as trained, None for the average the run sampled with.
         """
-        prefix = "network."
-        state = {k.removeprefix(prefix): v for k, v in self.contents["state_dict"].items() if k.startswith(prefix)}
-        decay = self.average(ema)
+        state, decay = _network_state(self.contents), self.average(ema)
         return state if decay == "none" else state | self.contents["ema"][decay]
 
     def average(self, ema: str | float | None = None) -> str:
@@ -77,23 +77,28 @@ class Checkpoint:
         return decay
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether something is there that may be one: a file, or the folder of a sharded one."""
-    return path.is_file() or is_sharded_checkpoint(path)
-
-
 def find_checkpoint(path: str | Path, *, key: str = "ckpt") -> Path:
-    """A checkpoint, or the one to take of a run folder: `best` where there is one, else `last`.
+    """A checkpoint, or the one that a run folder means, or its only one.
+
+    Of a tokenizer it is `best`, by the metric that is wanted of it; of a refiner `last`, since the lowest `val/loss`
+    does not draw the best samples.
 
     Raises:
         UserError: neither is there; the line names `key`.
     """
-    path = Path(path).expanduser()
-    for place in (path, path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"):
-        if is_checkpoint(place):
-            return place
-    what = f"no checkpoint in run folder {path}" if path.is_dir() else f"no such checkpoint or run folder: {path}"
-    raise UserError(f"{key}: {what}; train one first, e.g. python -m grn.train +experiment=digits_c2i")
+    last, *best = checkpoints_at(path, key=key)
+    if not best:
+        return last
+    skip = ("optimizer_states", "state_dict", "ema")
+    contents = read_either(last, f"{key}: {last} cannot be read as a checkpoint", mmap=True, skip=skip)
+    return best[0] if _kind(contents) == "tokenizer" else last
+
+
+def _kind(contents: Any) -> str | None:
+    """Of an untrusted checkpoint; None of anything else."""
+    for part in ("config", "training", "_target_"):
+        contents = contents.get(part) if isinstance(contents, dict) else None
+    return KINDS.get(contents) if isinstance(contents, str) else None
 
 
 def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True) -> Checkpoint:
@@ -106,27 +111,100 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True
         UserError: missing, damaged, or not a checkpoint of ours.
     """
     path = find_checkpoint(path, key=key)
+    if weights and (path.is_dir() or zipfile.is_zipfile(path)):  # PyTorch before 1.6 wrote no checksums
+        verify(path, key=key)
     skip = ("optimizer_states", *(() if weights else ("state_dict", "ema")))
     contents = read_either(path, f"{key}: {path} cannot be read as a checkpoint", mmap=not weights, skip=skip)
-    known = isinstance(contents, dict) and {"config", "global_step"} <= contents.keys()
     if is_official_class_refiner(contents):
         raise UserError(
             f"{key}: {path} is one of the authors' refiners: make it ours first, python -m grn.export ckpt={path} "
             "model=class_refiner_B tokenizer=official_image tokenizer.ckpt=HBQ_image_tokenizer_16dim_M4.ckpt, and give "
             "the folder that this writes"
         )
+    known = isinstance(contents, dict) and {"config", "global_step"} <= contents.keys()
     if not known or not isinstance(contents["config"], dict):
         raise UserError(
             f"{key}: {path} is not a checkpoint of GRN; with one of the authors' tokenizers give "
             "tokenizer=official_image or tokenizer=official_joint, too"
         )
-    parts = ("model", "text_encoder", "training", "data", "sampler", "scores")
-    built = [contents["config"].get(part) for part in parts] + [(contents.get("tokenizer") or {}).get("model")]
-    check_targets(built, f"{key}: {path} is not to be trusted")
-    config = OmegaConf.create(contents["config"])
-    if OmegaConf.select(config, "training._target_") not in KINDS:
-        raise UserError(f"{key}: {path} was trained by something unknown here")
-    return Checkpoint(path, config, contents)
+    config = contents["config"]
+    check_plain(config, f"{key}: {path} is not to be trusted")
+    for group in BUILT:
+        check_group(group, config.get(group), f"{key}: {path} is not to be trusted")
+    if isinstance(model := config.get("model"), dict) and model.get("_target_") == TEXT_REFINER:
+        model.setdefault("attention", "one_way")  # of runs from before there was another
+    checkpoint = Checkpoint(path, OmegaConf.create(config), contents)
+    if not isinstance(config.get("training"), dict) or config["training"].get("_target_") not in KINDS:
+        raise UserError(f"{key}: {path} was trained by an unknown module")
+    _check_contents(contents, f"{key}: {path}", weights=weights)
+    return checkpoint
+
+
+def _check_contents(contents: Mapping[str, Any], complaint: str, *, weights: bool) -> None:
+    """What stands beside the config, of a file that may hold anything."""
+    model, record = contents["config"].get("model"), contents.get("tokenizer")
+    if not isinstance(model, dict) or "_target_" not in model:
+        raise UserError(f"{complaint} has no network in its config")
+    if type(contents["global_step"]) is not int or contents["global_step"] < 0:
+        raise UserError(f"{complaint} is damaged: its global_step is {str(contents['global_step'])[:100]!r}, no step")
+    if record is not None:
+        _check_record(record, complaint)
+    if not weights:
+        return
+    averages = contents.get("ema") or {}
+    states = [("state_dict", contents.get("state_dict"))]
+    states += [(f"ema.{decay}", state) for decay, state in averages.items()] if isinstance(averages, dict) else []
+    if not isinstance(averages, dict) or not all(isinstance(decay, str) for decay in averages):
+        raise UserError(f"{complaint} is damaged: its ema does not hold averages by decay")
+    for name, state in states:
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise UserError(f"{complaint} is damaged: its {name[:100]} does not hold named weights")
+    for name, state in [("state_dict", _network_state(contents)), *states[1:]]:
+        if not is_state(state):
+            raise UserError(f"{complaint} is damaged: its {name[:100]} holds something else than weights")
+
+
+def _check_record(record: Any, complaint: str) -> None:
+    """Of a tokenizer, as `load_tokenizer` makes it."""
+    if (
+        not isinstance(record, dict)
+        or not {"model", "official", "path", "step", "sha256", "state_dict"} <= record.keys()
+    ):
+        raise UserError(f"{complaint} is damaged: its tokenizer's record is not whole")
+    check_group("tokenizer.model", record["model"], f"{complaint} is not to be trusted")
+    sound = (
+        isinstance(record["model"], dict)
+        and record["model"].get("_target_") is not None
+        and all(isinstance(record[key], str) for key in ("path", "sha256"))
+        and isinstance(record["step"], (int, NoneType))
+        and isinstance(record.get("ema"), (str, float, int, NoneType))
+        and (record["state_dict"] is None or is_state(record["state_dict"]))
+    )
+    if not sound:
+        raise UserError(f"{complaint} is damaged: its tokenizer record is invalid")
+
+
+def _network_state(contents: Mapping[str, Any]) -> dict[str, Tensor]:
+    prefix = "network."
+    return {k.removeprefix(prefix): v for k, v in contents["state_dict"].items() if k.startswith(prefix)}
+
+
+def restore(make: Callable[[], nn.Module], model: Mapping[str, Any], state: dict[str, Tensor], *, source: str) -> Any:
+    """A network out of a checkpoint, in float32: `build_with_weights`, but for a class of somebody's own, which is
+    trusted and may not know the meta device.
+
+    Args:
+        make: makes it, of the config `model`.
+
+    Raises:
+        UserError: as in `build_with_weights`.
+    """
+    if model["_target_"] not in GROUPS["model"].targets:
+        network = make()
+        load_strict(network, state, source=source)
+        return network
+    described = f"the config in {source} describes no network"
+    return build_with_weights(make, state, source=source, described=described).to(torch.float32)
 
 
 def build_network(model: DictConfig) -> nn.Module:
@@ -148,7 +226,7 @@ def load_tokenizer(
 
     Args:
         path: a run folder or checkpoint file of ours; an exported folder (`grn.export`), or one on the Hugging Face
-            Hub as `hf://owner/name`; an official file; or a checkpoint that was read already.
+            Hub as `hf://owner/name`; an official file (`local_file`); or a checkpoint that was read already.
         embed: whether the record holds the weights, or only path and hash.
         official: the `model` config of an official file; None for what knows its own.
         ema: of a checkpoint of ours, as in `Checkpoint.weights`.
@@ -166,7 +244,7 @@ def load_tokenizer(
     if official is not None:
         model = OmegaConf.to_container(OmegaConf.create(official), resolve=True)
         tokenizer = build_network(model)
-        load_strict(tokenizer, load_official_tokenizer(path), source=str(path))
+        load_strict(tokenizer, load_official_tokenizer(local_file(path)), source=str(path))
     elif is_pretrained(path):
         tokenizer, model, step = _load_exported(path, key=key)
     else:
@@ -177,8 +255,7 @@ def load_tokenizer(
             )
         path, step = checkpoint.path, checkpoint.step
         model = OmegaConf.to_container(checkpoint.config.model, resolve=True)
-        tokenizer = build_network(model)
-        load_strict(tokenizer, checkpoint.weights(ema), source=str(path))
+        tokenizer = restore(lambda: build_network(model), model, checkpoint.weights(ema), source=str(path))
     state = tokenizer.state_dict()
     record = {
         "model": model,
@@ -220,9 +297,7 @@ def restore_tokenizer(record: dict[str, Any]) -> HBQTokenizer:
                 "put the old file back"
             )
         return tokenizer
-    tokenizer = build_network(model)
-    load_strict(tokenizer, record["state_dict"], source="the embedded tokenizer")
-    return tokenizer
+    return restore(lambda: build_network(model), model, record["state_dict"], source="the embedded tokenizer")
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grn.checkpoints.mapping import Rule, rename, rename_back
-from grn.checkpoints.reading import is_state, read_official
-from grn.errors import UserError
-from grn.files import write_atomically
+from grn.runtime.errors import UserError
+from grn.runtime.files import write_atomically
+from grn.weights.mapping import Rule, rename, rename_back
+from grn.weights.reading import is_state, read_official
 
 PREFIX = "net."
 SAMPLED, AVERAGED_FASTER = "0.9999", "0.9996"  # decays; the authors sample from the first

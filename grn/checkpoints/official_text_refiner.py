@@ -1,5 +1,11 @@
-"""The authors' text refiners, e.g. `GRN_T2I_2B.pth`, in our names (golden/README): one flat state dict a file."""
+"""The authors' text refiners, e.g. `GRN_T2I_2B_FSA_251600.pth`, in our names.
 
+A file is one flat state dict, or of training, {"trainer": {"gpt_fsdp": weights, "gpt_ema_fsdp": their average}, ...}.
+Files of the first release and those since June 2026 have the same names and shapes, but another attention
+(`TextRefiner`): which, only a file's name tells.
+"""
+
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -8,11 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grn.checkpoints.mapping import Rule, rename, rename_back
-from grn.checkpoints.reading import is_state, read_official
-from grn.errors import UserError
-from grn.files import write_atomically
+from grn.networks.text_refiner import Scheme
+from grn.runtime.errors import UserError
+from grn.runtime.files import write_atomically
+from grn.weights.mapping import Rule, rename, rename_back
+from grn.weights.reading import is_state, read_official
 
+log = logging.getLogger(__name__)
+
+FIRST_RELEASE = ("GRN_T2I_2B", "GRN_T2V_2B")  # the names of its files, of one-way attention
+TRAINED, AVERAGED = ("gpt_fsdp", "gpt_ema_fsdp"), "0.999"  # in a file of training; the decay of the second
+WIDTH_8B = 4096  # no weights of one-way attention are known to be as wide
 CHUNKS = 7  # of the blocks at size 2B
 
 # Of names whose chunks of blocks have been joined: `blocks.{number}` for `block_chunks.{chunk}.module.{number in it}`.
@@ -36,20 +48,56 @@ _IN_CHUNK = re.compile(r"block_chunks\.(\d{1,4})\.module\.(\d{1,4})\.(.+)", re.D
 
 
 def load_official_text_refiner(path: str | Path, *, key: str = "model.weights") -> dict[str, Tensor]:
-    """The weights of an official file, on the CPU, by our names.
+    """The weights of an official file, on the CPU, by our names; of a file of training, those that were trained.
 
-    Nothing in the file is executed. Whether they fit a network is for `grn.checkpoints.mapping.load_strict` to say.
+    Nothing in the file is executed. Whether they fit a network is for `grn.weights.mapping.load_strict` to say.
 
     Args:
         key: the config key that errors name.
 
     Raises:
-        UserError: missing, unreadable, or not one flat state dict of a text refiner.
+        UserError: missing, unreadable, or no official text refiner.
     """
-    path, state = read_official(path, key=key)
-    if not state or not is_state(state):
+    return load_official_training(path, key=key)[0]
+
+
+def load_official_training(
+    path: str | Path, *, key: str = "model.weights"
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """(Weights, their averages by decay, if any) of an official file; arguments as of `load_official_text_refiner`."""
+    path, contents = read_official(path, key=key)
+    trainer = contents.get("trainer") if isinstance(contents, dict) else None
+    found = [contents] if trainer is None else [trainer.get(name) for name in TRAINED if name in trainer]
+    if (
+        len(found) == 0
+        or not all(state and is_state(state) for state in found)
+        or (trainer and TRAINED[0] not in trainer)
+    ):
         raise UserError(f"{key}: {path} is not an official text refiner, which is one flat state dict of weights")
-    return our_state(state, source=str(path))
+    weights, *average = (our_state(state, source=str(path)) for state in found)
+    return weights, dict(zip([AVERAGED], average))
+
+
+def check_attention(state: Mapping[str, Tensor], attention: Scheme, path: str | Path, *, key: str) -> None:
+    """Whether weights, by our names, go with a network's attention, as far as a file tells; else a warning says so.
+
+    Args:
+        path: the file's.
+        key: the config key that gave it.
+
+    Raises:
+        UserError: they do not.
+    """
+    name = Path(path).stem
+    if "FSA" in name or len(state["head.norm.weight"]) >= WIDTH_8B:
+        trained = "full"
+    elif name in FIRST_RELEASE:
+        trained = "one_way"
+    else:
+        log.warning("%s=%s does not tell its attention: taken as model.attention=%s", key, path, attention)
+        return
+    if trained != attention:
+        raise UserError(f"{key}={path} has {trained} attention, the model {attention}: set model.attention={trained}")
 
 
 def our_state(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:

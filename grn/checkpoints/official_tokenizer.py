@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grn.checkpoints.mapping import Rule, rename, rename_back
-from grn.checkpoints.reading import read_untrusted
-from grn.errors import UserError
-from grn.files import write_atomically
+from grn.runtime.errors import UserError
+from grn.runtime.files import write_atomically
+from grn.weights.mapping import Rule, rename, rename_back
+from grn.weights.reading import read_untrusted
 
 
 def _gain(gamma: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ TOKENIZER_RULES = tokenizer_rules()
 def load_official_tokenizer(path: str | Path) -> dict[str, Tensor]:
     """The weights of an official tokenizer file, on the CPU, by our names; the averaged ones (`ema`) where it has them.
 
-    Nothing in the file is executed. Whether they fit a network is for `grn.checkpoints.mapping.load_strict` to say.
+    Nothing in the file is executed. Whether they fit a network is for `grn.weights.mapping.load_strict` to say.
 
     Raises:
         UserError: no such file, not a checkpoint, not one of a tokenizer.
@@ -93,9 +93,9 @@ def load_official_tokenizer(path: str | Path) -> dict[str, Tensor]:
         (contents[key] for key in ("ema", "vae") if isinstance(contents.get(key), dict) and contents[key]), None
     )
     if state is None:
-        raise UserError(f"{path} is no official tokenizer checkpoint: it has neither `ema` nor `vae` weights")
+        raise UserError(f"{path} is not an official tokenizer checkpoint: it has neither `ema` nor `vae` weights")
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
-        raise UserError(f"{path} is no official tokenizer checkpoint: its weights are not all named tensors")
+        raise UserError(f"{path} is not an official tokenizer checkpoint: its weights are not all named tensors")
     return rename(state, TOKENIZER_RULES, source=str(path))
 
 

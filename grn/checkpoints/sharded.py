@@ -23,17 +23,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from grn.checkpoints.reading import read_untrusted
-from grn.errors import UserError
-from grn.files import write_atomically
+from grn.runtime.errors import UserError
+from grn.runtime.files import temporary_prefix, write_atomically
+from grn.weights.integrity import Damaged, check_archive, check_slices, digest, keep_previous, others_beside
+from grn.weights.kinds import REST, is_sharded_checkpoint
+from grn.weights.reading import read_untrusted
 
-REST = "rest.pt"
 SHARDED = "__sharded__"
-
-
-def is_sharded_checkpoint(path: Path) -> bool:
-    """Whether the folder `path` is a checkpoint (and no run folder)."""
-    return (Path(path) / REST).is_file()
+INDEX = ".metadata"  # torch's name
 
 
 def write_sharded(checkpoint: dict[str, Any], path: Path) -> None:
@@ -49,7 +46,8 @@ def write_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     except CheckpointException as error:  # on every rank; a full disk, for one
         raise UserError(f"the checkpoint {path} cannot be written ({_reason(error)})") from None
     if first:
-        content = {"shards": subfolder, "checkpoint": rest}
+        content = {"shards": subfolder, "index": digest(folder / subfolder / INDEX), "checkpoint": rest}
+        keep_previous(Path(path), without=subfolder)
         write_atomically(folder / REST, lambda temporary: torch.save(content, temporary))
         if folder != path:
             path.unlink()  # a checkpoint in a single file, from before the run was sharded
@@ -70,6 +68,43 @@ def read_either(path: Path, complaint: str, *, mmap: bool = False, **sharded: An
     if is_sharded_checkpoint(path):
         return read_sharded(path, complaint, **sharded)
     return read_untrusted(path, complaint, mmap=mmap)
+
+
+def verify(path: Path, *, key: str, share: tuple[int, int] = (0, 1)) -> None:
+    """Reads a checkpoint, a file or a folder of shards, and compares its checksums.
+
+    Args:
+        key: the config key that errors name.
+        share: (number of this process, number of processes) that share the work on the shards.
+
+    Raises:
+        UserError: it is damaged; the line names others beside it.
+    """
+    try:
+        if is_sharded_checkpoint(path):
+            _verify_sharded(path, *share)
+        else:
+            check_archive(path, whole=True)
+    except Damaged as damage:
+        raise UserError(f"{key}: {path} is damaged ({damage}); {others_beside(path, key=key)}") from None
+
+
+def _verify_sharded(path: Path, number: int, processes: int) -> None:
+    check_archive(path / REST, whole=True)
+    slices: dict[str, list[tuple[int, int]]] = {}
+    try:
+        content = read_untrusted(path / REST, "it")
+        folder = path / Path(content["shards"]).name
+        if content.get("index") not in (None, digest(folder / INDEX)):  # None before it was recorded
+            raise Damaged("the index of its shards has another checksum")
+        for info in _Reader(folder).index.storage_data.values():
+            slices.setdefault(info.relative_path, []).append((int(info.offset), int(info.length)))
+    except Damaged:
+        raise
+    except Exception as error:  # what a damaged or hostile folder can raise has no end
+        raise Damaged(_reason(error)) from None
+    for file in sorted(slices)[number::processes]:
+        check_slices(folder / file, slices[file])
 
 
 def read_sharded(
@@ -94,9 +129,9 @@ def read_sharded(
     try:
         rest, subfolder = content["checkpoint"], path / Path(content["shards"]).name
         tensors: dict[str, Tensor] = {}
-        reader = _Reader(subfolder)
+        reader, seen = _Reader(subfolder), {}
         checkpoint = {
-            key: _put_back(value, reader.index, tensors, empty) for key, value in rest.items() if key not in skip
+            key: _put_back(value, reader.index, tensors, empty, seen) for key, value in rest.items() if key not in skip
         }
         if tensors:
             with warnings.catch_warnings():
@@ -118,7 +153,7 @@ def _places(path: Path) -> tuple[Path, str]:
     """(The folder to write into, the name of its new subfolder)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
         folder.chmod(path.parent.stat().st_mode)  # mkdtemp's is private to its owner
     else:
         folder = path
@@ -140,8 +175,22 @@ def _take_out(node: Any, keys: tuple[str, ...], shards: dict[str, DTensor]) -> A
     return node
 
 
-def _put_back(node: Any, index: Metadata, tensors: dict[str, Tensor], empty: Callable) -> Any:
-    """`node` with an empty tensor in each place that a DTensor was taken out of; `tensors` gets them all."""
+def _put_back(node: Any, index: Metadata, tensors: dict[str, Tensor], empty: Callable, seen: dict[int, Any]) -> Any:
+    """`node` with an empty tensor in each place that a DTensor was taken out of; `tensors` gets them all.
+
+    Args:
+        seen: what was made of each container so far, by its id: a hostile file shares them, many levels deep.
+    """
+    if not isinstance(node, (dict, list, tuple)):
+        return node
+    if id(node) not in seen:
+        seen[id(node)] = _put_back_once(node, index, tensors, empty, seen)
+    return seen[id(node)]
+
+
+def _put_back_once(
+    node: Any, index: Metadata, tensors: dict[str, Tensor], empty: Callable, seen: dict[int, Any]
+) -> Any:
     if isinstance(node, dict) and SHARDED in node:
         name, shape, dtype = node[SHARDED]
         stored = index.state_dict_metadata.get(name)
@@ -154,10 +203,8 @@ def _put_back(node: Any, index: Metadata, tensors: dict[str, Tensor], empty: Cal
         tensors[name] = empty(torch.Size(shape), dtype)
         return tensors[name]
     if isinstance(node, dict):
-        return {key: _put_back(value, index, tensors, empty) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(_put_back(value, index, tensors, empty) for value in node)
-    return node
+        return {key: _put_back(value, index, tensors, empty, seen) for key, value in node.items()}
+    return type(node)(_put_back(value, index, tensors, empty, seen) for value in node)
 
 
 class _Reader(dcp.FileSystemReader):
@@ -165,7 +212,7 @@ class _Reader(dcp.FileSystemReader):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        with (folder / ".metadata").open("rb") as file:
+        with (folder / INDEX).open("rb") as file:
             self.index = _IndexUnpickler(file).load()
         if not isinstance(self.index, Metadata):
             raise pickle.UnpicklingError("the index of the shards is something else")

@@ -1,4 +1,4 @@
-"""What every data set of webdataset shards shares: which shards, their loaders, checks before anything starts."""
+"""The base of all data modules of webdataset shards: their names, loaders and checks."""
 
 import functools
 import os
@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from grn.data.endless import GlobalBatches, ResumableLoader
+from grn.data.manifest import how_to_make, read_manifest
+from grn.data.prepare.shards import shard_paths
 from grn.data.samples import collate
-from grn.data.shards import read_manifest, shard_paths
-from grn.data.streaming import ShardDataset, ShardStream, local_shards, rank_and_world_size, resolve_urls
-from grn.data.workers import outlive_sigterm
-from grn.errors import UserError, check_count
+from grn.data.stream.endless import GlobalBatches, ResumableLoader
+from grn.data.stream.streaming import ShardDataset, ShardStream, check_first, local_shards, resolve_urls
+from grn.data.stream.survey import why_none
+from grn.data.stream.workers import outlive_sigterm
+from grn.runtime.errors import UserError, check_count
+from grn.runtime.ranks import rank_and_world_size
 
 SPLITS = ("train", "heldout")
 
@@ -100,10 +103,13 @@ class ShardsDataModule(LightningDataModule):
     collate = staticmethod(collate)  # samples -> batch
 
     def setup(self, stage: str | None = None) -> None:
-        """Checks that the shards are there, before any worker starts."""
+        """Checks that the shards are there, and that a run that validates has something to validate on, before any
+        worker starts."""
         for split in SPLITS if stage in (None, "fit") else SPLITS[1:]:
-            self.urls(split)
+            check_first(self.urls(split), key=f"{self.key}.{split}")
         _ = self._global_batches() if stage in (None, "fit") else self.rank_batch_size
+        if self.trainer is not None and stage == "fit" and self.trainer.limit_val_batches:
+            self.check_heldout()
 
     @functools.cached_property
     def manifest(self) -> dict | None:
@@ -146,7 +152,7 @@ class ShardsDataModule(LightningDataModule):
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}, only {' and '.join(SPLITS)}")
         key = f"{self.key}.{split}"
-        remedy = f"make them with `python -m grn.prepare data={self.name}`, or say where they are by {key}"
+        remedy = how_to_make(self.name, key)
         if (patterns := self.patterns[split]) is not None:
             return resolve_urls(patterns, key=key, remedy=remedy)
         if self.root is None:
@@ -174,9 +180,30 @@ class ShardsDataModule(LightningDataModule):
         """
         return self._evaluation_loader(f"all of {split}", self._stream(split, split_by_rank=share))
 
+    def check_heldout(self) -> None:
+        """Raises:
+        UserError: no held-out sample can be used; the line says why, and what there is.
+        """
+        stream = ShardStream(self.urls("heldout"), self.decoder(training=False), split_by_rank=False)
+        samples = iter(stream)
+        if next(samples, None) is None:
+            raise UserError(
+                f"{self.key}.heldout: the held-out shards have no usable sample {why_none(stream, self.key)}"
+            )
+        samples.close()
+
+    def stop_loading(self, number: int) -> None:
+        """Ends the training batches soon, by `SIGTERMException(number)`, also where none can be made."""
+        if (batches := self._datasets.get("train")) is not None:
+            batches.stop(number)
+
     def skipped(self) -> dict[str, int]:
         """Reason -> samples skipped so far on this rank, by the newest loader of each kind; {} where all were good."""
         return dict(sum((Counter(dataset.skipped()) for dataset in self._datasets.values()), Counter()))
+
+    def noted(self) -> dict[str, int]:
+        """Note -> samples used all the same so far, as `skipped` counts."""
+        return dict(sum((Counter(dataset.noted()) for dataset in self._datasets.values()), Counter()))
 
     def _global_batches(self) -> GlobalBatches:
         return GlobalBatches(
@@ -192,6 +219,7 @@ class ShardsDataModule(LightningDataModule):
             "shuffle_buffer": self.shuffle_buffer,
             "seed": self.seed,
             "length": self._train_length(),
+            "repeated": repeated_batches(self.trainer),
             "num_workers": self.num_workers,
             "key": self.key,
         }
@@ -229,3 +257,15 @@ class ShardsDataModule(LightningDataModule):
         if self.trainer.max_steps and self.trainer.max_steps > 0:
             return self.trainer.max_steps * self.trainer.accumulate_grad_batches
         return self.num_train_samples // self.batch_size
+
+
+def repeated_batches(trainer: Trainer | None) -> int | None:
+    """How many training batches the run keeps to, by the trainer's `overfit_batches`; None: all there are.
+
+    Raises:
+        UserError: a share of them, which a stream without an end does not have.
+    """
+    wanted = 0 if trainer is None else trainer.overfit_batches
+    if type(wanted) is float and wanted > 0:
+        raise UserError(f"trainer.overfit_batches={wanted}: give a whole number of batches, the data are a stream")
+    return int(wanted) or None

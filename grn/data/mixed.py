@@ -9,9 +9,9 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from grn.data.datamodule import ShardsDataModule
-from grn.data.endless import ResumableLoader
-from grn.errors import UserError
+from grn.data.datamodule import ShardsDataModule, repeated_batches
+from grn.data.stream.endless import ResumableLoader
+from grn.runtime.errors import UserError
 
 
 class MixedDataModule(LightningDataModule):
@@ -51,7 +51,13 @@ class MixedDataModule(LightningDataModule):
     def train_dataloader(self) -> "MixedLoader":
         length = None if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches
         loaders = {name: part.train_dataloader() for name, part in self.drawn.items()}
-        return MixedLoader(loaders, {name: self.weights[name] for name in loaders}, seed=self.seed, length=length)
+        return MixedLoader(
+            loaders,
+            {name: self.weights[name] for name in loaders},
+            seed=self.seed,
+            length=length,
+            repeated=repeated_batches(self.trainer),
+        )
 
     def val_dataloader(self) -> list[DataLoader]:
         return [part.val_dataloader() for part in self.parts.values()]
@@ -61,9 +67,18 @@ class MixedDataModule(LightningDataModule):
         loaders = [part.split_dataloader(split, share=share) for part in self.drawn.values()]
         return chain.from_iterable(loaders)
 
+    def stop_loading(self, number: int) -> None:
+        """As `ShardsDataModule.stop_loading`, of all parts."""
+        for part in self.parts.values():
+            part.stop_loading(number)
+
     def skipped(self) -> dict[str, int]:
         """As `ShardsDataModule.skipped`, of all parts."""
         return dict(sum((Counter(part.skipped()) for part in self.parts.values()), Counter()))
+
+    def noted(self) -> dict[str, int]:
+        """As `ShardsDataModule.noted`, of all parts."""
+        return dict(sum((Counter(part.noted()) for part in self.parts.values()), Counter()))
 
 
 class MixedLoader:
@@ -71,13 +86,22 @@ class MixedLoader:
 
     Args:
         length: batches that `len` tells; None: no length.
+        repeated: as `GlobalBatches` has it.
     """
 
     def __init__(
-        self, loaders: Mapping[str, ResumableLoader], weights: Mapping[str, float], *, seed: int, length: int | None
+        self,
+        loaders: Mapping[str, ResumableLoader],
+        weights: Mapping[str, float],
+        *,
+        seed: int,
+        length: int | None,
+        repeated: int | None = None,
     ):
         self.loaders, self.weights, self.seed, self.length = dict(loaders), dict(weights), seed, length
+        self.repeated = repeated
         self._batches = 0
+        self._kept: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         if self.length is None:
@@ -86,9 +110,13 @@ class MixedLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         iterators = {name: iter(loader) for name, loader in self.loaders.items()}
+        if self.repeated is not None and not self._kept:
+            self._kept = [next(iterators[self.draw(number)]) for number in range(self.repeated)]
         while True:
-            name = self.draw(self._batches)
-            batch = next(iterators[name])
+            if self._kept:
+                batch = self._kept[self._batches % len(self._kept)]
+            else:
+                batch = next(iterators[self.draw(self._batches)])
             self._batches += 1  # before the yield: whoever asks for the state does so while this generator rests there
             yield batch
 
@@ -111,8 +139,10 @@ class MixedLoader:
         if state["loaders"].keys() != self.loaders.keys():
             raise UserError(
                 f"the checkpoint's place in the data is of {', '.join(state['loaders'])}, this run has "
-                f"{', '.join(self.loaders)}: go on with the same data.parts"
+                f"{', '.join(self.loaders)}: resume with the same data.parts"
             )
         self._batches = state["batches"]
+        if self.repeated is not None:  # what is repeated is at the beginning
+            return
         for name, loader in self.loaders.items():
             loader.load_state_dict(state["loaders"][name])

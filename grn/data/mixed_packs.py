@@ -1,76 +1,15 @@
-"""Captioned images and clips of several data sets in one pack, by weight (DESIGN 1.5)."""
+"""Packs of captioned images and clips from several data sets, by weight."""
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
-from grn.data.endless import Place, ResumableLoader
+from grn.data.datamodule import repeated_batches
 from grn.data.mixed import MixedDataModule
-from grn.data.packing import PackedBatches, PackPlace
+from grn.data.stream.endless import ResumableLoader
+from grn.data.stream.packing import Mixture, PackedBatches
 from grn.data.text_images import PackedDataModule
-from grn.errors import UserError
+from grn.runtime.errors import UserError
 
 SHARED = ("batch_size", "max_tokens", "lookahead", "rank_streams", "worker_streams", "num_workers")
-
-
-class MixedPlace(NamedTuple):
-    """Just after some sample of a stream of several data sets: how many it has given, and where each set stands."""
-
-    given: int
-    parts: tuple[Place, ...]
-
-
-class MixedPackedBatches(PackedBatches):
-    """`PackedBatches` of which every sample comes from one of several data sets.
-
-    Whose turn it is, is a draw of (seed, stream, number of the sample) alone, also where that sample cannot be used:
-    each set goes on in its own order, and all that is said of one holds of the mixture.
-
-    Args:
-        parts: the data sets, alike in what `SHARED` names; their samples are used, not their packs.
-        weights: how often each is drawn, in proportion.
-        seed: of the draws.
-        length: batches that `len` tells; None: no length.
-    """
-
-    def __init__(self, parts: Sequence[PackedBatches], weights: Sequence[float], *, seed: int, length: int | None):
-        self.parts, self.weights, first = list(parts), list(weights), parts[0]
-        super().__init__(
-            [url for part in parts for url in part.urls],
-            first.decode,  # never asked: each part decodes its own
-            collate=first.collate,
-            tokens=first.tokens,
-            seed=seed,
-            length=length,
-            key=first.key,
-            **{name: getattr(first, name) for name in SHARED},
-        )
-
-    def place(self, saved: Sequence[Any] = ()) -> PackPlace:
-        start = MixedPlace(0, (Place(),) * len(self.parts))
-        if not saved:
-            return PackPlace(oldest=start)
-        packs, (given, parts), read, waiting = saved
-        oldest = MixedPlace(int(given), tuple(Place(*map(int, part)) for part in parts))
-        return PackPlace(int(packs), oldest, int(read), tuple(map(int, waiting)))
-
-    def draw(self, stream: int, number: int) -> int:
-        """Whose sample a stream gives as its `number`-th."""
-        draws = random.Random(f"pack/{self.seed}/{stream}/{number}")
-        return draws.choices(range(len(self.parts)), self.weights)[0]
-
-    def _samples(
-        self, stream: int, place: MixedPlace, wanted: Callable[[int], bool] = lambda number: True
-    ) -> Iterator[tuple[dict | None, MixedPlace]]:
-        own, number = list(place.parts), 0
-        samples = [
-            part._samples(stream, where, lambda _: wanted(number)) for part, where in zip(self.parts, place.parts)
-        ]
-        for number in count():
-            part = self.draw(stream, place.given + number)
-            sample, own[part] = next(samples[part])
-            yield sample, MixedPlace(place.given + number + 1, tuple(own))
 
 
 class MixedPacksDataModule(MixedDataModule):
@@ -117,11 +56,18 @@ class MixedPacksDataModule(MixedDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         loaders = [part.train_dataloader() for part in self.drawn.values()]
-        batches = MixedPackedBatches(
-            [loader.dataset for loader in loaders],
-            [self.weights[name] for name in self.drawn],
+        parts: list[PackedBatches] = [loader.dataset for loader in loaders]
+        batches = PackedBatches(
+            [url for part in parts for url in part.urls],
+            parts[0].decode,  # never asked: each part decodes its own
+            collate=parts[0].collate,
+            tokens=parts[0].tokens,
+            mixture=Mixture(parts, [self.weights[name] for name in self.drawn], self.seed),
             seed=self.seed,
             length=None if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches,
+            repeated=repeated_batches(self.trainer),
+            key=parts[0].key,
+            **{name: getattr(parts[0], name) for name in SHARED},
         )
         first = loaders[0]
         return ResumableLoader(

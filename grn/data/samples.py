@@ -1,70 +1,39 @@
-"""From the raw bytes of one sample to tensors: pure functions that trust nothing, and the collation of samples."""
+"""Decodes untrusted samples to tensors, and collates them."""
 
 import hashlib
-import io
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov")
+from grn.media.images import IMAGE_SUFFIXES, MAX_PIXELS, center_crop, decode_image, to_tensor
+from grn.media.skips import Reason, Skip
+from grn.runtime.errors import UserError
+
 LABEL_SUFFIXES = ("cls",)
 CAPTION_SUFFIXES = ("txt",)
 TOKEN_SUFFIXES = ("tokens.npy",)  # of grn.encode, see grn.data.tokens
 FEATURE_SUFFIXES = ("features.safetensors",)  # of grn.encode, see grn.data.text_features
 METADATA_SUFFIXES = ("json",)  # {"label": 3, "caption": "a cat"}, in place of key.cls and key.txt
-MAX_PIXELS = 64 * 2**20
 
 
-class Reason(Enum):
-    """Why a sample, or the rest of a shard, was skipped; the value is what people read."""
+def decode_or_skip(decode: Callable[[Mapping[str, object], int], dict], raw: Mapping[str, object], number: int) -> dict:
+    """`decode(raw, number)`.
 
-    BROKEN_SHARD = "shard broken or truncated"
-    OVERSIZE_ENTRY = "entry too large"
-    DUPLICATE_ENTRY = "entry twice in a shard"
-    UNREADABLE_FILE = "file cannot be read"
-    NO_IMAGE = "no image"
-    UNDECODABLE_IMAGE = "image cannot be decoded"
-    TOO_MANY_PIXELS = "too many pixels"
-    IMAGE_SIZE = "image of another size"
-    TOO_SMALL = "image too small"
-    TOO_NARROW = "image too long or too tall"
-    TOO_MANY_TOKENS = "more tokens than a pack has"
-    NO_VIDEO = "no video"
-    NO_PATH = "no video_path"
-    OUTSIDE_FOLDER = "video_path leads out of the folder"
-    UNDECODABLE_VIDEO = "video cannot be decoded"
-    CUT_SHORT = "video ends before its index does"
-    UNCUTTABLE_VIDEO = "no part can be cut out of the video"
-    BAD_SECTION = "begin_frame_id, end_frame_id and fps tell no part of the video"
-    CLIP_TOO_SHORT = "video shorter than the clip"
-    TOO_MANY_FRAMES = "too many frames to decode for a clip"
-    BAD_METADATA = "metadata is not a JSON object"
-    NO_LABEL = "no label"
-    BAD_LABEL = "label is not an integer"
-    LABEL_OUT_OF_RANGE = "label out of range"
-    BAD_CAPTION = "caption is not UTF-8 text"
-    NO_CAPTION = "no caption"
-    NO_TOKENS = "no tokens"
-    BAD_TOKENS = "tokens of another shape"
-    NO_FEATURES = "no features of the caption"
-    BAD_FEATURES = "features of another shape or type"
-
-
-class Skip(Exception):
-    """The sample at hand is unusable."""
-
-    def __init__(self, reason: Reason):
-        super().__init__(reason.value)
-        self.reason = reason
+    Raises:
+        Skip: by the decoder, or for whatever else it raises on bytes that nobody has thought of.
+    """
+    try:
+        return decode(raw, number)
+    except (Skip, UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise Skip(Reason.UNDECODABLE_SAMPLE, f"{type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -179,10 +148,12 @@ def read_caption(raw: Mapping[str, object], metadata: Mapping[str, object]) -> s
             return _plain(data.decode("utf-8"))
         except UnicodeDecodeError:
             raise Skip(Reason.BAD_CAPTION) from None
-    caption = metadata.get("caption")
-    if caption is not None and not isinstance(caption, str):
-        raise Skip(Reason.BAD_CAPTION)
-    return None if caption is None else _plain(caption)
+    if (caption := metadata.get("caption")) is None:
+        return None
+    try:
+        return _plain(caption.encode("utf-8").decode("utf-8"))  # JSON's "\\ud800" is no text
+    except (AttributeError, UnicodeEncodeError):
+        raise Skip(Reason.BAD_CAPTION) from None
 
 
 def _plain(text: str) -> str:
@@ -191,7 +162,9 @@ def _plain(text: str) -> str:
 
 
 def read_captions(raw: Mapping[str, object], names: Sequence[str]) -> dict[str, str]:
-    """The captions that a sample has of these, stripped: `txt` is the text of `key.txt`, others are keys of `key.json`.
+    """The captions that a sample has of these, stripped.
+
+    `txt` is the text of `key.txt` or, without that file, "caption" of `key.json`; others are keys of `key.json`.
 
     Raises:
         Skip: there is none that can be used: none but empty ones, or not of text.
@@ -200,7 +173,7 @@ def read_captions(raw: Mapping[str, object], names: Sequence[str]) -> dict[str, 
     for name in names:
         try:
             if name in CAPTION_SUFFIXES:
-                caption = read_caption({name: raw.get(name)}, {})
+                caption = read_caption(raw, read_metadata(raw) if raw.get(name) is None else {})
             else:
                 caption = read_caption({}, {"caption": read_metadata(raw).get(name)})
         except Skip as skip:
@@ -211,73 +184,6 @@ def read_captions(raw: Mapping[str, object], names: Sequence[str]) -> dict[str, 
     if not captions:
         raise Skip(reason)
     return captions
-
-
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """PNG, JPEG or WebP -> RGB, upright.
-
-    Turned as EXIF says; 16-bit grey is scaled to 8 bits; transparent parts show white; of an animation the first frame.
-
-    Raises:
-        Skip: not such an image, or broken, or more than `max_pixels` by its header.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > max_pixels:
-            raise Skip(Reason.TOO_MANY_PIXELS)
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
-    except (Skip, MemoryError):
-        raise
-    except Image.DecompressionBombError:
-        raise Skip(Reason.TOO_MANY_PIXELS) from None
-    except Exception:  # what Pillow's plugins raise on broken files has no common base
-        raise Skip(Reason.UNDECODABLE_IMAGE) from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode that PNG, JPEG or WebP can hold -> RGB of 8 bits a channel."""
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        grey = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.round(grey / 257.0), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def center_crop(image: Image.Image, size: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The centre square as in DESIGN 1.4 (ADM's); see `resize_and_crop`."""
-    return resize_and_crop(image, size, size, max_pixels=max_pixels)
-
-
-def resize_and_crop(image: Image.Image, height: int, width: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Halved by boxes while that is possible, resized bicubically until it just covers height x width, its centre cut.
-
-    Args:
-        image: any size; one of this size is returned as it is.
-        height, width: of what comes out, in pixels.
-
-    Raises:
-        Skip: so narrow that its resized form would exceed `max_pixels`.
-    """
-    if image.size == (width, height):
-        return image
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(height / image.height, width / image.width)
-    covering = round(image.width * scale), round(image.height * scale)
-    if covering[0] * covering[1] > max_pixels:
-        raise Skip(Reason.TOO_MANY_PIXELS)
-    image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> uint8 [3, 1, H, W] (an image is a clip of one frame)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(1).contiguous()
 
 
 def by_shape(tensors: Sequence[Tensor]) -> Iterable[list[int]]:

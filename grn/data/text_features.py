@@ -16,7 +16,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from grn.checkpoints.native import weights_hash
-from grn.data.samples import FEATURE_SUFFIXES, Reason, Skip, entry
+from grn.data.samples import FEATURE_SUFFIXES, entry
+from grn.media.skips import Reason, Skip
 from grn.networks.text_encoder import DTYPES, PretrainedT5
 
 
@@ -58,6 +59,7 @@ def encoder_record(encoder: PretrainedT5) -> dict[str, Any]:
         "width": encoder.width,
         "dtype": encoder.reference["dtype"],
         "max_length": encoder.max_length,
+        "clean_captions": encoder.clean_captions,
     }
 
 
@@ -68,6 +70,7 @@ def is_encoder_record(record: object) -> bool:
         and all(isinstance(record.get(key), str) for key in ("sha256", "source"))
         and all(type(record.get(key)) is int and 1 <= record[key] <= 2**16 for key in ("width", "max_length"))
         and record.get("dtype") in DTYPES
+        and isinstance(record.get("clean_captions", False), bool)  # earlier ones lack it: they were not
     )
 
 

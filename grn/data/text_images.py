@@ -1,29 +1,23 @@
-"""Captioned images of many shapes, packed into a budget of tokens: what text refiners train on (DESIGN 1.5)."""
+"""Packs of captioned images of many shapes: data of text refiners (docs/method.md#training-on-packed-sequences)."""
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, ImageOps
 
+from grn.data.captions import Captions, caption_draws
 from grn.data.datamodule import ShardsDataModule
-from grn.data.packing import PackedBatches
-from grn.data.samples import (
-    IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    Reason,
-    Skip,
-    decode_image,
-    entry,
-    is_mirrored,
-    read_captions,
-    resize_and_crop,
-    to_tensor,
-)
-from grn.errors import UserError, check_count, check_number
-from grn.resolutions import resolutions_at
+from grn.data.manifest import how_to_make
+from grn.data.samples import entry, is_mirrored
+from grn.data.stream.packing import PackedBatches
+from grn.media.images import IMAGE_SUFFIXES, MAX_PIXELS, decode_image, resize_and_crop, to_tensor
+from grn.media.skips import Reason, Skip
+from grn.method.resolutions import resolutions_at
+from grn.networks.text_encoder import Tokenization
+from grn.runtime.errors import UserError, check_count, check_number
 
 Sizes = tuple[tuple[float, tuple[int, int]], ...]  # (height/width that it stands for, (height, width) in pixels)
 
@@ -36,7 +30,9 @@ class TextImageDecoder:
 
     Args:
         budgets: sizes to choose from by shape, and how often these are the choice, in proportion.
-        captions, dropout: as `draw_caption` has them.
+        captions: which are drawn, and how.
+        source_share: of a size's pixels that a source must have at the least for the size to be drawn, the smallest
+            excepted; None: any.
         flip: mirror every other image.
         min_size: images whose shorter side has fewer pixels are skipped.
         max_aspect: so are those longer or taller than this, by their sides' ratio; None: none.
@@ -45,11 +41,11 @@ class TextImageDecoder:
     """
 
     budgets: tuple[tuple[float, Sizes], ...]
-    captions: tuple[tuple[str, float], ...]
-    dropout: float = 0.0
+    captions: Captions
     flip: bool = False
     min_size: int = 1
     max_aspect: float | None = None
+    source_share: float | None = None
     seed: int = 0
     max_pixels: int = MAX_PIXELS
 
@@ -59,23 +55,21 @@ class TextImageDecoder:
         Raises:
             Skip: with the reason.
         """
-        caption, sizes = self.draw(raw, pass_number)
+        caption, draws = self.draw(raw, pass_number)
         image = decode_image(entry(raw, IMAGE_SUFFIXES, missing=Reason.NO_IMAGE), max_pixels=self.max_pixels)
-        height, width = self.size_of(image, sizes)
+        height, width = self.size_of(image, draws)
         image = resize_and_crop(image, height, width, max_pixels=self.max_pixels)
         if self.flip and is_mirrored(self.seed, pass_number, raw["__key__"]):
             image = ImageOps.mirror(image)
         return {"pixels": to_tensor(image), "caption": caption, "key": raw["__key__"]}
 
-    def draw(self, raw: Mapping[str, object], pass_number: int) -> tuple[str, Sizes]:
-        """The caption of a sample in a pass over the data, and the sizes to choose from by its shape."""
+    def draw(self, raw: Mapping[str, object], pass_number: int) -> tuple[str, random.Random]:
+        """The caption of a sample in a pass over the data, and what its size is drawn by."""
         draws = caption_draws(self.seed, pass_number, raw["__key__"])
-        _, caption = draw_caption(raw, self.captions, self.dropout, draws)
-        sizes = draws.choices([sizes for _, sizes in self.budgets], [weight for weight, _ in self.budgets])[0]
-        return caption, sizes
+        return self.captions.draw(raw, draws)[1], draws
 
-    def size_of(self, image: Image.Image, sizes: Sizes) -> tuple[int, int]:
-        """The (height, width) nearest to an image's shape.
+    def size_of(self, image: Image.Image, draws: random.Random) -> tuple[int, int]:
+        """The (height, width) nearest to an image's shape, of one of the budgets.
 
         Raises:
             Skip: too small, or too narrow.
@@ -85,30 +79,12 @@ class TextImageDecoder:
         if self.max_aspect is not None and max(image.size) > self.max_aspect * min(image.size):
             raise Skip(Reason.TOO_NARROW)
         shape = image.height / image.width
-        return min(sizes, key=lambda size: abs(size[0] - shape))[1]
-
-
-def caption_draws(seed: int, pass_number: int, key: object) -> random.Random:
-    """What a sample's caption is drawn by in a pass over the data, and what else the text refiner's data draw."""
-    return random.Random(f"caption/{seed}/{pass_number}/{key}")
-
-
-def draw_caption(
-    raw: Mapping[str, object], captions: Sequence[tuple[str, float]], dropout: float, draws: random.Random
-) -> tuple[str, str]:
-    """(name, caption) of one of a sample's captions; the caption is empty where it is dropped.
-
-    Args:
-        captions: names of captions (`read_captions`), and how often each is drawn, in proportion, of those there are.
-        dropout: share of captions that are replaced by the empty one.
-
-    Raises:
-        Skip: the sample has none of them.
-    """
-    weights = dict(captions)
-    found = read_captions(raw, list(weights))
-    name = draws.choices(list(found), [weights[name] for name in found])[0]
-    return name, "" if draws.random() < dropout else found[name]
+        fitting = [(min(sizes, key=lambda size: abs(size[0] - shape))[1], weight) for weight, sizes in self.budgets]
+        if self.source_share is not None:
+            least = min(fitting, key=lambda it: math.prod(it[0]))
+            most = image.height * image.width / self.source_share
+            fitting = [it for it in fitting if math.prod(it[0]) < most] or [least]
+        return draws.choices([size for size, _ in fitting], [weight for _, weight in fitting])[0]
 
 
 @dataclass(frozen=True)
@@ -117,12 +93,12 @@ class PackedTokens:
 
     Args:
         stride, temporal_stride: of the tokenizer.
-        tokenize: captions -> tokens of each, the text encoder's.
+        tokenize: captions -> tokens of each, the text encoder's `tokenization`.
     """
 
     stride: int
     temporal_stride: int
-    tokenize: Callable[[Sequence[str]], Sequence[Sequence[int]]]
+    tokenize: Tokenization | Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
     def __call__(self, sample: Mapping[str, Any]) -> int:
         if (features := sample.get("features")) is not None:
@@ -130,6 +106,12 @@ class PackedTokens:
         else:
             text = len(self.tokenize([sample["caption"]])[0])
         return math.prod(self.shape(sample)) + 1 + text
+
+    def is_cut(self, sample: Mapping[str, Any]) -> bool:
+        """Whether a caption has more tokens than the text encoder takes; of encoded ones, `grn.encode` has told it."""
+        if sample.get("features") is not None or not isinstance(self.tokenize, Tokenization):
+            return False
+        return self.tokenize.is_cut(sample["caption"])
 
     def shape(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """(T', h, w) of the tokens of a sample's `bits` [T', h, w, bytes] or `pixels` [3, T, H, W]."""
@@ -156,8 +138,9 @@ class PackedDataModule(ShardsDataModule):
     Captions that are empty, not there, or not of text are counted; of endless ones the text encoder takes what it can.
 
     Args:
-        max_tokens, lookahead: of a pack (`PackedBatches`); `batch_size` counts packs, over all ranks.
-        captions, caption_dropout: as `draw_caption` has them.
+        max_tokens, lookahead, max_share: of a pack (`PackedBatches`); `batch_size` counts packs, over all ranks.
+        captions: the `weights` of `Captions`; caption_dropout, sentence_dropout, caption_prefix, caption_suffix: as
+            it has them; captions are dropped and shortened in training alone.
         shards: as `ShardsDataModule` has them.
     """
 
@@ -170,21 +153,44 @@ class PackedDataModule(ShardsDataModule):
         lookahead: int = 64,
         captions: Mapping[str, float] = {"txt": 1.0},
         caption_dropout: float = 0.1,
+        sentence_dropout: float = 0.0,
+        caption_prefix: str = "",
+        caption_suffix: str = "",
+        max_share: float = 1.0,
         **shards: Any,
     ):
         super().__init__(**shards)
         check_count(f"{self.key}.max_tokens", max_tokens)
         check_count(f"{self.key}.lookahead", lookahead)
         check_number(f"{self.key}.caption_dropout", caption_dropout, least=0, most=1)
-        self.captions = _weights(captions, f"{self.key}.captions")
-        self.max_tokens, self.lookahead, self.caption_dropout = max_tokens, lookahead, caption_dropout
+        check_number(f"{self.key}.sentence_dropout", sentence_dropout, least=0, most=1)
+        check_number(f"{self.key}.max_share", max_share, least=0, most=1)
+        for name, text in (("caption_prefix", caption_prefix), ("caption_suffix", caption_suffix)):
+            if not isinstance(text, str):
+                raise UserError(f"{self.key}.{name}={text} must be a text; '' is none")
+        weights = _weights(captions, f"{self.key}.captions")
+        self.captions = Captions(weights, caption_dropout, sentence_dropout, caption_prefix, caption_suffix)
+        self.max_tokens, self.lookahead, self.max_share = max_tokens, lookahead, max_share
         self._tokens: PackedTokens | None = None
 
     def packed_by(self, tokens: PackedTokens) -> None:
-        """Says how many tokens samples have; to be called before training."""
+        """Says how many tokens samples have; to be called before training.
+
+        Raises:
+            UserError: as of `check_packing`.
+        """
+        self.check_packing(tokens)
         self._tokens = tokens
 
+    def check_packing(self, tokens: PackedTokens) -> None:
+        """Raises:
+        UserError: samples that do not fit the tokenizer, or are too large for a pack.
+        """
+
     collate = staticmethod(collate_lists)
+
+    def drawn_captions(self, *, training: bool) -> Captions:
+        return self.captions if training else replace(self.captions, dropout=0.0, sentence_dropout=0.0)
 
     def _global_batches(self) -> PackedBatches:
         return PackedBatches(
@@ -193,24 +199,25 @@ class PackedDataModule(ShardsDataModule):
             collate=Packs(self.max_tokens),
             tokens=self._tokens or _unknown,
             max_tokens=self.max_tokens,
+            max_share=self.max_share,
             lookahead=self.lookahead,
             **self._order_arguments(),
         )
 
     def _train_length(self) -> int | None:
         if self.trainer is not None and not (self.trainer.max_steps and self.trainer.max_steps > 0):
-            raise UserError("trainer.max_steps must be given: how many packs make an epoch is not known")
+            raise UserError("trainer.max_steps must be given: the number of packs in an epoch is unknown")
         return super()._train_length()
 
 
 class TextImageDataModule(PackedDataModule):
-    """Captioned images from webdataset shards (`key.{jpg,png,webp}`, `key.txt`, `key.json`), each in the size of
-    `pixels` that is nearest to its shape, packed without padding.
+    """Captioned images from webdataset shards (`key.jpg` or another of `IMAGE_SUFFIXES`, `key.txt`, `key.json`), each
+    in the size of `pixels` that is nearest to its shape, packed without padding.
 
     Args:
-        pixels: a budget of `grn.resolutions`, or budget -> how often it is drawn: several resolutions in one run.
+        pixels: a budget of `grn.method.resolutions`, or budget -> how often it is drawn: several in one run.
         resolutions: [[height, width], ...] in pixels, in place of the 15 templates at `pixels`.
-        flip, min_size, max_aspect: as `TextImageDecoder` has them.
+        flip, min_size, max_aspect, source_share: as `TextImageDecoder` has them.
         packs: as `PackedDataModule` has them.
     """
 
@@ -222,28 +229,29 @@ class TextImageDataModule(PackedDataModule):
         flip: bool = False,
         min_size: int = 1,
         max_aspect: float | None = None,
+        source_share: float | None = None,
         **packs: Any,
     ):
         super().__init__(**packs)
         check_count(f"{self.key}.min_size", min_size)
         if max_aspect is not None:
             check_number(f"{self.key}.max_aspect", max_aspect, least=1)  # the square's
+        if source_share is not None:
+            check_number(f"{self.key}.source_share", source_share, least=0.01, most=100)
         self.budgets = self._budgets(pixels, resolutions)
         self.pixels = None if pixels is None else {pixels: 1.0} if isinstance(pixels, str) else dict(pixels)
         self.resolutions = None if resolutions is None else [list(size) for size in resolutions]
-        self.flip, self.min_size, self.max_aspect = flip, min_size, max_aspect
+        self.flip, self.min_size, self.max_aspect, self.source_share = flip, min_size, max_aspect, source_share
 
-    def packed_by(self, tokens: PackedTokens) -> None:
-        """Says how many tokens samples have; to be called before training.
-
-        Raises:
-            UserError: sizes that are no multiples of the tokenizer's stride, or too large for a pack.
+    def check_packing(self, tokens: PackedTokens) -> None:
+        """Raises:
+        UserError: sizes that are not multiples of the tokenizer's stride, or too large for a pack.
         """
         for _, sizes in self.budgets:
             for _, (height, width) in sizes:
                 if height % tokens.stride or width % tokens.stride:
                     raise UserError(
-                        f"{self.key}.resolutions: {height}x{width} pixels are no multiples of the tokenizer's stride "
+                        f"{self.key}.resolutions: {height}x{width} pixels are not multiples of the tokenizer's stride "
                         f"{tokens.stride}"
                     )
                 if (count := height * width // tokens.stride**2 + 2) > self.max_tokens:
@@ -251,16 +259,15 @@ class TextImageDataModule(PackedDataModule):
                         f"{self.key}.max_tokens={self.max_tokens} holds no image of {height}x{width} pixels, "
                         f"{count} tokens at least: give more, or fewer pixels"
                     )
-        super().packed_by(tokens)
 
     def decoder(self, *, training: bool) -> TextImageDecoder:
         return TextImageDecoder(
             budgets=self.budgets,
-            captions=self.captions,
-            dropout=self.caption_dropout if training else 0.0,
+            captions=self.drawn_captions(training=training),
             flip=self.flip and training,
             min_size=self.min_size,
             max_aspect=self.max_aspect,
+            source_share=self.source_share,
             seed=self.seed,
         )
 
@@ -274,6 +281,11 @@ class TextImageDataModule(PackedDataModule):
             key = f"{self.key}.pixels"
             return tuple((weight, tuple(resolutions_at(budget, key=key).items())) for budget, weight in drawn)
         pairs = isinstance(resolutions, Sequence) and all(isinstance(size, Sequence) for size in resolutions)
+        if pairs and any(side is None for size in resolutions for side in size):
+            raise UserError(
+                f"{self.key}.root={self.root} has no manifest that tells the size of its images: "
+                f"{how_to_make(self.name, f'{self.key}.root')}; or give {self.key}.resolutions=[[height,width]]"
+            )
         sizes = [tuple(size) for size in resolutions] if pairs else []
         if not sizes or any([type(side) for side in size] != [int, int] or min(size) < 1 for size in sizes):
             raise UserError(f"{self.key}.resolutions={resolutions} must be pairs [height, width] in pixels")

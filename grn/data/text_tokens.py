@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from grn.data.captions import Captions, caption_draws
 from grn.data.datamodule import SPLITS
-from grn.data.samples import Reason, Skip, is_mirrored
+from grn.data.samples import is_mirrored
 from grn.data.text_features import FeatureForm, encoder_record, is_encoder_record
-from grn.data.text_images import PackedDataModule, PackedTokens, TextImageDataModule, caption_draws, draw_caption
+from grn.data.text_images import PackedDataModule, PackedTokens, TextImageDataModule
 from grn.data.text_videos import TextVideoDataModule
-from grn.data.tokens import EncodedDataModule, is_count, read_view
-from grn.errors import UserError
+from grn.data.tokens import Encoded, is_count, read_view
+from grn.media.skips import Reason, Skip
 from grn.networks.text_encoder import DTYPES, TextEncoder
+from grn.runtime.errors import UserError
 
 PLACES = {"name", "root", *SPLITS}  # what a source has beside what decides which pixels of a sample are encoded:
 OF_IMAGES = ("pixels", "resolutions", "min_size", "max_aspect")
@@ -29,7 +31,7 @@ class TextTokenDecoder:
         sizes: the (h, w) that a sample may have.
         latents: how many it may have.
         width: bytes of a position, ceil(z*M/8).
-        captions, dropout: as `draw_caption` has them.
+        captions: which are drawn, and how.
         features: of the captions, where the shards have them; None: they are not read.
         flip: take the mirrored view of every other sample, by the draw that pixels are mirrored by.
         seed: the run's seed.
@@ -38,8 +40,7 @@ class TextTokenDecoder:
     sizes: frozenset[tuple[int, int]]
     latents: int
     width: int
-    captions: tuple[tuple[str, float], ...]
-    dropout: float = 0.0
+    captions: Captions
     features: FeatureForm | None = None
     flip: bool = False
     seed: int = 0
@@ -52,7 +53,7 @@ class TextTokenDecoder:
             Skip: with the reason.
         """
         key = raw["__key__"]
-        name, caption = draw_caption(raw, self.captions, self.dropout, caption_draws(self.seed, pass_number, key))
+        name, caption = self.captions.draw(raw, caption_draws(self.seed, pass_number, key))
         mirrored = self.flip and is_mirrored(self.seed, pass_number, key)
         bits = read_view(raw, mirrored=mirrored, width=self.width)
         if bits.shape[0] > self.latents or tuple(bits.shape[1:3]) not in self.sizes:
@@ -63,7 +64,7 @@ class TextTokenDecoder:
         return sample
 
 
-class TextTokensDataModule(EncodedDataModule, PackedDataModule):
+class TextTokensDataModule(Encoded, PackedDataModule):
     """Captioned images or clips from the token shards of `grn.encode`, packed without padding.
 
     They are what the tokenizer makes of the pixel shards' samples in the size that each was encoded in, with the same
@@ -76,7 +77,7 @@ class TextTokensDataModule(EncodedDataModule, PackedDataModule):
     Args:
         features: use the text features that the shards have, so that training need not compute them; None: where they
             have some.
-        others: as `EncodedDataModule` and `PackedDataModule` have them.
+        others: as `Encoded` and `PackedDataModule` have them.
 
     Raises:
         UserError: `root` holds no such shards, or not the features asked for.
@@ -88,6 +89,8 @@ class TextTokensDataModule(EncodedDataModule, PackedDataModule):
         super().__init__(**others)
         self.text: dict[str, Any] = self.manifest["text"]
         self.encoder: dict[str, Any] | None = self.text["encoder"]
+        if self.encoder is not None:
+            self.encoder = {"clean_captions": False} | self.encoder  # of shards from before there was a choice
         if features and self.encoder is None:
             raise UserError(
                 f"{self.key}.features=true, but {self.root} has none: encode it with text_encoder=..., or "
@@ -97,17 +100,28 @@ class TextTokensDataModule(EncodedDataModule, PackedDataModule):
         if self.encoder is not None and features is not False:
             form = self.encoder
             self.features = FeatureForm(form["width"], DTYPES[form["dtype"]], form["max_length"])
-            if odd := [name for name, _ in self.captions if name not in self.text["captions"]]:
+            if odd := [name for name, _ in self.captions.weights if name not in self.text["captions"]]:
                 raise UserError(
-                    f"{self.key}.captions={dict(self.captions)}: {self.root} has no features of {odd[0]}, only of "
-                    f"{', '.join(self.text['captions'])}; encode it anew, or {self.key}.features=false"
+                    f"{self.key}.captions={dict(self.captions.weights)}: {self.root} has no features of {odd[0]}, only "
+                    f"of {', '.join(self.text['captions'])}; encode it again, or {self.key}.features=false"
                 )
+            if self.captions.sentence_dropout:
+                raise UserError(
+                    f"{self.key}.sentence_dropout={self.captions.sentence_dropout}: {self.root} has features of whole "
+                    f"captions alone: leave it out, or give {self.key}.features=false"
+                )
+            for name, own in (("prefix", self.captions.prefix), ("suffix", self.captions.suffix)):
+                if own != (known := self.text.get(f"caption_{name}", "")):
+                    raise UserError(
+                        f"{self.key}.caption_{name}={own!r}: {self.root} has features of captions with {known!r}: give "
+                        f"that, encode it again, or {self.key}.features=false"
+                    )
 
     @property
     def contents(self) -> str:
         return "tokens" if self.features is None else "tokens with text features"
 
-    def packed_by(self, tokens: PackedTokens) -> None:
+    def check_packing(self, tokens: PackedTokens) -> None:
         """As of `PackedDataModule`.
 
         Raises:
@@ -120,7 +134,6 @@ class TextTokensDataModule(EncodedDataModule, PackedDataModule):
                 f"{self.key}.max_tokens={self.max_tokens} holds no sample of {'x'.join(map(str, shape))} tokens, "
                 f"{count} at least, such as {self.root} may have: give more"
             )
-        super().packed_by(tokens)
 
     def check_text_encoder(self, encoder: TextEncoder | None) -> None:
         """For features that were computed ahead.
@@ -133,13 +146,14 @@ class TextTokensDataModule(EncodedDataModule, PackedDataModule):
         """
         if self.features is None:
             return
-        own = None if encoder is None else encoder_record(encoder)
-        if own is None or any(own[key] != self.encoder[key] for key in ("sha256", "max_length", "width", "dtype")):
-            source, length, sha256 = (self.encoder[key] for key in ("source", "max_length", "sha256"))
+        own, known = (None if encoder is None else encoder_record(encoder)), self.encoder
+        alike = ("sha256", "max_length", "clean_captions", "width", "dtype")
+        if own is None or any(own[key] != known[key] for key in alike):
+            told = f"max_length {known['max_length']}, clean_captions {str(known['clean_captions']).lower()}"
             raise UserError(
-                f"{self.key}.root={self.root} has features of the text encoder {source} (max_length {length}, sha256 "
-                f"{sha256[:12]}), and text_encoder is {'another one' if own else 'trained along'}: give that one, or "
-                f"{self.key}.features=false"
+                f"{self.key}.root={self.root} has features of the text encoder {known['source']} ({told}, sha256 "
+                f"{known['sha256'][:12]}), and text_encoder is {'another one' if own else 'trained along'}: give that "
+                f"one, or {self.key}.features=false"
             )
 
     def decoder(self, *, training: bool) -> TextTokenDecoder:
@@ -147,8 +161,7 @@ class TextTokensDataModule(EncodedDataModule, PackedDataModule):
             sizes=frozenset(map(tuple, self.text["sizes"])),
             latents=self.text["latents"],
             width=self.token_bytes,
-            captions=self.captions,
-            dropout=self.caption_dropout if training else 0.0,
+            captions=self.drawn_captions(training=training),
             features=self.features,
             flip=self.flip and training,
             seed=self.seed,
@@ -157,7 +170,7 @@ class TextTokensDataModule(EncodedDataModule, PackedDataModule):
     def _pixels(self, source: Mapping[str, Any], **places: Any) -> TextImageDataModule:
         arguments = {name: value for name, value in source.items() if name not in PLACES}
         kind = TextVideoDataModule if "fps" in arguments else TextImageDataModule
-        return kind(captions=dict(self.captions), max_tokens=self.max_tokens, **arguments, **places)
+        return kind(captions=dict(self.captions.weights), max_tokens=self.max_tokens, **arguments, **places)
 
     def _manifest_fits(self) -> bool:
         text, source = self.manifest["text"], self.manifest.get("source")

@@ -1,4 +1,4 @@
-"""Captioned clips of many shapes and lengths, and images beside them, packed: text to video (DESIGN 1.2, 1.5)."""
+"""Packs of captioned clips of many shapes and lengths, and of images: data of text to video."""
 
 import math
 import random
@@ -12,28 +12,22 @@ import torch
 from PIL import ImageOps
 from torch import Tensor
 
-from grn.data.clips import (
+from grn.data.clips import read_section, video_entry
+from grn.data.samples import is_mirrored
+from grn.data.text_images import PackedTokens, TextImageDataModule, TextImageDecoder
+from grn.media.images import VIDEO_SUFFIXES, resize_and_crop, to_tensor
+from grn.media.skips import Reason, Skip
+from grn.media.video import (
     MAX_DECODED_FRAMES,
     MAX_FRAME_PIXELS,
     Video,
     duration,
     frames_from,
     open_video,
-    read_section,
     resample,
     timed,
-    video_entry,
 )
-from grn.data.samples import (
-    VIDEO_SUFFIXES,
-    Reason,
-    Skip,
-    is_mirrored,
-    resize_and_crop,
-    to_tensor,
-)
-from grn.data.text_images import PackedTokens, Sizes, TextImageDataModule, TextImageDecoder
-from grn.errors import UserError
+from grn.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class TextVideoDecoder:
         if not any(suffix in raw for suffix in VIDEO_SUFFIXES):
             return self.images(raw, pass_number)
         key, seed = raw["__key__"], self.images.seed
-        caption, sizes = self.images.draw(raw, pass_number)
+        caption, size_draws = self.images.draw(raw, pass_number)
         (data, suffix), (begin, end) = video_entry(raw), read_section(raw)
         draws = random.Random(f"clip/{seed}/{pass_number}/{key}") if self.training else None
         with open_video(data, suffix, max_pixels=self.max_pixels) as video:
@@ -78,7 +72,7 @@ class TextVideoDecoder:
             times = self.times(begin, min(seconds, end or seconds), draws)
             frames = timed(frames_from(video, times[0], max_decoded_frames=self.max_decoded_frames), video)
             mirrored = self.images.flip and is_mirrored(seed, pass_number, key)
-            picture = _Pictures(video, self.images, sizes, mirrored=mirrored)
+            picture = _Pictures(video, self.images, size_draws, mirrored=mirrored)
             pixels = torch.cat(resample(frames, times, picture), dim=1)
         return {"pixels": pixels, "caption": caption, "key": key}
 
@@ -99,21 +93,21 @@ class TextVideoDecoder:
 class _Pictures:
     """Frames -> uint8 [3, 1, H, W], all in the size that the first one has by its shape."""
 
-    def __init__(self, video: Video, images: TextImageDecoder, sizes: Sizes, *, mirrored: bool):
-        self.video, self.images, self.sizes, self.mirrored = video, images, sizes, mirrored
+    def __init__(self, video: Video, images: TextImageDecoder, draws: random.Random, *, mirrored: bool):
+        self.video, self.images, self.draws, self.mirrored = video, images, draws, mirrored
         self.size: tuple[int, int] | None = None
 
     def __call__(self, frame: av.VideoFrame) -> Tensor:
         image = self.video.to_rgb(frame)
         if self.size is None:
-            self.size = self.images.size_of(image, self.sizes)
+            self.size = self.images.size_of(image, self.draws)
         image = resize_and_crop(image, *self.size, max_pixels=self.video.max_pixels)
         return to_tensor(ImageOps.mirror(image) if self.mirrored else image)
 
 
 class TextVideoDataModule(TextImageDataModule):
-    """Captioned clips from webdataset shards (`key.{mp4,webm,mkv,mov}`, `key.txt`, `key.json`), each in the size of
-    `pixels` that is nearest to its shape, packed without padding; captioned images may stand among them.
+    """Captioned clips from webdataset shards (`key.mp4` or another of `VIDEO_SUFFIXES`, `key.txt`, `key.json`), each in
+    the size of `pixels` that is nearest to its shape, packed without padding; captioned images may stand among them.
 
     Args:
         fps: frames a second; videos of other rates are resampled by their timestamps.
@@ -128,7 +122,7 @@ class TextVideoDataModule(TextImageDataModule):
             raise UserError(f"{self.key}.fps={fps} and {self.key}.bucket={bucket} must be positive")
         self.fps, self.bucket, self.max_frames = Fraction(fps), Fraction(bucket), max_frames
         if (self.fps * self.bucket).denominator > 1:
-            raise UserError(f"{self.key}.bucket={bucket} seconds are no whole number of frames at {self.key}.fps={fps}")
+            raise UserError(f"{self.key}.bucket={bucket} seconds are not whole frames at {self.key}.fps={fps}")
         if max_frames < 2 or (max_frames - 1) % self.bucket_frames:
             raise UserError(
                 f"{self.key}.max_frames={max_frames} must be 1 + a multiple of the {self.bucket_frames} frames in "
@@ -139,18 +133,18 @@ class TextVideoDataModule(TextImageDataModule):
     def bucket_frames(self) -> int:
         return int(self.fps * self.bucket)
 
-    def packed_by(self, tokens: PackedTokens) -> None:
+    def check_packing(self, tokens: PackedTokens) -> None:
         """As of `TextImageDataModule`.
 
         Raises:
-            UserError: the same; buckets that are no multiples of the tokenizer's temporal stride.
+            UserError: the same; buckets that are not multiples of the tokenizer's temporal stride.
         """
         if self.bucket_frames % tokens.temporal_stride:
             raise UserError(
-                f"{self.key}.bucket: its {self.bucket_frames} frames are no multiple of the tokenizer's "
+                f"{self.key}.bucket: its {self.bucket_frames} frames are not a multiple of the tokenizer's "
                 f"{tokens.temporal_stride} frames a latent"
             )
-        super().packed_by(tokens)
+        super().check_packing(tokens)
         height, width = max((size for _, sizes in self.budgets for _, size in sizes), key=math.prod)
         latent = height * width // tokens.stride**2
         room = (self.max_tokens - 2) // latent  # latents

@@ -1,6 +1,6 @@
 """Token shards: what `grn.encode` writes in place of pixels, and the datamodule that trains class refiners from them.
 
-A sample is `key.tokens.npy`, a uint8 array [views, T, h, w, ceil(z*M/8)] of packed `bit` tokens (`grn.hbq.pack`), with
+A sample is `key.tokens.npy`, uint8 [views, T, h, w, ceil(z*M/8)] of packed `bit` tokens (`pack_bits`), with
 the label and captions of the pixel shards beside it. View 0 is the image as it is, view 1 mirrored. The manifest knows
 the tokenizer: its hash, z and M. Text refiners train from those of captioned samples by `grn.data.text_tokens`.
 """
@@ -16,21 +16,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from grn.data.datamodule import SPLITS, ShardsDataModule
 from grn.data.images import ImageShardsDataModule
-from grn.data.samples import (
-    TOKEN_SUFFIXES,
-    Reason,
-    Skip,
-    entry,
-    is_mirrored,
-    read_annotation,
-)
-from grn.data.shards import MANIFEST
-from grn.data.streaming import check_foreign_urls
-from grn.errors import UserError
+from grn.data.manifest import MANIFEST, token_manifest
+from grn.data.samples import TOKEN_SUFFIXES, entry, is_mirrored, read_annotation
+from grn.data.stream.streaming import check_foreign_urls
+from grn.media.skips import Reason, Skip
+from grn.method import hbq
+from grn.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,22 @@ class TokenDecoder:
         return sample
 
 
+def pack_bits(bits: Tensor) -> Tensor:
+    """`bit` tokens [B, D, ...] -> uint8 [B, ..., ceil(D/8)]: a position's bits in eights, the first the highest.
+
+    The last byte is filled with zeros.
+    """
+    bits = F.pad(bits.movedim(1, -1), (0, -bits.shape[1] % 8)).unflatten(-1, (-1, 8))
+    return (bits << torch.arange(7, -1, -1, device=bits.device)).sum(dim=-1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, latent_channels: int, rounds: int, labeling: hbq.Labeling) -> Tensor:
+    """What `pack_bits` made of the tokens of d = `latent_channels` channels -> int64 tokens of either labeling."""
+    shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
+    bits = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : latent_channels * rounds].movedim(-1, 1).long()
+    return hbq.bits_to_index(bits, rounds) if labeling == "ind" else bits
+
+
 def read_view(raw: Mapping[str, object], *, mirrored: bool, width: int) -> Tensor:
     """uint8 [T, h, w, width]: the tokens of a raw sample as it is, or mirrored.
 
@@ -90,7 +102,12 @@ def read_array(data: bytes) -> np.ndarray:
     except Exception:  # what NumPy's parser of headers raises has no common base
         raise Skip(Reason.BAD_TOKENS) from None
     # Looked at before anything is made of it: a small file may claim a huge array.
-    fits = len(shape) == 5 and min(shape) >= 1 and math.prod(shape) == len(data) - stream.tell()
+    fits = (
+        len(shape) == 5
+        and all(type(size) is int for size in shape)
+        and min(shape) >= 1
+        and math.prod(shape) == len(data) - stream.tell()
+    )
     if version != (1, 0) or fortran_order or dtype != np.uint8 or not fits:
         raise Skip(Reason.BAD_TOKENS)
     return np.frombuffer(data, np.uint8, offset=stream.tell()).reshape(shape)
@@ -103,8 +120,9 @@ def write_array(views: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-class EncodedDataModule(ShardsDataModule):
-    """What all token shards share: their manifest, their tokenizer, their views, and the pixels that they were.
+class Encoded:
+    """What all data modules of token shards share: their manifest, their tokenizer, their views, and the pixels that
+    they were. A part of a `ShardsDataModule`, before which it stands among the bases.
 
     Args:
         flip: mirror training samples at random; needs both views; None: where the shards have both.
@@ -119,16 +137,14 @@ class EncodedDataModule(ShardsDataModule):
 
     def __init__(self, *, flip: bool | None = None, pixels: str | None = None, **shards: Any):
         super().__init__(**shards)
-        if not (self.manifest and "tokenizer" in self.manifest):
-            raise UserError(
-                f"{self.key}.root={self.root} holds no token shards with their manifest; write them with "
-                f"`python -m grn.encode ckpt=TOKENIZER data=...`, and give that folder as {self.key}.root"
-            )
+        token_manifest(self.root, key=self.key)
         if ("text" in self.manifest) != self.captioned:
-            kind, option = ("images of one size", "tokens") if self.captioned else ("captioned samples", "text_tokens")
+            kind, option = (
+                ("images of one size", "tokens") if self.captioned else ("captioned samples", "captioned_tokens")
+            )
             raise UserError(f"{self.key}.root={self.root} holds tokens of {kind}: choose data={option} for them")
         if not self._manifest_fits():
-            raise UserError(f"{self.root / MANIFEST} is no manifest of token shards: encode them anew (grn.encode)")
+            raise UserError(f"{self.root / MANIFEST} is not a manifest of token shards: encode them again (grn.encode)")
         self.tokenizer: dict[str, Any] = self.manifest["tokenizer"]
         self.token_bytes = math.ceil(self.tokenizer["latent_channels"] * self.tokenizer["rounds"] / 8)  # of a position
         if flip and self.manifest["views"] < 2:
@@ -143,7 +159,7 @@ class EncodedDataModule(ShardsDataModule):
         if self.tokenizer["sha256"] != sha256:
             raise UserError(
                 f"{self.key}.root={self.root} was encoded by another tokenizer ({self.tokenizer['source']}, sha256 "
-                f"{self.tokenizer['sha256'][:12]}, not {sha256[:12]}): give that one as tokenizer.ckpt, or encode anew"
+                f"{self.tokenizer['sha256'][:12]}, not {sha256[:12]}): give that one as tokenizer.ckpt, or encode again"
             )
 
     def split_dataloader(self, split: str, *, share: bool = False) -> DataLoader:
@@ -186,17 +202,17 @@ class EncodedDataModule(ShardsDataModule):
         )
 
 
-class TokenShardsDataModule(EncodedDataModule):
+class TokenShardsDataModule(Encoded, ShardsDataModule):
     """Packed tokens from the shards of `grn.encode`.
 
     They are what the tokenizer makes of the pixel shards' images with the same labels and, sample by sample and pass by
     pass, the same flips; in the same order, too, where no sample was rejected and the keys of the loader are the same.
 
     Batches are {"bits": uint8 [B, T, h, w, bytes], "label": int64 [B] (where the manifest counts labels), "caption":
-    list[str] (where there are any), "key": list[str]}; `grn.hbq.unpack` makes tokens of them.
+    list[str] (where there are any), "key": list[str]}; `unpack_bits` makes tokens of them.
 
     Args:
-        encoded: as `EncodedDataModule` has them.
+        encoded: as `Encoded` and `ShardsDataModule` have them.
     """
 
     captioned = False

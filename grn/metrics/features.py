@@ -15,8 +15,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
-from grn.downloads import impatient
-from grn.errors import UserError
+from grn.runtime.downloads import impatient
+from grn.runtime.errors import UserError
 
 
 class FeatureStatistics(torchmetrics.Metric):

@@ -1,4 +1,4 @@
-"""FID, inception score, KID, precision and recall (DESIGN 1.4, issues 2 and 4), with torch-fidelity's numbers.
+"""FID, inception score, KID, precision and recall, equal to torch-fidelity's.
 
 FID: Heusel et al., arXiv 1706.08500. Inception score: Salimans et al., arXiv 1606.03498. KID: Binkowski et al., arXiv
 1801.01401. Precision and recall: Kynkaanniemi et al., arXiv 1904.06991.
@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,23 +26,24 @@ from torch_fidelity.metric_prc import (
 )
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-import grn.metrics.digits_classifier  # noqa: F401  registers `digits-classifier`
-from grn.errors import UserError
-from grn.files import write_atomically
 from grn.metrics.features import FeatureStatistics, build_extractor, extract, widths
 from grn.metrics.ranks import Rows
 from grn.metrics.splits import Split, image_batches, image_digest, labelled_images
+from grn.runtime.errors import UserError
+from grn.runtime.locks import write_cached
 
+EXTRACTOR = "inception-v3-compat"  # Inception v3 with the weights that FID was defined by
 Statistics = dict[str, np.ndarray]  # mu float64 [width], sigma float64 [width, width]
 
 
 class GenerationScores:
     """FID and the like of generated images, from one pass of one feature extractor.
 
-    `compute` gives `fid` and, where asked for, `isc_mean` and `isc_std`, `kid_mean` and `kid_std`, `precision`,
-    `recall` and `f_score`, and `fid_heldout`. They are what `torch_fidelity.calculate_metrics` reports for the same
-    images in the same order, and do not depend on how the images are cut into batches or dealt to ranks (but for what
-    the size of a batch does to the last bits of the extractor's float32; see `Rows` for the order over ranks).
+    `compute` gives `fid`, `fid_samples` (how many images it is of, on which it depends) and, where asked for,
+    `isc_mean` and `isc_std`, `kid_mean` and `kid_std`, `precision`, `recall` and `f_score`, and `fid_heldout`. They are
+    what `torch_fidelity.calculate_metrics` reports for the same images in the same order, and do not depend on how the
+    images are cut into batches or dealt to ranks (but for what the size of a batch does to the last bits of the
+    extractor's float32; see `Rows` for the order over ranks).
 
     Args:
         train, heldout: the splits (`grn.metrics.splits`), read only where a key asks for them.
@@ -73,7 +75,7 @@ class GenerationScores:
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
         reference: str | Path,
-        extractor: str = "inception-v3-compat",
+        extractor: str = EXTRACTOR,
         features: str | None = None,
         weights: str | Path | Callable[[Tensor, Tensor, str | Path], Path] | None = None,
         isc: bool = True,
@@ -86,19 +88,13 @@ class GenerationScores:
         prc_neighborhood: int = 3,
     ):
         splits = {"train": (train, "training"), "heldout": (heldout, "held-out")}
-        for key, value, least in (
-            ("isc_splits", isc_splits, 1),
-            ("kid_subsets", kid_subsets, 1),
-            ("kid_subset_size", kid_subset_size, 2),
-            ("prc_neighborhood", prc_neighborhood, 1),
-        ):
-            if value < least:
-                raise UserError(f"scores.fid.{key} must be at least {least}, got {value}")
-        if (kid or prc) and reference not in splits:
-            raise UserError(
-                f"scores.fid.{'kid' if kid else 'prc'} compares with real images, which scores.fid.reference="
-                f"{reference} does not hold: give a split (train, heldout), or leave it out"
-            )
+        _check_numbers(
+            isc_splits=isc_splits,
+            kid_subsets=kid_subsets,
+            kid_subset_size=kid_subset_size,
+            prc_neighborhood=prc_neighborhood,
+        )
+        _check_real("kid" if kid else "prc" if prc else None, reference)
         self.fid_features = features if features is not None else _default_features(extractor, "fid")
         self.isc_features = _default_features(extractor, "isc") if isc else None
         self.isc_splits = isc_splits
@@ -128,6 +124,45 @@ class GenerationScores:
             own = self._split_statistics(heldout, "held-out", cache_dir)
             self.heldout_fid = frechet_distance(own, self.reference)
 
+    @classmethod
+    def check(
+        cls,
+        num: int | None,
+        *,
+        reference: str | Path,
+        weights: str | Path | Callable[..., Path] | None = None,
+        isc: bool = True,
+        isc_splits: int = 10,
+        kid: bool = False,
+        kid_subset_size: int = 1000,
+        prc: bool = False,
+        prc_neighborhood: int = 3,
+        **others: Any,
+    ) -> None:
+        """What can be known of its arguments before there are images; reads no split, and makes no weights.
+
+        Args:
+            num: how many images will be scored; None: not known.
+
+        Raises:
+            UserError: as from the constructor, and as from `compute` by too few images.
+        """
+        options = {"isc": isc, "isc_splits": isc_splits, "kid": kid, "kid_subset_size": kid_subset_size}
+        options |= {"prc": prc, "prc_neighborhood": prc_neighborhood}
+        _check_real("kid" if kid else "prc" if prc else None, reference)
+        if reference in ("train", "heldout"):
+            if not callable(weights):
+                build_extractor(others.get("extractor", EXTRACTOR), [], weights=weights)
+            _check_numbers(**{name: options[name] for name in ("isc_splits", "kid_subset_size", "prc_neighborhood")})
+        else:
+            load_statistics(reference, None)  # before anything is downloaded
+        if reference not in ("train", "heldout") and not callable(weights):
+            splits = dict.fromkeys(("train", "heldout"), tuple)  # of which nothing is read
+            cls(**splits, reference=reference, weights=weights, **options, **others | {"heldout_fid": False})
+        if num is not None:
+            _check_enough(num, isc_splits if isc else 0)
+            _check_sizes(num, "generated", kid_subset_size if kid else None, prc_neighborhood if prc else None)
+
     def update(self, images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> None:
         """Adds generated images uint8 [B, 3, H, W]; their labels are not read; ids: `Rows.update`."""
         features = extract(self.extractor, images)
@@ -145,11 +180,9 @@ class GenerationScores:
         """
         sums = self.statistics.compute()
         n, statistics = int(sums["n"]), as_numpy(sums)
-        least = 2 if self.logits is None else max(2, self.isc_splits)
-        if n < least:
-            raise UserError(f"scores.fid needs at least {least} images (2, and scores.fid.isc_splits), got {n}")
+        _check_enough(n, 0 if self.logits is None else self.isc_splits)
         self._check_sizes(n, "generated")
-        scores = {"fid": frechet_distance(statistics, self.reference)}
+        scores = {"fid": frechet_distance(statistics, self.reference), "fid_samples": n}
         if self.logits is not None:
             isc = isc_features_to_metric(self.logits.gathered().cpu(), splits=self.isc_splits)
             scores |= {"isc_mean": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
@@ -176,14 +209,8 @@ class GenerationScores:
                 state.reset()
 
     def _check_sizes(self, n: int, which: str) -> None:
-        if self.kid is not None and n < self.kid["kid_subset_size"]:
-            raise UserError(
-                f"scores.fid.kid_subset_size={self.kid['kid_subset_size']} is more than there are {which} images: {n}"
-            )
-        if self.prc is not None and n <= self.prc["prc_neighborhood"]:
-            raise UserError(
-                f"scores.fid.prc_neighborhood={self.prc['prc_neighborhood']} needs more {which} images than {n}"
-            )
+        subset = None if self.kid is None else self.kid["kid_subset_size"]
+        _check_sizes(n, which, subset, None if self.prc is None else self.prc["prc_neighborhood"])
 
     def _split_features(self, split: Split, name: str) -> Tensor:
         """Features of a whole split, float32 [N, width]."""
@@ -206,6 +233,34 @@ class GenerationScores:
             score="fid",
             name=name,
         )
+
+
+def _check_real(key: str | None, reference: str | Path) -> None:
+    """Whether `reference` has the real images that `kid` or `prc` needs."""
+    if key is not None and reference not in ("train", "heldout"):
+        raise UserError(
+            f"scores.fid.{key} compares with real images, which scores.fid.reference={reference} does not hold: give a "
+            "split (train, heldout), or leave it out"
+        )
+
+
+def _check_numbers(**numbers: int) -> None:
+    for key, value in numbers.items():
+        least = 2 if key == "kid_subset_size" else 1
+        if value < least:
+            raise UserError(f"scores.fid.{key} must be at least {least}, got {value}")
+
+
+def _check_enough(n: int, isc_splits: int) -> None:
+    if n < (least := max(2, isc_splits)):
+        raise UserError(f"scores.fid needs at least {least} images (2, and scores.fid.isc_splits), got {n}")
+
+
+def _check_sizes(n: int, which: str, subset: int | None, neighborhood: int | None) -> None:
+    if subset is not None and n < subset:
+        raise UserError(f"scores.fid.kid_subset_size={subset} is more than there are {which} images: {n}")
+    if neighborhood is not None and n <= neighborhood:
+        raise UserError(f"scores.fid.prc_neighborhood={neighborhood} needs more {which} images than {n}")
 
 
 def split_statistics(
@@ -245,15 +300,15 @@ def split_statistics(
         raise UserError(f"scores.{score}.reference: the {name} split needs at least 2 images")
     statistics = as_numpy(sums.compute())
     if path is not None:
-        write_atomically(path, lambda temporary: np.savez(temporary, **statistics))
+        write_cached(path, lambda temporary: np.savez(temporary, **statistics))
     return statistics
 
 
-def load_statistics(path: str | Path, width: int, *, score: str = "fid") -> Statistics:
+def load_statistics(path: str | Path, width: int | None, *, score: str = "fid") -> Statistics:
     """Reads `mu` and `sigma` of an npz (other members are left unread) as float64.
 
     Args:
-        width: the number of features.
+        width: the number of features; None: not known yet, so that only the file is looked at.
         score: the score's key, for messages.
 
     Raises:
@@ -267,6 +322,10 @@ def load_statistics(path: str | Path, width: int, *, score: str = "fid") -> Stat
         with zipfile.ZipFile(path) as archive:
             sizes = {member.filename: member.file_size for member in archive.infolist()}
         with np.load(path, allow_pickle=False) as arrays:
+            if width is None and "mu.npy" in sizes:
+                if not 0 < sizes["mu.npy"] <= 2**20:
+                    raise UserError(f"{key}: mu of {path} has {sizes['mu.npy']} bytes, where features have a few each")
+                width = arrays["mu"].size
             for name, shape in (("mu", (width,)), ("sigma", (width, width))):
                 if f"{name}.npy" not in sizes:
                     raise UserError(f"{key}: {path} has no {name}: an npz with mu and sigma is needed")

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from grn.errors import UserError
 from grn.metrics.features import FeatureStatistics
 from grn.metrics.fid import Statistics, as_numpy, frechet_distance, load_statistics, split_statistics
 from grn.metrics.splits import Split, same_sizes
 from grn.metrics.video_networks import I3D, TorchvisionVideo
+from grn.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,15 @@ class FrechetVideoDistance:
                 f"({type(error).__name__}): is its file another network's?"
             ) from error
         self.statistics = FeatureStatistics(width).to(device)
+
+    @classmethod
+    def check(cls, num: int | None, *, reference: str | Path = "train", **arguments: Any) -> None:
+        """As `GenerationScores.check`."""
+        score = cls(train=tuple, heldout=tuple, reference=reference, **arguments)
+        if reference not in score.splits:
+            _ = score.reference
+        if num is not None and num < 2:
+            raise UserError(f"scores.fvd needs at least 2 clips, got {num}")
 
     def update(self, clips: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> None:
         """Adds generated clips uint8 [B, 3, T, H, W]; labels and ids are not read.

@@ -1,13 +1,13 @@
-"""How far generated images are from the nearest training image: whether a model generates or recites (issue 2)."""
+"""Distance of samples to the nearest training image: detects memorization."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from grn.errors import UserError
 from grn.metrics.ranks import Rows
 from grn.metrics.splits import Split, grey, image_batches
+from grn.runtime.errors import UserError
 
 CHUNK = 4096  # training images compared at a time
 
@@ -96,7 +96,7 @@ class NearestTrainingDistance:
         if images.shape[1:] != self.shape:
             raise UserError(
                 f"scores.nearest: images of {list(images.shape[1:])} cannot be compared with training images of "
-                f"{list(self.shape)}: give both one size"
+                f"{list(self.shape)}: give both the same size"
             )
         return grey(images).flatten(1)
 

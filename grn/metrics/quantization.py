@@ -1,11 +1,11 @@
-"""What each round of HBQ is worth (DESIGN 1.1): how evenly its bit falls, and the error that is left after it."""
+"""Scores of each round of HBQ: the entropy of its bit and the error that remains after it."""
 
 import torch
 import torchmetrics
 from torch import Tensor
 
-from grn import hbq
-from grn.errors import UserError
+from grn.method import hbq
+from grn.runtime.errors import UserError
 
 
 class QuantizationScores(torchmetrics.Metric):
@@ -35,7 +35,7 @@ class QuantizationScores(torchmetrics.Metric):
     def update(self, features: Tensor) -> None:
         """Adds features [B, z, T, h, w] in [-1, 1]."""
         features = features.float()
-        bits = hbq.labels(features, self.rounds, "bit").unflatten(1, (self.rounds, -1))
+        bits = hbq.tokens(features, self.rounds, "bit").unflatten(1, (self.rounds, -1))
         errors = [(features - hbq.quantize(features, m)).abs() for m in range(1, self.rounds + 1)]
         # Not in place: the states may have been made in inference mode, by a validation epoch.
         self.count = self.count + features[:, 0].numel()

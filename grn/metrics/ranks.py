@@ -1,11 +1,11 @@
-"""What a score keeps, over all ranks: rows of every image in the order of the images, and totals."""
+"""Accumulators of scores over ranks: per-image rows in order, and totals."""
 
 import torch
 import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from grn.data.streaming import rank_and_world_size
+from grn.runtime.ranks import rank_and_world_size
 
 
 class Rows(torchmetrics.Metric):

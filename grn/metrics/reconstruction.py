@@ -1,4 +1,4 @@
-"""How close reconstructed images are to the real ones: PSNR, SSIM, L1; LPIPS (Zhang et al. 2018)."""
+"""Reconstruction scores: PSNR, SSIM, L1; LPIPS (Zhang et al. 2018)."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from grn.errors import UserError
+from grn.media.pixels import from_uint8
 from grn.metrics.ranks import Totals
 from grn.metrics.splits import Split
 from grn.networks.perceptual import LPIPS
-from grn.pixels import from_uint8
+from grn.runtime.errors import UserError
 
 
 class ReconstructionScores:

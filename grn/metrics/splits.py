@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grn.errors import UserError
-from grn.pixels import as_frames
+from grn.media.pixels import as_frames
+from grn.runtime.errors import UserError
 
 Split = Callable[[], Iterable[dict[str, Any]]]
 

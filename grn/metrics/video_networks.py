@@ -1,4 +1,4 @@
-"""Networks whose features tell clips apart: I3D as the field's TorchScript file, or torchvision's, of local weights."""
+"""Feature networks of FVD: I3D as TorchScript, or torchvision's, from local files."""
 
 import warnings
 from pathlib import Path
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from grn.checkpoints.reading import read_untrusted
-from grn.errors import UserError
-from grn.files import sha256_of
-from grn.pixels import from_uint8
+from grn.media.pixels import from_uint8
+from grn.runtime.errors import UserError
+from grn.runtime.files import sha256_of
+from grn.weights.reading import read_untrusted
 
 KEY = "scores.fvd.network"
 I3D_FILE = "i3d_torchscript.pt (https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt)"  # StyleGAN-V's
@@ -40,7 +40,7 @@ def video_network(name: str = "i3d", path: str | None = None, sha256: str | None
         raise UserError(f"{KEY}.path: no file {file}; give the local path of {wanted}")
     digest = sha256_of(file)
     if sha256 is not None and digest != sha256.lower():
-        raise UserError(f"{KEY}.sha256: {file} has {digest}: it is another file than that of {KEY}.sha256={sha256}")
+        raise UserError(f"{KEY}.sha256: {file} has {digest}: it differs from {KEY}.sha256={sha256}")
     network = I3D(file) if name == "i3d" else TorchvisionVideo(name, file)
     network.identity = f"{name} {digest}"
     return network.eval().requires_grad_(False)

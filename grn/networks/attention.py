@@ -1,4 +1,4 @@
-"""Which tokens attend to which in the text refiner (DESIGN 1.5).
+"""Attention patterns of the text refiner (docs/method.md#text-conditional-refiner).
 
 Every pattern here is called with queries, keys and values [B, heads, N, head_dim] and returns what attention makes of
 them, like the queries; keys and values may have fewer heads, each shared by a group of the queries' heads.
@@ -94,6 +94,21 @@ class WithText:
             own = self.mask.new_ones(len(q), 1, 1, k.shape[2])
             mask = torch.cat([own, self.mask], dim=3).expand(-1, -1, q.shape[2], -1)
         k, v = torch.cat([k, self.keys.to(k.dtype)], dim=2), torch.cat([v, self.values.to(v.dtype)], dim=2)
+        return _attention(q, k, v, mask)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Dense batches: every token attends to all of its row but padding.
+
+    Args:
+        mask: bool [B, 1, 1, N], False where a row's token is padding; None where there is none.
+    """
+
+    mask: Tensor | None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = None if self.mask is None else self.mask.expand(-1, -1, q.shape[2], -1)
         return _attention(q, k, v, mask)
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grn.errors import UserError
+from grn.networks.layers import Initialized
 from grn.networks.text_encoder import TextEncoder
 from grn.networks.text_refiner import TextCache, TextRefiner
+from grn.runtime.errors import UserError
 
 
-class CaptionedRefiner(nn.Module):
-    """What training changes of a text-conditional model (DESIGN 1.5).
+class CaptionedRefiner(Initialized):
+    """A text refiner and the text encoder trained with it, as one network.
 
     Args:
         refiner: its `text_width` is the width of the encoder's features.
@@ -35,6 +36,11 @@ class CaptionedRefiner(nn.Module):
         """What a strategy shards one by one, and activation checkpointing computes again."""
         return self.refiner.blocks
 
+    @property
+    def head(self) -> nn.Module:
+        """What a strategy shards apart, so that it stays float32."""
+        return self.refiner.head
+
     def forward(
         self, tokens: Sequence[Tensor], t: Tensor, text: Sequence[str] | tuple[Tensor, Sequence[int]], **options: Any
     ) -> list[Tensor]:
@@ -55,13 +61,7 @@ class CaptionedRefiner(nn.Module):
         """As `TextRefiner.text_cache`."""
         return self.refiner.text_cache(*arguments, **options)
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """(Re)initialises all parameters, also after `to_empty` on a module that was made on the meta device."""
-        for tensor, fill in self.initializers(generator):
-            fill(tensor)
-
     def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
-        """Each parameter once, with what fills it or another tensor of its shape, as `ClassRefiner.initializers`."""
         yield from self.refiner.initializers(generator)
         if self.encoder is not None:
             yield from self.encoder.initializers(generator)

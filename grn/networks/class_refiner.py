@@ -1,23 +1,33 @@
-"""The class-conditional refiner (DESIGN 1.4): a transformer that sees a corrupted token map, t and a class label."""
+"""The class-conditional refiner: a transformer over a corrupted token map, t and a class label.
+
+docs/method.md#class-conditional-refiner has its formulas.
+"""
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grn.errors import UserError
-from grn.networks.pretrained import Pretrained
+from grn.networks.layers import (
+    EPS,
+    HeadLinear,
+    Initialized,
+    RMSNorm,
+    TimeEmbedding,
+    at_least_float32,
+    ones_at,
+    without_autocast,
+)
 from grn.networks.rotary import rotary_2d, rotate
+from grn.runtime.errors import UserError, check_count
+from grn.weights.pretrained import Pretrained
 
-EPS = 1e-6
-TIME_FREQUENCIES = 128
 MAX_SIZE = 128  # 2048 pixels at stride 16; tables grow with it, and no weight in an exported file vouches for it
 
 
-class ClassRefiner(Pretrained, nn.Module):
+class ClassRefiner(Pretrained, Initialized):
     """Predicts every true token of a corrupted map; `from_pretrained` loads a trained one.
 
     Args:
@@ -53,10 +63,7 @@ class ClassRefiner(Pretrained, nn.Module):
         super().__init__()
         sizes = {"channels": channels, "classes": classes, "num_labels": num_labels, "size": size, "depth": depth}
         for name, value in (sizes | {"width": width, "heads": heads, "bottleneck": bottleneck}).items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"model.{name} must be a positive whole number, got {value}")
-        if size > MAX_SIZE:
-            raise UserError(f"model.size={size} must be at most {MAX_SIZE} tokens a side")
+            check_count(f"model.{name}", value, most=MAX_SIZE if name == "size" else None)
         if width % (4 * heads):
             raise UserError(f"model.width={width} must be a multiple of 4 * model.heads={heads} (2-D rotary positions)")
         if context_tokens and not (isinstance(context_start, int) and 0 <= context_start < depth):
@@ -71,7 +78,8 @@ class ClassRefiner(Pretrained, nn.Module):
         self.token_embedding = TokenEmbedding(channels, classes, bottleneck, width)
         self.time_embedding = TimeEmbedding(width)
         self.label_embedding = nn.Embedding(num_labels + 1, width)
-        self.context_position = nn.Parameter(torch.empty(context_tokens, width))
+        # Of none, DDP would wait for a gradient that never comes.
+        self.context_position = nn.Parameter(torch.empty(context_tokens, width), requires_grad=context_tokens > 0)
         self.blocks = nn.ModuleList(Block(width, heads, int(mlp_ratio * width * 2 / 3)) for _ in range(depth))
         self.head = Head(width, classes * channels)
         for name, table in self._tables().items():
@@ -105,33 +113,17 @@ class ClassRefiner(Pretrained, nn.Module):
                 rotation = self.context_cos, self.context_sin
             x = block(x, condition, *rotation)
         logits = self.head(x[:, -height * width :], condition)
-        logits = logits.view(batch, frames, height, width, self.classes, self.channels).permute(0, 4, 5, 1, 2, 3)
-        return _at_least_float32(logits)
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """(Re)initialises parameters and tables, also after `to_empty` on a module that was made on the meta device."""
-        for tensor, fill in self.initializers(generator):
-            fill(tensor)
+        return logits.view(batch, frames, height, width, self.classes, self.channels).permute(0, 4, 5, 1, 2, 3)
 
     def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
-        """Each parameter and table once, with what fills it, or another tensor of its shape, in place.
-
-        Somebody who keeps shards only can so have one whole parameter at a time; the draws are the same in this order.
-        """
         normal = functools.partial(nn.init.normal_, std=0.02, generator=generator)
         xavier = functools.partial(nn.init.xavier_uniform_, generator=generator)
-        time = self.time_embedding.first, self.time_embedding.second
+        fills = dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal)
         # adaLN-zero: every block starts as the identity, the head at zero logits.
-        zero = {self.head.out, *(module.modulation for module in (*self.blocks, self.head))}
+        zero = self.head.out, *(module.modulation for module in (*self.blocks, self.head))
         for name, table in self._tables().items():
             yield getattr(self, name), functools.partial(Tensor.copy_, other=table)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                yield module.weight, nn.init.zeros_ if module in zero else normal if module in time else xavier
-                if module.bias is not None:
-                    yield module.bias, nn.init.zeros_
-            elif isinstance(module, nn.RMSNorm):
-                yield module.weight, nn.init.ones_
+        yield from self.layer_initializers(fills | dict.fromkeys(zero, nn.init.zeros_), xavier)
         yield self.label_embedding.weight, normal
         yield self.context_position, normal
 
@@ -162,37 +154,9 @@ class TokenEmbedding(nn.Module):
         self.expand = nn.Linear(bottleneck, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # A sum of rows of the first matrix would need no one-hots, yet embedding_bag's forward and backward took two to
-        # nine times as long as this product (CPU, D*classes = 64..256): its gradient scatters row by row.
         channel = torch.arange(self.channels, device=tokens.device)
         index = tokens.flatten(2).transpose(1, 2) * self.channels + channel
-        weight = self.squeeze.weight
-        hot = torch.zeros(*index.shape[:2], weight.shape[1], dtype=weight.dtype, device=tokens.device)
-        return self.expand(self.squeeze(hot.scatter_(2, index, 1.0)))
-
-
-class TimeEmbedding(nn.Module):
-    """t float [B] -> [B, width]: 256 sinusoids of the raw t, cosines first, base 1e4, then a two-layer SiLU MLP."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.first = nn.Linear(2 * TIME_FREQUENCIES, width)
-        self.second = nn.Linear(width, width)
-
-    def forward(self, t: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.first.weight.dtype, torch.float32)
-        steps = torch.arange(TIME_FREQUENCIES, dtype=dtype, device=t.device) / TIME_FREQUENCIES
-        angles = t[:, None].to(dtype) * torch.exp(-math.log(1e4) * steps)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.first.weight.dtype)
-        return self.second(F.silu(self.first(sinusoids)))
-
-
-class RMSNorm(nn.RMSNorm):
-    """In its input's type: under mixed precision the stream is float32, also where FSDP makes the weight bfloat16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # There is no kernel for two dtypes: a chain of operations would take its place.
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return self.expand(self.squeeze(ones_at(index, self.squeeze)))
 
 
 class Block(nn.Module):
@@ -226,8 +190,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # In float32 (or float64) from norm to rotation: under bf16 autocast, RMSNorm has no kernel for two dtypes.
-        q = rotate(self.q_norm(_at_least_float32(q)), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(_at_least_float32(k)), cos, sin).to(v.dtype)
+        q = rotate(self.q_norm(at_least_float32(q)), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(at_least_float32(k)), cos, sin).to(v.dtype)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -243,21 +207,22 @@ class SwiGLU(nn.Module):
 
 
 class Head(nn.Module):
-    """adaLN (shift, scale) RMSNorm and the linear map to class-major logits."""
+    """adaLN (shift, scale) RMSNorm and the linear map to class-major logits; all of it in float32, also under autocast.
+
+    x [B, N, width], condition [B, width], of any float type -> [B, N, out], float32 (float64 of a float64).
+    """
 
     def __init__(self, width: int, out: int):
         super().__init__()
         self.norm = RMSNorm(width, eps=EPS)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, out)
+        self.modulation = HeadLinear(width, 2 * width)
+        self.out = HeadLinear(width, out)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.out(self.norm(x) * (1 + scale) + shift)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        with without_autocast(x.device):
+            x, condition = at_least_float32(x), at_least_float32(condition)
+            shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+            return self.out(self.norm(x) * (1 + scale) + shift)
 
 
 def sincos_position(size: int, width: int) -> Tensor:

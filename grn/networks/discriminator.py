@@ -1,4 +1,4 @@
-"""The patch discriminator and the hinge losses of tokenizer training (DESIGN 1.2)."""
+"""The patch discriminator and hinge losses of tokenizer training."""
 
 from itertools import pairwise
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grn.errors import UserError
-from grn.pixels import as_frames
+from grn.media.pixels import as_frames
+from grn.runtime.errors import UserError, check_count
 
 
 class PatchDiscriminator(nn.Module):
@@ -26,8 +26,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, *, layers: int = 3, width: int = 64, dimensions: int = 2):
         super().__init__()
         for name, value in {"layers": layers, "width": width}.items():
-            if value < 1:
-                raise UserError(f"{name} of the discriminator must be positive, got {value}")
+            check_count(f"training.discriminator.{name}", value)
         if dimensions not in (2, 3):
             raise UserError(f"dimensions of the discriminator must be 2 or 3, got {dimensions}")
         self.dimensions = dimensions

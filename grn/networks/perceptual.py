@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from grn.checkpoints.reading import read_untrusted
-from grn.downloads import impatient
-from grn.errors import UserError
+from grn.runtime.downloads import impatient
+from grn.runtime.errors import UserError
+from grn.weights.reading import read_untrusted
 
 
 class LPIPS(nn.Module):

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: over a 2-D map of tokens (DESIGN 1.4), and over time, rows and columns (DESIGN 1.5)."""
+"""Rotary position embeddings: 2-D, and 3-D over time, rows and columns (docs/method.md#rotary-positions)."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,12 @@
-"""Text encoders: captions in, features of their tokens out (DESIGN 1.5), by the T5 encoders of transformers.
+"""Text encoders: captions to features of their tokens, by the T5 encoders of transformers.
 
 transformers takes seconds to import and is imported when an encoder is made.
 """
 
 import functools
+import html
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from grn.checkpoints.mapping import load_strict
-from grn.checkpoints.official_umt5 import load_official_umt5
-from grn.errors import UserError
-from grn.networks.pretrained import Pretrained, brief
+from grn.runtime.errors import UserError, check_count
+from grn.weights.from_transformers import load_pretrained
+from grn.weights.mapping import load_strict
+from grn.weights.official_umt5 import load_official_umt5
+from grn.weights.pretrained import Pretrained, brief, local_file
 
 CHARACTERS = 64  # of a caption, for every token that is kept: the rest of an endless one is not even tokenized
 # Not float16: T5's MLPs leave its range, and transformers keeps a part of them in float32 in it.
@@ -32,18 +35,21 @@ class TextEncoder(nn.Module):
         encoder: of transformers: (input_ids, attention_mask) -> last_hidden_state.
         tokenizer: of transformers.
         max_length: tokens a caption, the end token included; longer captions are cut.
+        clean_captions: `clean` captions first.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer: Any, *, max_length: int):
+    def __init__(self, encoder: nn.Module, tokenizer: Any, *, max_length: int, clean_captions: bool = False):
         super().__init__()
-        if not isinstance(max_length, int) or max_length < 1:
-            raise UserError(f"text_encoder.max_length must be a positive whole number, got {max_length}")
+        check_count("text_encoder.max_length", max_length)
+        if not isinstance(clean_captions, bool):
+            raise UserError(f"text_encoder.clean_captions={clean_captions} must be true or false")
         if len(tokenizer) > encoder.config.vocab_size:
             raise UserError(
                 f"text_encoder.tokenizer has {len(tokenizer)} tokens, the encoder knows {encoder.config.vocab_size}: "
                 "give the encoder's own"
             )
         self.encoder, self.tokenizer, self.max_length = encoder, tokenizer, max_length
+        self.clean_captions = clean_captions
 
     @property
     def width(self) -> int:
@@ -74,7 +80,12 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """The tokens of each caption, at least one and at most max_length."""
-        return tokenize(captions, tokenizer=self.tokenizer, max_length=self.max_length)
+        return self.tokenization(captions)
+
+    @property
+    def tokenization(self) -> "Tokenization":
+        """`tokenize` without the encoder: for processes that only count."""
+        return Tokenization(self.tokenizer, self.max_length, self.clean_captions)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """int64 [B, L], and where they are tokens rather than padding -> features [B, L, width], any at padding."""
@@ -93,11 +104,39 @@ def _calls(lengths: Sequence[int]) -> list[list[int]]:
     return calls
 
 
-def tokenize(captions: Sequence[str], *, tokenizer: Any, max_length: int) -> list[list[int]]:
-    """As `TextEncoder.tokenize`, without the encoder: for processes that only count."""
-    clean = [caption[: CHARACTERS * max_length].encode("utf-8", "replace").decode("utf-8") for caption in captions]
-    ids = tokenizer(clean, truncation=True, max_length=max_length)["input_ids"]
-    return [list(caption) or [tokenizer.pad_token_id or 0] for caption in ids]
+@dataclass(frozen=True)
+class Tokenization:
+    """Captions -> the tokens of each, at least one and at most `max_length`."""
+
+    tokenizer: Any
+    max_length: int
+    clean_captions: bool
+
+    def __call__(self, captions: Sequence[str]) -> list[list[int]]:
+        cut = [caption[: CHARACTERS * self.max_length] for caption in captions]
+        cleaned = [clean(caption) if self.clean_captions else caption for caption in cut]
+        texts = [caption.encode("utf-8", "replace").decode() for caption in cleaned]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        return [list(caption) or [self.tokenizer.pad_token_id or 0] for caption in ids]
+
+    def is_cut(self, caption: str) -> bool:
+        """Whether a caption has more tokens than are taken."""
+        if len(self([caption])[0]) < self.max_length:
+            return False
+        longer = replace(self, max_length=self.max_length + 1)
+        return len(caption) > CHARACTERS * self.max_length or len(longer([caption])[0]) > self.max_length
+
+    def used(self, caption: str) -> str:
+        """What is taken of a caption, as its tokens say it."""
+        return self.tokenizer.decode(self([caption])[0], skip_special_tokens=True)
+
+
+def clean(caption: str) -> str:
+    """As users of umT5 clean captions: ftfy mends them (broken encodings, curly quotes, full-width letters), HTML
+    entities become characters, also those that were escaped twice, and each run of white space becomes one space."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
 
 
 class ByteT5(Pretrained, TextEncoder):
@@ -110,9 +149,20 @@ class ByteT5(Pretrained, TextEncoder):
         hidden: width of its gated MLP.
         dropout: in training.
         max_length: bytes a caption, and one more for its end.
+        clean_captions: as `TextEncoder` has it.
     """
 
-    def __init__(self, *, width: int, depth: int, heads: int, hidden: int, dropout: float = 0.0, max_length: int = 128):
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        hidden: int,
+        dropout: float = 0.0,
+        max_length: int = 128,
+        clean_captions: bool = False,
+    ):
         from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
         if width % heads:
@@ -129,7 +179,8 @@ class ByteT5(Pretrained, TextEncoder):
             feed_forward_proj="gated-gelu",
         )
         # The stack alone: T5EncoderModel has the embedding a second time, which sharding would take for another one.
-        super().__init__(T5EncoderModel(config).encoder, tokenizer, max_length=max_length)
+        encoder = T5EncoderModel(config).encoder
+        super().__init__(encoder, tokenizer, max_length=max_length, clean_captions=clean_captions)
 
     def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
         """Each parameter once, with what fills it or another tensor of its shape: T5's scheme, by fan-in."""
@@ -155,6 +206,7 @@ class PretrainedT5(TextEncoder):
         tokenizer: a folder or repository as `path`; None: `path`.
         dtype: of the weights: bfloat16 or float32.
         max_length: tokens a caption.
+        clean_captions: as `TextEncoder` has it.
 
     Raises:
         UserError: not there, not to be had, or of something else.
@@ -168,6 +220,7 @@ class PretrainedT5(TextEncoder):
         tokenizer: str | None = None,
         dtype: str = "bfloat16",
         max_length: int = 512,
+        clean_captions: bool = False,
     ):
         from transformers import AutoTokenizer
 
@@ -178,11 +231,11 @@ class PretrainedT5(TextEncoder):
         if found.unk_token_id in found("a")["input_ids"]:  # where files are missing, transformers makes an empty one
             raise UserError(f"text_encoder.{key}: {source} has no tokenizer; give one as text_encoder.tokenizer")
         encoder = _official(weights) if weights is not None else _pretrained(path, DTYPES[dtype])
-        super().__init__(encoder.to(DTYPES[dtype]), found, max_length=max_length)
+        super().__init__(encoder.to(DTYPES[dtype]), found, max_length=max_length, clean_captions=clean_captions)
         # Arguments that make this encoder again, also in another folder.
         places = {"path": path, "weights": weights, "tokenizer": tokenizer}
         self.reference = {name: _absolute(place) for name, place in places.items()}
-        self.reference |= {"dtype": dtype, "max_length": max_length}
+        self.reference |= {"dtype": dtype, "max_length": max_length, "clean_captions": clean_captions}
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PretrainedT5":
@@ -217,7 +270,7 @@ def _pretrained(path: str, dtype: torch.dtype) -> nn.Module:
 def _official(path: str) -> nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    state, sizes = load_official_umt5(path)
+    state, sizes = load_official_umt5(local_file(path))
     with torch.device("meta"):
         encoder = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
     load_strict(encoder, state, source=f"text_encoder.weights: {path}", remedy="download it again")
@@ -226,16 +279,4 @@ def _official(path: str) -> nn.Module:
 
 
 def _load(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:
-    """What `load`, a `from_pretrained` of transformers, makes of a folder or a repository on the Hub."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        raise UserError(f"{key}: no folder {path}; give one, or a repository on the Hub such as google/umt5-xxl")
-    here = folder.is_dir()
-    try:
-        return load(str(folder) if here else path, local_files_only=here, trust_remote_code=False, **options)
-    except Exception as error:  # OSError, ValueError, those of the Hub's HTTP library, of safetensors, of tokenizers
-        if here:
-            raise UserError(f"{key}: {path} cannot be read ({brief(error)}); download it again") from None
-        raise UserError(
-            f"{key}: {path} is no folder here, and not to be had from the Hub ({brief(error)}); give a local folder"
-        ) from None
+    return load_pretrained(key, path, load, example="google/umt5-xxl", **options)

@@ -1,53 +1,84 @@
-"""The text-conditional refiner of images and video (DESIGN 1.5): a transformer over visual, time and text tokens.
+"""The text-conditional refiner of images and video: a transformer over visual, time and text tokens.
+
+docs/method.md#text-conditional-refiner has its formulas.
 
 The same weights run in two forms. `forward` trains: samples of any sizes, packed into one sequence without padding.
-`predict` samples: batches of one size, on keys and values of their texts that `text_cache` computes once.
+`predict` samples: batches of one size, on what `text_cache` computes once of their texts.
+
+Who attends to whom is no matter of weights, so that weights of one scheme load into the other and draw garbage:
+
+- `full`: every token of a sample attends to all of the sample. Texts run through all blocks at every step, since what
+  is on the map changes them. The authors' weights since June 2026 (`..._FSA_...`).
+- `one_way`: visual tokens and the time token attend to all of their sample, text to text alone, so that its keys and
+  values are computed once for all steps. The authors' first release.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from grn.errors import UserError
-from grn.networks.attention import Backend, Pattern, Recorder, WithText, packed_attention
-from grn.networks.class_refiner import EPS, RMSNorm, TimeEmbedding
-from grn.networks.pretrained import Pretrained
+from grn.method.resolutions import nearest_template, rotary_span
+from grn.networks.attention import Backend, Padded, Pattern, Recorder, WithText, packed_attention
+from grn.networks.layers import (
+    EPS,
+    HeadLinear,
+    Initialized,
+    RMSNorm,
+    TimeEmbedding,
+    at_least_float32,
+    ones_at,
+    without_autocast,
+)
 from grn.networks.rotary import ROWS_3D, rotary_3d, rotate
-from grn.resolutions import nearest_template, rotary_span
+from grn.runtime.errors import UserError, check_count
+from grn.weights.pretrained import Pretrained
 
 TIME_POSITION, FIRST_FRAME = 512, 600  # of the time token and of frame 0, along time; text counts from 0
 MAX_FRAMES = ROWS_3D[0] - FIRST_FRAME  # of latents
 HIDDEN_UNIT = 256
 
+Scheme = Literal["one_way", "full"]
+Initialization = Literal["normal", "zero_head"]
+
 
 @dataclass(frozen=True)
 class TextCache:
-    """Keys and values of S texts: a tensor [S, kv_heads, longest, head_dim] a block; how long each text is."""
+    """What all steps share of S texts, and how long each is.
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    inputs: [S, longest, width], what goes into the blocks with the other tokens (`full`), or None. keys, values: a
+    tensor [S, kv_heads, longest, head_dim] a block (`one_way`), or none.
+    """
+
     lengths: tuple[int, ...]
+    inputs: Tensor | None = None
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
 
-class TextRefiner(Pretrained, nn.Module):
+class TextRefiner(Pretrained, Initialized):
     """Predicts every true token of corrupted maps from their texts; `from_pretrained` loads a trained one.
 
     Args:
         channels: D, tokens a position.
         classes: values a token can take.
         depth, width, heads: of the transformer.
+        attention: `full` or `one_way`, which the weights were trained with; nothing in them tells.
         kv_heads: heads of keys and values, each shared by a group of heads; None: as many as `heads`.
         mlp_ratio: the SwiGLU's hidden width is round(mlp_ratio * width / 256) * 256.
         text_width: of the text encoder's features.
         max_text: text tokens a sample, at most 512.
+        initialization: of linear layers, `normal`: N(0, 0.02) for all of them, the head's too, as the authors do; or
+            `zero_head`: Xavier, what blocks add to the stream scaled by 1/sqrt(2 * depth), and a head of zeros. Biases
+            are 0 and norms 1 in both.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -61,17 +92,18 @@ class TextRefiner(Pretrained, nn.Module):
         depth: int,
         width: int,
         heads: int,
+        attention: Scheme,
         kv_heads: int | None = None,
         mlp_ratio: float = 3.55,
         text_width: int = 4096,
         max_text: int = TIME_POSITION,
+        initialization: Initialization = "normal",
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         sizes = {"channels": channels, "classes": classes, "depth": depth, "width": width, "heads": heads}
         for name, value in (sizes | {"kv_heads": kv_heads, "text_width": text_width, "max_text": max_text}).items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"model.{name} must be a positive whole number, got {value}")
+            check_count(f"model.{name}", value)
         if width % (2 * heads) or width // heads < 6:
             raise UserError(
                 f"model.width={width} must be a multiple of 2 * model.heads={heads}, and at least 6 a head (3-D rotary "
@@ -81,10 +113,18 @@ class TextRefiner(Pretrained, nn.Module):
             raise UserError(f"model.kv_heads={kv_heads} must divide model.heads={heads}")
         if max_text > TIME_POSITION:
             raise UserError(f"model.max_text={max_text} must be at most {TIME_POSITION}, the time token's position")
+        if attention not in get_args(Scheme):
+            raise UserError(
+                f"model.attention={attention}: {' or '.join(get_args(Scheme))}, as its weights were trained"
+            )
         hidden = round(mlp_ratio * width / HIDDEN_UNIT) * HIDDEN_UNIT
         if hidden < 1:
             raise UserError(f"model.mlp_ratio={mlp_ratio} leaves nothing of model.width={width}, in units of 256")
+        if initialization not in get_args(Initialization):
+            raise UserError(f"model.initialization={initialization}: {' or '.join(get_args(Initialization))}")
+        self.initialization: Initialization = initialization
         self.channels, self.classes = channels, classes
+        self.attention: Scheme = attention
         self.width, self.head_dim = width, width // heads
         self.text_width, self.max_text = text_width, max_text
 
@@ -113,9 +153,9 @@ class TextRefiner(Pretrained, nn.Module):
             t: float [S], the signal ratios.
             text: float [sum of text_lengths, text_width], text after text.
             text_lengths: S, each in 1..max_text.
-            templates: S height/width templates (grn.resolutions); None: the nearest to each H/W.
+            templates: S height/width templates (grn.method.resolutions); None: the nearest to each H/W.
             context_frames: how many latents at the start of each sample are a condition, with their true tokens
-                (first-frame condition, DESIGN 1.5); one number for all, or S.
+                (image to video); one number for all, or S.
             backend: as in `grn.networks.attention.packed_attention`.
 
         Returns:
@@ -146,7 +186,7 @@ class TextRefiner(Pretrained, nn.Module):
             ]
         )
         lengths = [(size + 1, length) for size, length in zip(sizes, text_lengths)]
-        x = self._run(x, positions, [packed_attention(lengths, x.device, backend=backend)] * len(self.blocks))
+        x = self._run(x, positions, [self._packed(lengths, x.device, backend)] * len(self.blocks))
 
         kept = [(frames, (shape[0] - frames, *shape[1:])) for frames, shape in zip(context, shapes)]
         counts = [
@@ -191,23 +231,33 @@ class TextRefiner(Pretrained, nn.Module):
         template = nearest_template(height, width) if template is None else template
 
         visual = self.token_embedding(tokens.flatten(2).transpose(1, 2))
-        x = self._stream(torch.cat([visual, self.time_embedding(t)[:, None]], dim=1))
-        positions = torch.cat([visual_positions(frames, height, width, template), time_positions([TIME_POSITION])])
-        x = self._run(x, positions, _with_texts(text, rows, x.device))
-        logits = self.head(x[:, context_frames * height * width : -1]).float()
+        pieces = [visual, self.time_embedding(t)[:, None]]
+        positions = [visual_positions(frames, height, width, template), time_positions([TIME_POSITION])]
+        if self.attention == "full":
+            inputs, longest, mask = _beside(text, rows, visual.shape[1] + 1, visual.device)
+            pieces.append(inputs)
+            positions.append(_of_text(longest))
+            patterns = [Padded(mask)] * len(self.blocks)
+        else:
+            patterns = _with_texts(text, rows, visual.device)
+        x = self._run(self._stream(torch.cat(pieces, dim=1)), torch.cat(positions), patterns)
+        logits = self.head(x[:, context_frames * height * width : frames * height * width]).float()
         return logits.view(batch, -1, height, width, self.channels, self.classes).permute(0, 5, 4, 1, 2, 3)
 
     def text_cache(self, text: Tensor, text_lengths: Sequence[int], *, backend: Backend | None = None) -> TextCache:
-        """Keys and values of S texts in every block: text attends to itself alone, so that one pass serves all steps.
+        """What all steps share of S texts: with `one_way` attention their keys and values in every block.
 
         Args:
             text, text_lengths, backend: as in `forward`.
         """
         self._check_text(text, text_lengths)
         lengths = list(text_lengths)
-        x = self._stream(self.text_projection(self._input(text)))[None]
+        projected = self.text_projection(self._input(text))
+        if self.attention == "full":
+            return TextCache(tuple(lengths), inputs=pad_sequence(projected.split(lengths), batch_first=True))
+        x = self._stream(projected)[None]
         positions = torch.cat([_of_text(length) for length in lengths])
-        pattern = packed_attention([(0, length) for length in lengths], x.device, backend=backend)
+        pattern = self._packed([(0, length) for length in lengths], x.device, backend)
         recorders = [Recorder(pattern) for _ in self.blocks]
         self._run(x, positions, recorders)
 
@@ -215,33 +265,29 @@ class TextRefiner(Pretrained, nn.Module):
             return pad_sequence(packed[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)
 
         return TextCache(
+            tuple(lengths),
             keys=tuple(padded(recorder.keys) for recorder in recorders),
             values=tuple(padded(recorder.values) for recorder in recorders),
-            lengths=tuple(lengths),
         )
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """(Re)initialises all parameters, also after `to_empty` on a module that was made on the meta device."""
-        for tensor, fill in self.initializers(generator):
-            fill(tensor)
-
     def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
-        """Each parameter once, with what fills it or another tensor of its shape, as `ClassRefiner.initializers`."""
         normal = functools.partial(nn.init.normal_, std=0.02, generator=generator)
         xavier = functools.partial(nn.init.xavier_uniform_, generator=generator)
         # What all blocks add to the stream stays as large as the stream, however many they are.
         gain = (2 * len(self.blocks)) ** -0.5
-        fills = dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal)
-        fills |= {self.head.out: nn.init.zeros_}
-        for block in self.blocks:
-            fills |= dict.fromkeys((block.attention.out, block.mlp.out), functools.partial(xavier, gain=gain))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                yield module.weight, fills.get(module, xavier)
-                if module.bias is not None:
-                    yield module.bias, nn.init.zeros_
-            elif isinstance(module, nn.RMSNorm):
-                yield module.weight, nn.init.ones_
+        fills, other = {}, normal
+        if self.initialization == "zero_head":
+            fills, other = dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal), xavier
+            fills |= {self.head.out: nn.init.zeros_}
+            for block in self.blocks:
+                fills |= dict.fromkeys((block.attention.out, block.mlp.out), functools.partial(xavier, gain=gain))
+        yield from self.layer_initializers(fills, other)
+
+    def _packed(self, lengths: Sequence[tuple[int, int]], device: torch.device, backend: Backend | None) -> Pattern:
+        """The pattern of packed samples of (visual and time tokens, text tokens)."""
+        if self.attention == "full":  # as if all of a sample were visual
+            lengths = [(sum(sample), 0) for sample in lengths]
+        return packed_attention(lengths, device, backend=backend)
 
     def _run(self, x: Tensor, positions: Tensor, patterns: Iterable[Pattern]) -> Tensor:
         cos, sin = rotary_3d(positions, self.head_dim, device=x.device)
@@ -284,11 +330,8 @@ class TokenEmbedding(nn.Module):
         self.linear = nn.Linear(channels * classes, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # As in the class refiner, faster than a sum of the matrix's rows (embedding_bag), here by four to forty times.
         index = tokens + torch.arange(self.channels, device=tokens.device) * self.classes
-        weight = self.linear.weight
-        hot = torch.zeros(*tokens.shape[:-1], weight.shape[1], dtype=weight.dtype, device=tokens.device)
-        return self.linear(hot.scatter_(-1, index, 1.0))
+        return self.linear(ones_at(index, self.linear))
 
 
 class Block(nn.Module):
@@ -341,26 +384,32 @@ class SwiGLU(nn.Module):
 
 
 class Head(nn.Module):
-    """RMSNorm and the linear map to channel-major logits."""
+    """RMSNorm and the linear map to channel-major logits; both in float32, also under autocast.
+
+    x [..., width] of any float type -> [..., out], float32 (float64 of a float64).
+    """
 
     def __init__(self, width: int, out: int):
         super().__init__()
         self.norm = RMSNorm(width, eps=EPS)
-        self.out = nn.Linear(width, out)
+        self.out = HeadLinear(width, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.norm(x))
+        with without_autocast(x.device):
+            return self.out(self.norm(at_least_float32(x)))
 
 
 def visual_positions(frames: int, height: int, width: int, template: float) -> Tensor:
     """Places of a map's tokens, frame by frame and row by row: int64 [T*H*W, 3] of time, row and column.
 
-    Rows and columns are spread over the template's span, the same at every budget of pixels. Context frames are the
-    first ones, so that frame 0 is the first-frame condition where there is one.
+    Rows and columns are spread over the template's span, the same at every budget of pixels: row i of H stands at
+    round(i * (span / H)), half to even, the product in float32 as the authors' weights were trained with; in float64
+    one row or column of four of the buckets would come out next to it. Context frames are the first ones, so that
+    frame 0 is the first-frame condition where there is one.
     """
     spans = rotary_span(template)
     rows, columns = (
-        torch.round(torch.arange(count, dtype=torch.float64, device="cpu") * span / count).long()
+        torch.round(torch.arange(count, dtype=torch.float32, device="cpu") * (span / count)).long()
         for count, span in zip((height, width), spans)
     )
     times = FIRST_FRAME + torch.arange(frames, device="cpu")
@@ -376,13 +425,28 @@ def _of_text(length: int) -> Tensor:
     return time_positions(range(length))
 
 
-def _with_texts(text: TextCache, rows: Tensor, device: torch.device) -> Iterable[WithText]:
-    """The pattern of every block, made when its turn comes: the rows' keys and values are copies."""
+def _beside(text: TextCache, rows: Tensor, others: int, device: torch.device) -> tuple[Tensor, int, Tensor | None]:
+    """Texts to run with `others` tokens before them: ([B, longest, width], longest, mask of all keys)."""
+    longest, mask = _longest(text, rows)
+    if mask is not None:
+        mask = F.pad(mask, (others, 0), value=True).to(device, non_blocking=True)
+    return text.inputs[rows.to(device, non_blocking=True), :longest], longest, mask
+
+
+def _longest(text: TextCache, rows: Tensor) -> tuple[int, Tensor | None]:
+    """(The longest of the rows' texts; bool [B, 1, 1, longest] on the CPU, False where a shorter one has ended, None
+    where there is none)."""
     lengths = torch.tensor(text.lengths, device="cpu")[rows]
     longest = int(lengths.max())
-    mask = None
-    if (lengths < longest).any():
-        mask = (torch.arange(longest, device="cpu") < lengths[:, None])[:, None, None].to(device, non_blocking=True)
+    if bool((lengths == longest).all()):
+        return longest, None
+    return longest, (torch.arange(longest, device="cpu") < lengths[:, None])[:, None, None]
+
+
+def _with_texts(text: TextCache, rows: Tensor, device: torch.device) -> Iterable[WithText]:
+    """The pattern of every block, made when its turn comes: the rows' keys and values are copies."""
+    longest, mask = _longest(text, rows)
+    mask = None if mask is None else mask.to(device, non_blocking=True)
     chosen = rows.to(device, non_blocking=True)
     for keys, values in zip(text.keys, text.values):
         yield WithText(keys[chosen, :, :longest], values[chosen, :, :longest], mask)

@@ -1,9 +1,9 @@
-"""The HBQ tokenizer network (DESIGN 1.2): a causal 3-D convolutional autoencoder, for images and video alike.
+"""The HBQ tokenizer network: a causal 3-D convolutional autoencoder for images and video (docs/method.md#tokenizer).
 
 Video [B, 3, T, H, W] <-> features [B, z, 1 + k, H/s, W/s], where s is the `stride` and T = 1 + `temporal_stride` * k;
 an image is T = 1. Nothing looks ahead in time, so a clip goes through at once (`encode`, `decode`) or frame by frame
-(`encode_stream`, `decode_stream`) with the same result. In the latter, a `Stream` holds what is carried from one chunk
-to the next; the modules themselves are stateless. Inside, tensors are channels-last; `for_inference` gains more speed.
+(`encode_stream`, `decode_stream`) with the same result. In the latter, a `CausalCache` is carried from one chunk to
+the next; the modules themselves are stateless. Inside, tensors are channels-last; `for_inference` gains more speed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,16 +13,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grn import hbq
-from grn.errors import UserError
-from grn.networks.pretrained import Pretrained
+from grn.method import hbq
+from grn.runtime.errors import UserError, check_count
+from grn.weights.pretrained import Pretrained
 
 COLOURS = 3
 PATCH = 2  # side of the blocks of pixels that become channels before the first convolution
 
 
 class HBQTokenizer(Pretrained, nn.Module):
-    """Autoencoder with an HBQ bottleneck (DESIGN 1.1, 1.2); `from_pretrained` loads a trained one.
+    """Autoencoder with an HBQ bottleneck (docs/method.md#tokenizer); `from_pretrained` loads a trained one.
 
     Args:
         latent_channels: z, channels of a feature map.
@@ -65,10 +65,8 @@ class HBQTokenizer(Pretrained, nn.Module):
             "blocks_per_stage": blocks_per_stage,
         }
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise UserError(f"{name} of a tokenizer must be a positive whole number, got {size}")
-        if not isinstance(rounds, int) or not 1 <= rounds <= hbq.MAX_ROUNDS:
-            raise UserError(f"rounds of a tokenizer must be in 1..{hbq.MAX_ROUNDS}, got {rounds}")
+            check_count(f"model.{name}", size)
+        check_count("model.rounds", rounds, most=hbq.MAX_ROUNDS)
         if not 0 <= dropout < 1:
             raise UserError(f"dropout of a tokenizer must be in [0, 1), got {dropout}")
         if len(multipliers) < 2 or len(temporal) != len(multipliers) - 1:
@@ -98,7 +96,7 @@ class HBQTokenizer(Pretrained, nn.Module):
             pad: take any size, and repeat the last frame, row and column up to `padded_size`; `decode` can crop again.
 
         Raises:
-            UserError: H or W is no multiple of `stride`, or T not 1 + `temporal_stride` * k; with `pad`, one is 0.
+            UserError: H or W is not a multiple of `stride`, or T not 1 + `temporal_stride` * k; with `pad`, one is 0.
         """
         if pad and video.ndim == 5:
             for axis, size in enumerate(self.padded_size(video.shape[2:]), start=2):
@@ -142,7 +140,7 @@ class HBQTokenizer(Pretrained, nn.Module):
     @torch.no_grad()
     def tokenize(self, video: Tensor, labeling: hbq.Labeling, *, pad: bool = False) -> Tensor:
         """Float video [B, 3, T, H, W] in [-1, 1] -> int64 tokens [B, D, 1 + k, H/s, W/s]; the rest as in `encode`."""
-        return hbq.labels(self.encode(video, pad=pad), self.rounds, labeling)
+        return hbq.tokens(self.encode(video, pad=pad), self.rounds, labeling)
 
     @torch.no_grad()
     def detokenize(self, tokens: Tensor, labeling: hbq.Labeling, *, size: Sequence[int] | None = None) -> Tensor:
@@ -162,15 +160,15 @@ class HBQTokenizer(Pretrained, nn.Module):
         Raises:
             UserError: frames of a wrong size, or frames left over at the end.
         """
-        stream, chunk, count = Stream(), [], 0
+        cache, chunk, count = CausalCache(), [], 0
         for frame in frames:
             chunk.append(frame)
             count += 1
-            if len(chunk) == (1 if stream.is_first else self.temporal_stride):
+            if len(chunk) == (1 if cache.is_first else self.temporal_stride):
                 video = torch.stack(chunk, dim=2)
                 self.check_video((*video.shape[:2], 1, *video.shape[3:]))
-                yield self._encode(video, stream).squeeze(2)
-                stream.is_first, chunk = False, []
+                yield self._encode(video, cache).squeeze(2)
+                cache.is_first, chunk = False, []
         if chunk:
             self._check_frames(count)
 
@@ -184,20 +182,20 @@ class HBQTokenizer(Pretrained, nn.Module):
         Yields:
             frames [B, 3, h*s, w*s]: one of the first latent, `temporal_stride` of each other.
         """
-        stream = Stream()
+        cache = CausalCache()
         for latent in features:
-            yield from self._decode(latent.unsqueeze(2), stream).unbind(2)
-            stream.is_first = False
+            yield from self._decode(latent.unsqueeze(2), cache).unbind(2)
+            cache.is_first = False
 
-    def _encode(self, video: Tensor, stream: "Stream | None" = None) -> Tensor:
+    def _encode(self, video: Tensor, cache: "CausalCache | None" = None) -> Tensor:
         video = video.to(self.encoder.stem.weight.dtype)
         # Colour, then column offset, then row offset.
         patches = rearrange(video, "b c t (h dh) (w dw) -> b (c dw dh) t h w", dh=PATCH, dw=PATCH)
-        features = self.encoder(_channels_last(patches), stream)
+        features = self.encoder(_channels_last(patches), cache)
         return features.float().tanh()  # float32: the bins of HBQ are finer than bfloat16 near ±1
 
-    def _decode(self, features: Tensor, stream: "Stream | None" = None) -> Tensor:
-        patches = self.decoder(_channels_last(features.to(self.decoder.stem.weight.dtype)), stream)
+    def _decode(self, features: Tensor, cache: "CausalCache | None" = None) -> Tensor:
+        patches = self.decoder(_channels_last(features.to(self.decoder.stem.weight.dtype)), cache)
         return rearrange(patches, "b (c dw dh) t h w -> b c t (h dh) (w dw)", dh=PATCH, dw=PATCH)
 
     def check_video(self, shape: Sequence[int]) -> None:
@@ -210,7 +208,7 @@ class HBQTokenizer(Pretrained, nn.Module):
             if size % self.stride or size == 0:
                 nearest = max(1, (size + self.stride // 2) // self.stride) * self.stride
                 raise UserError(
-                    f"{name} {size} is no multiple of the tokenizer's stride {self.stride}; the nearest is {nearest}"
+                    f"{name} {size} is not a multiple of the tokenizer's stride {self.stride}; the nearest is {nearest}"
                 )
         self._check_frames(shape[2])
 
@@ -239,7 +237,7 @@ def for_inference(tokenizer: HBQTokenizer, *, dtype: torch.dtype | None = None, 
     return tokenizer
 
 
-class Stream:
+class CausalCache:
     """What a clip that runs in chunks carries from one to the next: the last inputs of each temporal convolution.
 
     Attributes:
@@ -281,11 +279,11 @@ class Encoder(nn.Module):
         self.head = Head(widths[-1], 2 * latent_channels)
         self.to_latent = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        x = self.stem(x, stream)
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        x = self.stem(x, cache)
         for stage in self.stages:
-            x = stage(x, stream)
-        x = self.head(self.middle(x, stream), stream)
+            x = stage(x, cache)
+        x = self.head(self.middle(x, cache), cache)
         return self.to_latent(x).chunk(2, dim=1)[0]  # the other half was a variance, which HBQ has no use for
 
 
@@ -312,11 +310,11 @@ class Decoder(nn.Module):
         )
         self.head = Head(widths[-1], COLOURS * PATCH**2)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        x = self.middle(self.stem(self.from_latent(x), stream), stream)
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        x = self.middle(self.stem(self.from_latent(x), cache), cache)
         for stage in self.stages:
-            x = stage(x, stream)
-        return self.head(x, stream)
+            x = stage(x, cache)
+        return self.head(x, cache)
 
 
 Factors = tuple[int, int]  # how much of time, and of height and width, a stage takes away or gives back
@@ -348,12 +346,12 @@ class EncoderStage(nn.Module):
         )
         self.downsample = Downsample(width_out, temporal=factors[0] > 1) if factors else None
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
         shortcut = x
         for block in self.blocks:
-            x = block(x, stream)
+            x = block(x, cache)
         if self.downsample is not None:
-            x = self.downsample(x, stream)
+            x = self.downsample(x, cache)
             shortcut = average_down(shortcut, self.width_out, self.factors)
         return x + shortcut if self.has_shortcut else x
 
@@ -378,14 +376,14 @@ class DecoderStage(nn.Module):
         )
         self.upsample = Upsample(width_out, temporal=factors[0] > 1) if factors else None
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
         shortcut = x
         for block in self.blocks:
-            x = block(x, stream)
+            x = block(x, cache)
         if self.upsample is None:
             return x
-        opens_clip = stream is None or stream.is_first
-        return self.upsample(x, stream) + repeat_up(shortcut, self.width_out, self.factors, opens_clip=opens_clip)
+        opens_clip = cache is None or cache.is_first
+        return self.upsample(x, cache) + repeat_up(shortcut, self.width_out, self.factors, opens_clip=opens_clip)
 
 
 class ResidualBlock(nn.Module):
@@ -400,9 +398,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(width_out, width_out, 3)
         self.shortcut = CausalConv3d(width, width_out, 1) if width != width_out else nn.Identity()
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)), stream)
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))), stream)
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)), cache)
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))), cache)
         return self.shortcut(x) + hidden
 
 
@@ -415,8 +413,8 @@ class Middle(nn.Module):
         self.attention = FrameAttention(width)
         self.block2 = ResidualBlock(width, width, dropout)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        return self.block2(self.attention(self.block1(x, stream)), stream)
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        return self.block2(self.attention(self.block1(x, cache)), cache)
 
 
 class FrameAttention(nn.Module):
@@ -446,8 +444,8 @@ class Head(nn.Module):
         self.norm = RMSNorm(width)
         self.conv = CausalConv3d(width, width_out, 3)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        return self.conv(F.silu(self.norm(x)), stream)
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        return self.conv(F.silu(self.norm(x)), cache)
 
 
 class Downsample(nn.Module):
@@ -458,13 +456,13 @@ class Downsample(nn.Module):
         self.space = nn.Conv2d(width, width, 3, stride=2)
         self.time = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
         frames = F.pad(_fold_frames(x), (0, 1, 0, 1))
         x = _unfold_frames(self.space(frames), x.shape[2])
         if self.time is None:
             return x
-        opens_clip = stream is None or stream.is_first
-        seen = x if stream is None else stream.extend(self.time, x, 1)
+        opens_clip = cache is None or cache.is_first
+        seen = x if cache is None else cache.extend(self.time, x, 1)
         if seen.shape[2] == 1:
             return x
         later = self.time(seen)
@@ -479,22 +477,22 @@ class Upsample(nn.Module):
         self.time = CausalConv3d(width, 2 * width, (3, 1, 1)) if temporal else None
         self.space = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
         if self.time is not None:
-            x = self._double_time(x, stream)
+            x = self._double_time(x, cache)
         # A 3x3 convolution of pixels that come in equal 2x2 squares sees 2x2 pixels of the input at most: 4 products
         # instead of 9 for each output, and no enlarged map in memory.
         kernel = _doubling_kernel(self.space.weight)
         frames = F.conv_transpose2d(_fold_frames(x), kernel, self.space.bias, stride=2, padding=1)
         return _unfold_frames(frames, x.shape[2])
 
-    def _double_time(self, x: Tensor, stream: Stream | None) -> Tensor:
-        opens_clip = stream is None or stream.is_first
+    def _double_time(self, x: Tensor, cache: CausalCache | None) -> Tensor:
+        opens_clip = cache is None or cache.is_first
         first, later = x.tensor_split([1 if opens_clip else 0], dim=2)
         if later.shape[2] == 0:
             return first
         # Causal over the later frames alone: the first is no part of their past.
-        later = rearrange(self.time(later, stream), "b (two c) t h w -> b (t two) h w c", two=2)
+        later = rearrange(self.time(later, cache), "b (two c) t h w -> b (t two) h w c", two=2)
         later = _channels_last(later.movedim(-1, 1))
         return torch.cat([first, later], dim=2) if opens_clip else later
 
@@ -511,10 +509,10 @@ class CausalConv3d(nn.Conv3d):
         padding = (0, height // 2, width_of_kernel // 2)
         super().__init__(width, width_out, (time, height, width_of_kernel), padding=padding)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        """`stream` gives what came before `x` in place of zeros, and keeps what the next chunk needs."""
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """`cache` gives what came before `x` in place of zeros, and keeps what the next chunk needs."""
         context = self.kernel_size[0] - 1
-        seen = x if stream is None or context == 0 else stream.extend(self, x, context)
+        seen = x if cache is None or context == 0 else cache.extend(self, x, context)
         if seen.shape[2] == 1:  # all else would be zeros: only the kernel's last slice counts, at a third of the work
             image = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:])
             return image.unsqueeze(2)

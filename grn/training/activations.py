@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from grn.errors import UserError
+from grn.runtime.errors import UserError
 
 Mode = Literal["none", "selective", "full"]
 

@@ -1,4 +1,4 @@
-"""How Lightning's strategies that keep the whole network on every rank read and write checkpoints."""
+"""Checkpoint I/O of unsharded strategies."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from grn.checkpoints.sharded import read_either
-from grn.files import write_atomically
+from grn.runtime.files import write_atomically
+from grn.weights.integrity import keep_previous
 
 
 class CheckpointIO(TorchCheckpointIO):
@@ -17,6 +18,7 @@ class CheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         def write(temporary: Path) -> None:
             torch.save(checkpoint, temporary)
+            keep_previous(Path(path))
             if Path(path).is_dir():  # of a run that was sharded until now
                 os.replace(path, temporary.with_name("earlier"))
 

@@ -1,9 +1,10 @@
 """Fully sharded training (FSDP2): every rank holds a part of weights, averages, gradients and optimiser state.
 
-A network is sharded block by block, so it has `blocks`, an `nn.ModuleList`, and `initializers`.
+A network is sharded block by block, so it has `blocks`, an `nn.ModuleList`, a `head`, and `initializers`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor, empty
 from torch.optim import Optimizer
 
 from grn.checkpoints.sharded import read_either, write_sharded
-from grn.errors import UserError
+from grn.runtime.errors import UserError
+from grn.training.restoring import check_optimizer_state
 
 
 class FSDP(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, with checkpoints that any other number of ranks or strategy can go on from.
 
-    Under `precision=bf16-mixed` weights travel in bfloat16, gradients are reduced in float32, and the shards that the
-    optimiser sees stay float32.
+    Under `precision=bf16-mixed` weights travel in bfloat16, except those of the head, which computes in float32;
+    gradients are reduced in float32, and the shards that the optimiser sees stay float32.
 
     Args:
         shard_size: ranks that share one copy of the network; None: all. A smaller number (hybrid sharding, say the
@@ -73,11 +75,11 @@ class FSDP(ModelParallelStrategy):
         """
         bf16 = self.precision_plugin.precision == "bf16-mixed"
         mesh = self.device_mesh
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None,
+        exact = MixedPrecisionPolicy(
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # autocast does, where it is safe; not of signal ratios and positions
         )
+        policy = replace(exact, param_dtype=torch.bfloat16 if bf16 else None)
         # Hybrid sharding is what two dimensions mean. The root is resharded after forward, too, so that weights are
         # shards whenever somebody looks at them between two steps.
         arguments = {
@@ -87,6 +89,7 @@ class FSDP(ModelParallelStrategy):
         }
         for block in network.blocks:
             fully_shard(block, **arguments)
+        fully_shard(network.head, **arguments | {"mp_policy": exact})
         fully_shard(network, **arguments)
         network.to_empty(device=self.root_device)
         with torch.no_grad():
@@ -136,6 +139,7 @@ class FSDP(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
+            check_optimizer_state(optimizer, state)
             parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
             sharded = {
                 number: {

@@ -1,43 +1,89 @@
-"""What both modules share of optimisation: parameter groups, warm-up, clipping with the norm logged, finite losses."""
+"""Optimisation shared by all modules: parameter groups, warm-up, clipping, finite losses."""
 
+import logging
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from grn.errors import UserError
+from grn.runtime.errors import UserError
+from grn.training.restoring import REMEDY, check_optimizer_state
+
+log = logging.getLogger(__name__)
 
 
 def adamw(
     network: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels only: biases and other 1-d parameters (gains) are left alone."""
+    """AdamW that decays matrices and kernels only: biases and other 1-d parameters (gains) are left alone.
+
+    It keeps these settings when the state of another one is loaded: what was changed for a resumed run takes effect.
+    """
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=learning_rate, betas=tuple(betas), fused=True
     )
+    settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+
+    def keep_settings(loaded: torch.optim.Optimizer) -> None:
+        for group, own in zip(loaded.param_groups, settings):
+            group.update(own, initial_lr=own["lr"])
+
+    optimizer.register_load_state_dict_pre_hook(check_optimizer_state)
+    optimizer.register_load_state_dict_post_hook(keep_settings)
+    return optimizer
+
+
+class Schedule(LambdaLR):
+    """A `LambdaLR` that takes nothing but the step from a checkpoint: its rates are those of its own optimiser and
+    function. The optimiser's state is loaded first."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        steps = [
+            state_dict.get(name) if isinstance(state_dict, dict) else None for name in ("last_epoch", "_step_count")
+        ]
+        if not all(type(step) is int and step >= 0 for step in steps):
+            raise UserError(f"ckpt_path: the learning rate's schedule is at step {steps[0]}; {REMEDY}")
+        self.last_epoch, self._step_count = steps
+        self._last_lr = [rate * factor(self.last_epoch) for rate, factor in zip(self.base_lrs, self.lr_lambdas)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr):
+            group["lr"] = rate
+
+
+def planned_steps(trainer: Trainer) -> int | float:
+    """Optimiser steps of the run; infinitely many where `fast_dev_run` breaks it off after a few."""
+    return math.inf if trainer.fast_dev_run else trainer.max_steps
 
 
 def learning_rate_schedule(
-    optimizer: torch.optim.Optimizer, *, name: str, warmup_steps: int, total_steps: int
-) -> LambdaLR:
+    optimizer: torch.optim.Optimizer, *, name: str, warmup_steps: int, total_steps: int | float
+) -> Schedule:
     """Linear warm-up, then `constant`, or `cosine` down to a hundredth of the peak at `total_steps`.
+
+    A warm-up that would take the whole run takes a tenth of it instead, with a line in the log.
 
     Raises:
         UserError: another name, or a cosine without an end.
     """
     if name not in ("constant", "cosine"):
         raise UserError(f"training.lr_schedule must be constant or cosine, got {name!r}")
-    if name == "cosine" and total_steps <= warmup_steps:
-        raise UserError("training.lr_schedule=cosine needs trainer.max_steps beyond training.warmup_steps")
+    if name == "cosine" and total_steps <= 0:
+        raise UserError("training.lr_schedule=cosine needs an end: give trainer.max_steps")
+    if 0 < total_steps <= warmup_steps:
+        shorter = int(total_steps) // 10
+        log.info(
+            "warm-up: %d steps, as training.warmup_steps=%d is no less than trainer.max_steps", shorter, warmup_steps
+        )
+        warmup_steps = shorter
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -47,7 +93,7 @@ def learning_rate_schedule(
         progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return LambdaLR(optimizer, factor)
+    return Schedule(optimizer, factor)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -76,5 +122,5 @@ class FiniteLoss:
         if self._finite is not None and not bool(self._finite):
             raise UserError(
                 f"the loss became NaN or infinite by step {module.global_step}: lower training.learning_rate or "
-                "training.gradient_clip, then go on from the last checkpoint with ckpt_path=last"
+                "training.gradient_clip, then resume with ckpt_path=last"
             )

@@ -1,24 +1,35 @@
-"""Training a refiner (DESIGN 1.3, 1.4): pixels -> tokens -> corrupted tokens -> the network tells the true ones."""
+"""LightningModule of class refiners: pixels -> tokens -> corrupted tokens -> predictions."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from grn import hbq, philox, refinement
+from grn.data.contract import check_batch
 from grn.data.samples import key_id
-from grn.errors import UserError
-from grn.flops import forward_flop, training_flop
+from grn.data.tokens import unpack_bits
+from grn.media.pixels import from_uint8, to_uint8
+from grn.method import corruption, hbq, philox
+from grn.method.philox import Stream
+from grn.method.request import Request
+from grn.method.sampler import Condition, Refined, Refinement, Sampler, Start, Step, finished
+from grn.metrics.ranks import Totals
+from grn.networks.conditions import Labels
 from grn.networks.tokenizer import HBQTokenizer
-from grn.philox import Stream
-from grn.pixels import from_uint8, to_uint8
-from grn.sampler import Condition, Labels, Refined, Sampler, Start, Step, refine_queue
+from grn.runtime.errors import UserError, check_count
+from grn.runtime.flops import forward_flop, training_flop
 from grn.training.fsdp import FSDP, gather_weights, release_weights
-from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
+from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule, planned_steps
+from grn.training.restoring import check_count_of_states, check_weights
 
+ACCURACY_BINS = 10
+SIGNAL_RATIO_INPUTS = ("nominal", "realized")
 VALIDATION_SEED = 0x5EED  # the corruption of held-out samples is the same at every validation and in every run
 
 
@@ -30,12 +41,15 @@ class RefinerModule(LightningModule):
             attributes `channels` (D), `classes`, `num_labels` (also the null label) and `size` (tokens a side).
         tokenizer: frozen; gives the tokens and turns samples into pixels.
         sampler: how `generate` samples unless told otherwise.
-        labeling: `ind` or `bit` (DESIGN 1.1).
+        labeling: `ind` or `bit` (`grn.hbq`).
         learning_rate, betas, weight_decay: AdamW.
         lr_schedule, warmup_steps: `learning_rate_schedule`.
         gradient_clip: largest global gradient norm; None does not clip.
         label_dropout: share of labels that are replaced by the null class.
-        signal_ratio_mean, signal_ratio_std: of n in t = sigmoid(std*n + mean).
+        signal_ratio_mean, signal_ratio_std, signal_ratio_shift: of t = shift(sigmoid(std*n + mean), alpha); 1 does not
+            shift, above 1 there is more noise.
+        signal_ratio_input: what the network is told: `nominal`, the probability t with which tokens were kept, or
+            `realized`, the share of them that was.
         seed: of every draw of training.
 
     Raises:
@@ -58,6 +72,8 @@ class RefinerModule(LightningModule):
         label_dropout: float = 0.1,
         signal_ratio_mean: float = -0.8,
         signal_ratio_std: float = 0.8,
+        signal_ratio_shift: float = 1.0,
+        signal_ratio_input: str = "nominal",
         seed: int = 0,
     ):
         super().__init__()
@@ -68,6 +84,15 @@ class RefinerModule(LightningModule):
                 f"training.labeling={labeling} of {tokenizer.latent_channels} channels and {tokenizer.rounds} rounds "
                 f"needs model.channels={channels} model.classes={classes}"
             )
+        if type(signal_ratio_shift) not in (int, float) or not 0 < signal_ratio_shift < math.inf:
+            raise UserError(
+                f"training.signal_ratio_shift={signal_ratio_shift} must be a positive number; 1 shifts nothing"
+            )
+        if signal_ratio_input not in SIGNAL_RATIO_INPUTS:
+            raise UserError(
+                f"training.signal_ratio_input={signal_ratio_input}: choose among {', '.join(SIGNAL_RATIO_INPUTS)}"
+            )
+        self._is_batch_checked = False
         self.network = network
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.sampler = sampler
@@ -76,10 +101,15 @@ class RefinerModule(LightningModule):
         self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
         self.label_dropout = label_dropout
         self.signal_ratio_mean, self.signal_ratio_std = signal_ratio_mean, signal_ratio_std
+        self.signal_ratio_shift, self.signal_ratio_input = signal_ratio_shift, signal_ratio_input
         self.seed = seed
         self.finite_loss = FiniteLoss()
-        self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
-        self.provenance: dict[str, dict[str, Any]] = {}  # of its parts' weights, for exports of it (grn.modules)
+        self.checkpoint_extras: dict[
+            str, Any
+        ] = {}  # what else makes a checkpoint self-contained (grn.training.building)
+        self.provenance: dict[
+            str, dict[str, Any]
+        ] = {}  # of its parts' weights, for exports of it (grn.training.building)
         self.initial_weights: dict[str, Tensor] | None = None  # for `configure_model` to shard
         self.initial_averages: dict[str, dict[str, Tensor]] = {}  # decay -> state, for EMAs that start elsewhere
         self._accuracy: tuple[Tensor, Tensor] | None = None
@@ -87,7 +117,7 @@ class RefinerModule(LightningModule):
         self._encoding_flop: dict[torch.Size, int] = {}
 
     @property
-    def num_labels(self) -> int:
+    def num_conditions(self) -> int:
         """Among how many conditions samples are asked for, by number."""
         return self.network.num_labels
 
@@ -108,6 +138,9 @@ class RefinerModule(LightningModule):
             self._network_flop = training_flop(self.network, lambda network: network(tokens, t, labels))
 
     def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            # Else ranks with fewer held-out batches than others would miss the sending of these fixed tables.
+            self.trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
         if isinstance(self.trainer.strategy, FSDP):
             self.trainer.strategy.shard(self.network, self.initial_weights, seed=self.seed)
             self.initial_weights = None
@@ -131,17 +164,42 @@ class RefinerModule(LightningModule):
         Pixels are encoded in the tokenizer's own precision, whatever the trainer's: tokens are what is learnt.
         """
         if "bits" in batch:
-            return hbq.unpack(batch["bits"], self.tokenizer.latent_channels, self.tokenizer.rounds, self.labeling)
+            return unpack_bits(batch["bits"], self.tokenizer.latent_channels, self.tokenizer.rounds, self.labeling)
         with torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.tokenize(from_uint8(batch["pixels"]), self.labeling)
 
     def predict_corrupted(
         self, tokens: Tensor, labels: Tensor, *, seed: int, ids: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """Corrupts true tokens and predicts them: (t [B], logits); all draws are functions of (seed, ids, step)."""
-        t = refinement.signal_ratio(seed, ids, step, mean=self.signal_ratio_mean, std=self.signal_ratio_std)
-        noisy = refinement.corrupt(tokens, t, self.network.classes, seed=seed, ids=ids, step=step)
+        """Corrupts true tokens and predicts them: (t [B] as the network is told, logits); all draws are functions of
+        (seed, ids, step)."""
+        t = self.draw_signal_ratio(seed, ids, step)
+        noisy, t = self.corrupt(tokens, t, seed=seed, ids=ids, step=step)
         return t, self.network(noisy, t, labels)
+
+    def draw_signal_ratio(self, seed: int, ids: Tensor, step: int) -> Tensor:
+        """The probability float32 [B] with which each sample's tokens are kept."""
+        return corruption.signal_ratio(
+            seed,
+            ids,
+            step,
+            mean=self.signal_ratio_mean,
+            std=self.signal_ratio_std,
+            alpha=self.signal_ratio_shift,
+        )
+
+    def corrupt(self, tokens: Tensor, t: Tensor, *, seed: int, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(Corrupted tokens, the signal ratios float32 [B] that the network is told); see `method.corruption`."""
+        draws = {"seed": seed, "ids": ids, "step": step}
+        noisy = corruption.corrupt(tokens, t, self.network.classes, **draws)
+        if self.signal_ratio_input == "realized":
+            t = corruption.realized_ratio(tuple(tokens.shape[1:]), t, **draws)
+        return noisy, t
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if not self._is_batch_checked:  # the first one: a data module may be anybody's
+            check_batch(batch, num_labels=self.network.num_labels)
+            self._is_batch_checked = True
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         tokens, labels = self.tokenize(batch), batch["label"]
@@ -149,31 +207,33 @@ class RefinerModule(LightningModule):
         dropped = philox.uniform(self.seed, Stream.CONDITION_DROPOUT, ids, self.global_step) < self.label_dropout
         labels = torch.where(dropped, self.network.num_labels, labels)
         t, logits = self.predict_corrupted(tokens, labels, seed=self.seed, ids=ids, step=self.global_step)
-        loss = refinement.token_loss(logits, tokens)
+        loss = corruption.token_loss(logits, tokens)
         self.finite_loss.watch(loss)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self._log_accuracy(refinement.token_accuracy(logits.detach(), tokens), t)
+        self._add_accuracy(corruption.token_accuracy(logits.detach(), tokens), t)
         return loss
 
     def _positions(self, batch_idx: int, count: int) -> Tensor:
-        """int64 [count]: where this rank's samples stand in the step's global batch (`grn.data.endless`)."""
+        """int64 [count]: where this rank's samples stand in the step's global batch (`grn.data.stream.endless`)."""
         ranks = self.trainer.world_size
         accumulated = batch_idx % self.trainer.accumulate_grad_batches * ranks * count
         return accumulated + self.global_rank + ranks * torch.arange(count, device=self.device)
 
-    def _log_accuracy(self, accuracy: Tensor, t: Tensor) -> None:
+    def _add_accuracy(self, accuracy: Tensor, t: Tensor) -> None:
         """Sums over the steps between two logged ones, so that every bin of t has something to show."""
-        sums, counts = refinement.bin_by_signal_ratio(accuracy, t)
+        sums, counts = bin_by_signal_ratio(accuracy, t)
         if self._accuracy is not None:
             sums, counts = sums + self._accuracy[0], counts + self._accuracy[1]
         self._accuracy = sums, counts
+
+    def _log_curves(self) -> None:
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.finite_loss.check(self)
-            sums, counts = self.trainer.strategy.reduce(torch.stack([sums, counts]), reduce_op="sum")
+            sums, counts = self.trainer.strategy.reduce(torch.stack(self._accuracy), reduce_op="sum")
             curves = {"train/accuracy/mean": (sums.sum() / counts.sum()).item()}
             for i, (total, count) in enumerate(zip(sums.tolist(), counts.tolist())):
                 if count:
-                    curves[f"train/accuracy/t_{i / refinement.ACCURACY_BINS:.1f}"] = total / count
+                    curves[f"train/accuracy/t_{i / ACCURACY_BINS:.1f}"] = total / count
             for logger in self.loggers:  # self.log would repeat the last value of a bin that nothing fell into
                 logger.log_metrics(curves, self.global_step)
             self._accuracy = None
@@ -181,20 +241,37 @@ class RefinerModule(LightningModule):
     def on_validation_start(self) -> None:
         gather_weights(self.network)  # of which callbacks have put the average in place
 
+    def on_validation_epoch_start(self) -> None:
+        self._validated = Totals(3, dtype=torch.float32).to(self.device)  # samples, losses, accuracies
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        tokens, labels = self.tokenize(batch), batch["label"]
+        ids = self._validation_ids(batch, batch_idx)
+        _, logits = self.predict_corrupted(tokens, labels, seed=VALIDATION_SEED, ids=ids, step=0)
+        accuracy = corruption.token_accuracy(logits, tokens).mean()
+        self._add_validated(len(labels), corruption.token_loss(logits, tokens), accuracy)
+
+    def _add_validated(self, samples: int, loss: Tensor, accuracy: Tensor) -> None:
+        """Counts a batch, of which `loss` and `accuracy` are means over its samples."""
+        sums = samples * torch.stack([loss.float(), accuracy.float()])
+        self._validated.update(torch.cat([sums.new_tensor([samples]), sums]))
+
     def on_validation_epoch_end(self) -> None:
         release_weights(self.network)  # before they take it out again
+        samples, loss, accuracy = self._validated.compute()  # on every rank, whether it has held-out samples or not
+        if not samples:
+            raise UserError("validation: no held-out sample could be used: check the data.heldout shards")
+        self.log("val/loss", loss / samples, prog_bar=True)
+        self.log("val/accuracy", accuracy / samples)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        tokens, labels = self.tokenize(batch), batch["label"]
-        ids = self._validation_ids(batch)
-        _, logits = self.predict_corrupted(tokens, labels, seed=VALIDATION_SEED, ids=ids, step=0)
-        # A float: of whole numbers, Lightning's mean over ranks loses the fraction.
-        on_epoch = {"batch_size": float(len(labels)), "sync_dist": True}
-        self.log("val/loss", refinement.token_loss(logits, tokens), prog_bar=True, **on_epoch)
-        self.log("val/accuracy", refinement.token_accuracy(logits, tokens).mean(), **on_epoch)
-
-    def _validation_ids(self, batch: dict[str, Any]) -> Tensor:
-        """By their keys, so that a sample is corrupted alike on whatever rank and in whatever batch it is."""
+    def _validation_ids(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """By their keys, so that a sample is corrupted alike on whatever rank and in whatever batch it is; without, by
+        their places."""
+        if "key" not in batch:
+            count = len(batch["label"])
+            return (
+                batch_idx * count + torch.arange(count, device=self.device)
+            ) * self.trainer.world_size + self.global_rank
         return torch.tensor([key_id(key) % 2**32 for key in batch["key"]], device=self.device)
 
     # --- optimisation -----------------------------------------------------------------------------------------------
@@ -207,79 +284,133 @@ class RefinerModule(LightningModule):
             optimizer,
             name=self.lr_schedule,
             warmup_steps=self.warmup_steps,
-            total_steps=self.trainer.max_steps,
+            total_steps=planned_steps(self.trainer),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/grad_norm", clip_gradients(self.network.parameters(), self.gradient_clip))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self._log_curves()
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        labels: Tensor,
-        *,
-        seed: int,
-        ids: Tensor,
-        sampler: Sampler | None = None,
-        callback: Callable[[Step], None] | None = None,
-    ) -> Refined:
-        """Samples tokens of the classes `labels` (int64 [B], on this module's device) in one batch."""
-        batches = self.generate_queue(
-            labels, seed=seed, ids=ids, batch_size=len(labels), sampler=sampler, callback=callback
-        )
-        ((_, refined),) = batches
+    def complete(self, request: Request) -> Request:
+        """The request with all that it leaves open filled in, as this refiner was trained to be sampled.
+
+        Raises:
+            UserError: something that this refiner does not draw.
+        """
+        texts = ("prompts", "negative_prompt", "height", "width", "frames")
+        if odd := next((name for name in texts if getattr(request, name) is not None), None):
+            raise UserError(f"{odd} is for text refiners, this one is of classes: give labels=[0,1,...] instead")
+        labels = tuple(range(self.num_conditions)) if request.labels is None else request.labels
+        if not labels or any(type(label) is not int or not 0 <= label < self.num_conditions for label in labels):
+            raise UserError(f"labels={list(labels)}: labels of this checkpoint are 0..{self.num_conditions - 1}")
+        return self._counted(replace(request, labels=labels))
+
+    def _counted(self, request: Request) -> Request:
+        num = len(request.wanted) if request.num is None else request.num
+        check_count("num", num)
+        if type(request.seed) is not int or not -(2**63) <= request.seed < 2**64:
+            raise UserError(f"seed={request.seed}: a whole number of 64 bits")
+        request = replace(request, num=num, sampler=request.sampler or self.sampler)
+        shape, steps = self.shape_of(request)[1:], request.sampler.schedule.max_steps
+        if request.start is not None:
+            self._check_start(request.start, num, self.shape_of(request))
+        for erasure in request.erasures:
+            there = f"erasures: of sample {erasure.sample} after {erasure.after} steps"
+            if not (0 <= erasure.sample < num and 0 <= erasure.after < steps):
+                raise UserError(f"{there}, of num={num} samples that take {steps} at most: give them as they were made")
+            if erasure.positions.dtype != torch.bool or tuple(erasure.positions.shape) != shape:
+                raise UserError(f"{there}: positions {list(erasure.positions.shape)}, but maps are {list(shape)}")
+        return request
+
+    def _check_start(self, start: Start, num: int, shape: tuple[int, int, int, int]) -> None:
+        tokens, redraw = start.tokens, start.redraw
+        if tokens.dtype != torch.long or tuple(tokens.shape) not in ((1, *shape), (num, *shape)):
+            raise UserError(
+                f"start: tokens are int64 {[num, *shape]}, or one map for all, got {tokens.dtype} {list(tokens.shape)}"
+            )
+        if redraw is not None and (redraw.dtype != torch.bool or tuple(redraw.shape) != (len(tokens), 1, *shape[1:])):
+            raise UserError(f"start: redraw is bool {[len(tokens), 1, *shape[1:]]}, got {list(redraw.shape)}")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.network.classes:
+            raise UserError(f"start: tokens are 0 to {self.network.classes - 1}: these are of another tokenizer")
+
+    def shape_of(self, request: Request) -> tuple[int, int, int, int]:
+        """(D, T, H, W) of one sample of a complete request, in tokens."""
+        return self.token_shape
+
+    def generate(self, request: Request, callback: Callable[[Step], None] | None = None) -> Refined:
+        """All samples of a request, in one batch and in their order."""
+        request = self.complete(request)
+        ((_, refined),) = self.generate_queue(request, batch_size=request.num, callback=callback)
         return refined
 
     def generate_queue(
         self,
-        labels: Tensor,
+        request: Request,
         *,
-        seed: int,
-        ids: Tensor,
+        ids: Tensor | None = None,
         batch_size: int,
-        sampler: Sampler | None = None,
-        start: Start | None = None,
         callback: Callable[[Step], None] | None = None,
     ) -> Iterator[tuple[Tensor, Refined]]:
-        """Samples tokens of the classes `labels` (int64 [N], on this module's device); see `grn.sampler.refine_queue`.
+        """The samples of a request in the order in which they are done; see `grn.method.sampler.finished`.
+
+        Args:
+            ids: int64 [N] on the CPU, which samples of the request; None: all.
+
+        Yields:
+            (places in `ids`, ascending; Refined of these samples).
+        """
+        refinement = self.refinement(request, ids=ids, batch_size=batch_size)
+        return finished(refinement, batch_size, callback)
+
+    def refinement(self, request: Request, *, ids: Tensor | None = None, batch_size: int) -> Refinement:
+        """The samples of a request being refined, to be taken step by step; arguments as of `generate_queue`.
 
         Of a compiled network the rows of a call are bucketed.
         """
+        request = self.complete(request)
+        ids = torch.arange(request.num) if ids is None else ids
+        start = request.start
+        if start is not None:
+            start = start.to(self.device)
+            start = start.expand(len(ids)) if len(start.tokens) == 1 else start.select(ids)
+        place = {number: place for place, number in enumerate(ids.tolist())} if request.erasures else {}
 
         def predict(tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
             with self._precision():
                 return self.predict(tokens, t, condition)
 
-        with self._precision():
-            condition = self.condition(labels)
-        return refine_queue(
+        with self._precision(), torch.no_grad():
+            condition = self.condition(request, ids)
+        return Refinement(
             predict,
             condition,
-            sampler or self.sampler,
-            shape=self.token_shape,
+            request.sampler,
+            shape=self.shape_of(request),
             classes=self.network.classes,
-            seed=seed,
-            ids=ids,
+            seed=request.seed,
+            ids=ids.to(self.device),
             batch_size=batch_size,
             start=start,
+            erasures=[replace(it, sample=place[it.sample]) for it in request.erasures if it.sample in place],
             # nn.Module.compile() leaves no public trace.
             bucketed=any(module._compiled_call_impl is not None for module in self.network.modules()),
-            callback=callback,
         )
 
     def _precision(self) -> AbstractContextManager:
         """The trainer's: callbacks ask for samples outside of Lightning's steps."""
         return self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext()
 
-    def condition(self, labels: Tensor) -> Condition:
-        """What samples of the classes `labels`, int64 [B], are conditioned on."""
-        return Labels(labels, self.network.num_labels)
+    def condition(self, request: Request, ids: Tensor) -> Condition:
+        """What samples `ids`, int64 [B] on the CPU, of a complete request are conditioned on."""
+        labels = torch.tensor(request.labels)[ids % len(request.labels)]
+        return Labels(labels.to(self.device), self.network.num_labels)
 
     def predict(self, tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """As `grn.sampler.refine` asks for it."""
+        """As `grn.method.sampler.Refinement` asks for it."""
         return self.network(tokens, t, condition.index)
 
     @torch.no_grad()
@@ -308,5 +439,16 @@ class RefinerModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name, part in self.frozen.items():
-            checkpoint["state_dict"] |= part.state_dict(prefix=f"{name}.")
+        state = checkpoint.get("state_dict")
+        if isinstance(state, dict):
+            for name, part in self.frozen.items():
+                state |= part.state_dict(prefix=f"{name}.")
+        check_weights(self.state_dict(), state, "the weights")
+        check_count_of_states(checkpoint, 1)
+
+
+def bin_by_signal_ratio(values: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums per-sample values [B] into ten equal bins of t: (sums [10], counts [10]), both float32, no host sync."""
+    index = (t * ACCURACY_BINS).long().clamp_(0, ACCURACY_BINS - 1)
+    zeros = values.new_zeros(ACCURACY_BINS)
+    return zeros.index_add(0, index, values), zeros.index_add(0, index, torch.ones_like(values))

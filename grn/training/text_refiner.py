@@ -1,6 +1,8 @@
-"""Training a text refiner on packs of captioned images and clips of many sizes (DESIGN 1.3, 1.5)."""
+"""LightningModule of text refiners, trained on packs of captioned images and clips of many sizes."""
 
 import functools
+import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -10,20 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from grn import philox, refinement
-from grn.conditions import Text, text_condition
 from grn.data.samples import by_shape
 from grn.data.text_images import PackedTokens
-from grn.errors import UserError
-from grn.flops import forward_flop, hollow, training_flop
+from grn.method import corruption, philox
+from grn.method.philox import Stream
+from grn.method.request import Request
+from grn.method.sampler import Refined, Sampler, Step, given_latents
 from grn.networks.captioned_refiner import CaptionedRefiner, check_features
-from grn.networks.text_encoder import TextEncoder, tokenize
+from grn.networks.conditions import Text, text_condition
+from grn.networks.text_encoder import TextEncoder
 from grn.networks.text_refiner import MAX_FRAMES, TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
-from grn.philox import Stream
-from grn.sampler import Refined, Sampler, Start, Step
+from grn.runtime.errors import UserError, check_count, check_number
+from grn.runtime.flops import forward_flop, hollow, training_flop
+from grn.runtime.ranks import rank_and_world_size
+from grn.training.fsdp import local
 from grn.training.refiner import VALIDATION_SEED, RefinerModule
 
+log = logging.getLogger(__name__)
+
+SHOWN = 500  # characters of a prompt in a message
 MAX_PACK = 2**16  # samples: what positions in a global batch leave room for
 QUEUED_BATCHES = 8  # whose texts are encoded at a time
 FLOP_TEXT_UNIT = 16  # text lengths are rounded up to it where FLOP are counted
@@ -33,11 +41,11 @@ class TextRefinerModule(RefinerModule):
     """A text-conditional refiner, over the tokens of a frozen tokenizer and the features of a text encoder.
 
     Batches are packs (`grn.data.text_images`), where captions were dropped already, of pixels or of packed tokens, and
-    with or without features that the frozen encoder would compute (`grn.data.text_tokens`). The loss of a pack is the
-    mean over its tokens, and that of a step the mean over packs: whole packs count alike, on whatever rank they are.
+    with or without features that the frozen encoder would compute (`grn.data.text_tokens`). The loss of a step is
+    the quotient of `corruption.weighted_sums` over all its samples, on any rank and in any accumulated batch; that of
+    validation is the mean over samples.
 
-    What to sample is asked for by number, as of the classes of `RefinerModule`: of `prompts`, which may be replaced at
-    any time, as may `negative_prompt`, `size` and `frames`.
+    `prompts`, `negative_prompt`, `size` and `frames` are what is drawn where a request leaves them open.
 
     Args:
         network: the refiner, and its encoder where that is trained along.
@@ -45,11 +53,17 @@ class TextRefinerModule(RefinerModule):
         text_encoder: frozen; None where the network has its own.
         prompts: what pictures and scores of the run ask for.
         negative_prompt: what guidance leads away from; empty: the caption that training drops to.
+        prompt_prefix, prompt_suffix: what every prompt stands between as it is drawn, as captions of the data did, e.g.
+            a task's tag; the empty prompt, which captions are dropped to, and the negative one stay as they are.
+        context_prefix: of clips that are given latents, in place of `prompt_prefix`, of captions of the data and of
+            prompts alike; None: the same.
         size: (height, width) in pixels of samples.
         frames: of samples; 1 for images.
         context_latents: as many first latents as may be given to a clip in training, true and without loss, so that
-            samples can go on from an image or a clip (first-frame condition, DESIGN 1.5); 0: none ever are.
+            samples can continue from an image or a clip (docs/method.md#image-to-video); 0: none.
         context_ratio: share of clips that are given some: each number of them is as likely.
+        sample_weight_power: p of the weights N^p of samples in the loss, where N positions are predicted; 0: samples
+            count alike, 1: positions do.
         training: as `RefinerModule` has it.
 
     Raises:
@@ -66,17 +80,21 @@ class TextRefinerModule(RefinerModule):
         text_encoder: TextEncoder | None = None,
         prompts: Sequence[str],
         negative_prompt: str = "",
+        prompt_prefix: str = "",
+        prompt_suffix: str = "",
+        context_prefix: str | None = None,
         size: Sequence[int],
         frames: int = 1,
         context_latents: int = 0,
         context_ratio: float = 0.2,
+        sample_weight_power: float = 0.0,
         **training: Any,
     ):
         super().__init__(network, tokenizer, sampler, label_dropout=0.0, **training)
-        if type(context_latents) is not int or context_latents < 0:
-            raise UserError(f"training.context_latents={context_latents} must not be negative, and whole; 0 for none")
-        if type(context_ratio) not in (int, float) or not 0 <= context_ratio <= 1:
-            raise UserError(f"training.context_ratio={context_ratio} must lie in 0 to 1")
+        check_count("training.context_latents", context_latents, least=0)
+        check_count("training.frames", frames)
+        check_number("training.context_ratio", context_ratio, least=0, most=1)
+        check_number("training.sample_weight_power", sample_weight_power, least=0)
         if (text_encoder is None) == (network.encoder is None):
             raise UserError("text_encoder: a text refiner needs one, frozen or trained along, e.g. byt5_tiny")
         if text_encoder is not None:
@@ -84,50 +102,61 @@ class TextRefinerModule(RefinerModule):
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not all(type(it) is str for it in prompts):
             raise UserError(f"training.prompts={prompts}: a list of texts, training.prompts=['a seven','a one']")
         if not prompts:
-            raise UserError("training.prompts is empty: what should pictures show?")
+            raise UserError("training.prompts is empty: give at least one prompt")
         if not isinstance(negative_prompt, str):
             raise UserError(f"training.negative_prompt={negative_prompt} must be a text; '' is the empty one")
+        for name, text in (("prompt_prefix", prompt_prefix), ("prompt_suffix", prompt_suffix)):
+            if not isinstance(text, str):
+                raise UserError(f"training.{name}={text} must be a text; '' is none")
+        if not isinstance(context_prefix, str | None):
+            raise UserError(f"training.context_prefix={context_prefix} must be a text; null: training.prompt_prefix")
         if not isinstance(size, Sequence) or [type(side) for side in size] != [int, int]:
             raise UserError(f"training.size={size}: height and width in pixels, training.size=[256,256]")
-        if type(frames) is not int or frames < 1:
-            raise UserError(f"training.frames={frames}: a whole number, 1 for images")
+        self._is_batch_checked = True  # packs are from this package's data modules
         self.frozen_encoder = text_encoder
         self.prompts, self.negative_prompt, self.size = list(prompts), negative_prompt, tuple(size)
+        self.prompt_prefix, self.prompt_suffix, self.context_prefix = prompt_prefix, prompt_suffix, context_prefix
         self.frames, self.context_latents, self.context_ratio = frames, context_latents, context_ratio
+        self.sample_weight_power = sample_weight_power
+        self._weighted: Tensor | None = None  # [2]: of the step until now, over ranks, as `corruption.weighted_sums`
+        self._unit: Tensor | None = None  # the weight that losses of the step's batches are divided by
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
         self._empty: Tensor | None = None
+        self._offloaded = False
         try:
             _ = self.token_shape
         except UserError as error:
             raise UserError(f"training.size={list(size)} with training.frames={frames}: {error}") from None
 
-    def ask_for(
-        self,
-        *,
-        prompts: Sequence[str] | None = None,
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        frames: int | None = None,
-    ) -> None:
-        """Has samples be of these from now on; None leaves what was asked for before.
+    def complete(self, request: Request) -> Request:
+        """As of `RefinerModule`.
 
         Raises:
             UserError: no prompt, or a size or number of frames that is not whole or that the networks do not take.
         """
-        for key, value in {"height": height, "width": width, "frames": frames}.items():
+        if request.labels is not None:
+            raise UserError(f"labels={list(request.labels)}: this refiner takes texts, prompts=[...]")
+        for key in ("height", "width", "frames"):
+            value = getattr(request, key)
             if value is not None and type(value) is not int:
                 raise UserError(f"{key}={value}: a whole number of {'frames' if key == 'frames' else 'pixels'}")
-        if prompts is not None:
-            if not prompts:
-                raise UserError("prompts is empty: what should samples show?")
-            self.prompts = list(prompts)
-        if negative_prompt is not None:
-            self.negative_prompt = negative_prompt
-        self.size = tuple(own if asked is None else asked for asked, own in zip((height, width), self.size))
-        if frames is not None:
-            self.frames = frames
-        _ = self.token_shape  # whether the size will do
+        own = {
+            "prompts": tuple(self.prompts),
+            "negative_prompt": self.negative_prompt,
+            "height": self.size[0],
+            "width": self.size[1],
+            "frames": self.frames,
+        }
+        request = replace(request, **{name: value for name, value in own.items() if getattr(request, name) is None})
+        if not request.prompts or not all(isinstance(prompt, str) for prompt in request.prompts):
+            raise UserError(f"prompts={list(request.prompts)}: texts, at least one")
+        if not isinstance(request.negative_prompt, str):
+            raise UserError(f"negative_prompt={request.negative_prompt}: one text")
+        self.shape_of(request)  # whether the size will do
+        return self._counted(request)
+
+    def shape_of(self, request: Request) -> tuple[int, int, int, int]:
+        return self._shape((request.height, request.width), request.frames)
 
     @property
     def refiner(self) -> TextRefiner:
@@ -138,24 +167,26 @@ class TextRefinerModule(RefinerModule):
         return self.network.encoder or self.frozen_encoder
 
     @property
-    def num_labels(self) -> int:
+    def num_conditions(self) -> int:
         return len(self.prompts)
 
     @property
     def token_shape(self) -> tuple[int, int, int, int]:
+        return self._shape(self.size, self.frames)
+
+    def _shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
         stride = self.tokenizer.stride
-        if len(self.size) != 2 or min(self.size) < stride or any(side % stride for side in self.size):
-            raise UserError(f"height and width must be multiples of the tokenizer's stride {stride}, got {self.size}")
-        if (latents := 1 + (self.frames - 1) // self.tokenizer.temporal_stride) > MAX_FRAMES:
-            raise UserError(f"frames={self.frames}: {latents} latents are more than a text refiner's {MAX_FRAMES}")
-        self.tokenizer.check_video((1, 3, self.frames, *self.size))
-        return self.network.channels, latents, self.size[0] // stride, self.size[1] // stride
+        if len(size) != 2 or min(size) < stride or any(side % stride for side in size):
+            raise UserError(f"height and width must be multiples of the tokenizer's stride {stride}, got {size}")
+        if (latents := 1 + (frames - 1) // self.tokenizer.temporal_stride) > MAX_FRAMES:
+            raise UserError(f"frames={frames}: {latents} latents are more than a text refiner's {MAX_FRAMES}")
+        self.tokenizer.check_video((1, 3, frames, *size))
+        return self.network.channels, latents, size[0] // stride, size[1] // stride
 
     @property
     def packed_tokens(self) -> PackedTokens:
         """For the data to pack by, in processes that get no copy of the encoder."""
-        encoder = self.text_encoder
-        count = functools.partial(tokenize, tokenizer=encoder.tokenizer, max_length=encoder.max_length)
+        count = self.text_encoder.tokenization
         return PackedTokens(self.tokenizer.stride, self.tokenizer.temporal_stride, count)
 
     @property
@@ -165,6 +196,14 @@ class TextRefinerModule(RefinerModule):
 
     def setup(self, stage: str) -> None:
         self._hollow = [hollow(self.refiner)]  # before a strategy shards the network
+        taken = self.text_encoder.tokenization
+        if (cut := sum(map(taken.is_cut, map(self.worded, self.prompts)))) and rank_and_world_size()[0] == 0:
+            log.warning(
+                "%d of %d training.prompts have more tokens than text_encoder.max_length=%d: the rest is not drawn",
+                cut,
+                len(self.prompts),
+                taken.max_length,
+            )
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -226,14 +265,15 @@ class TextRefinerModule(RefinerModule):
             context: how many latents at the start of each sample are given, true; there are no logits of them.
             features: [tokens, text width] of each caption, None for an empty one; None: the encoder computes them.
         """
-        t = refinement.signal_ratio(seed, ids, step, mean=self.signal_ratio_mean, std=self.signal_ratio_std)
-        noisy = [None] * len(tokens)
+        t = self.draw_signal_ratio(seed, ids, step)
+        noisy, told = [None] * len(tokens), t.clone()
         for rows in by_shape(tokens):
             same, where = torch.stack([tokens[row] for row in rows]), torch.tensor(rows, device=ids.device)
-            same = refinement.corrupt(same, t[where], self.network.classes, seed=seed, ids=ids[where], step=step)
+            # Given latents count into the realised share, although they are shown as they are: the authors' way.
+            same, told[where] = self.corrupt(same, t[where], seed=seed, ids=ids[where], step=step)
             for row, sample in zip(rows, same):
                 noisy[row] = torch.cat([tokens[row][:, : context[row]], sample[:, context[row] :]], dim=1)
-        return t, self.network(noisy, t, self._text(captions, features), context_frames=context)
+        return told, self.network(noisy, told, self._text(captions, features), context_frames=context)
 
     def _text(
         self, captions: list[str], features: list[Tensor | None] | None
@@ -269,7 +309,7 @@ class TextRefinerModule(RefinerModule):
         context = self.draw_context(tokens, ids)
         t, logits = self.predict_corrupted(
             tokens,
-            batch["caption"],
+            [self.retagged(caption) if given else caption for caption, given in zip(batch["caption"], context)],
             seed=self.seed,
             ids=ids,
             step=self.global_step,
@@ -277,16 +317,39 @@ class TextRefinerModule(RefinerModule):
             features=batch.get("features"),
         )
         targets = [sample[:, given:] for sample, given in zip(tokens, context)]
-        losses, accuracy = refinement.per_sample(logits, targets)
-        sizes = torch.tensor([float(target.numel()) for target in targets], device=losses.device)
-        of_packs = zip((losses * sizes).split(packs), sizes.split(packs))
-        loss = torch.stack([total.sum() / count.sum() for total, count in of_packs]).mean()
+        losses, accuracy = corruption.per_sample(logits, targets)
+        loss = self._part_of_step(losses, [target[0].numel() for target in targets], batch_idx)
         self.finite_loss.watch(loss)
         own = {"batch_size": len(packs), "sync_dist": True}
-        self.log("train/loss", loss, prog_bar=True, **own)
         self.log("train/packing", batch["tokens"] / batch["max_tokens"], **own)
-        self._log_accuracy(accuracy.detach(), t)
+        self._add_accuracy(accuracy.detach(), t)
         return loss
+
+    def _part_of_step(self, losses: Tensor, positions: list[int], batch_idx: int) -> Tensor:
+        """The loss of this rank's batch, a scalar whose mean over ranks has the gradient of the step.
+
+        What all samples of accumulated batches weigh is known with the last: until then they are divided by the weight
+        of the first batch, and `on_before_optimizer_step` mends the sum of their gradients.
+
+        Args:
+            losses: float32 [S], of this rank's samples.
+            positions: predicted ones of each.
+        """
+        own = corruption.weighted_sums(losses, positions, self.sample_weight_power)
+        sums = self.trainer.strategy.reduce(own.detach().clone(), reduce_op="sum")
+        if batch_idx % self.trainer.accumulate_grad_batches == 0 or self._weighted is None:  # or resumed amid a step
+            self._weighted, self._unit = sums, sums[1]
+        else:
+            self._weighted = self._weighted + sums
+        return own[0] * self.trainer.world_size / self._unit
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        loss, weight = self._weighted
+        if (batches := self.trainer.accumulate_grad_batches) > 1:
+            gradients = [local(p.grad) for p in self.network.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, batches * self._unit / weight)
+        self.log("train/loss", loss / weight, prog_bar=True)
+        super().on_before_optimizer_step(optimizer)
 
     def _pack_positions(self, batch_idx: int, packs: list[int]) -> Tensor:
         """int64 [S]: a number for each sample of this rank that no other of the step's global batch has, by the
@@ -297,9 +360,9 @@ class TextRefinerModule(RefinerModule):
         places = torch.cat([torch.arange(count, device=self.device) for count in packs])
         return positions * MAX_PACK + places
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         tokens = self.tokenize(batch)
-        ids = self._validation_ids(batch)
+        ids = self._validation_ids(batch, batch_idx)
         _, logits = self.predict_corrupted(
             tokens,
             batch["caption"],
@@ -309,40 +372,74 @@ class TextRefinerModule(RefinerModule):
             context=[0] * len(tokens),
             features=batch.get("features"),
         )
-        losses, accuracy = refinement.per_sample(logits, tokens)
-        on_epoch = {"batch_size": float(len(tokens)), "sync_dist": True}
-        self.log("val/loss", losses.mean(), prog_bar=True, **on_epoch)
-        self.log("val/accuracy", accuracy.mean(), **on_epoch)
+        losses, accuracy = corruption.per_sample(logits, tokens)
+        self._add_validated(len(tokens), losses.mean(), accuracy.mean())
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     def generate_queue(
         self,
-        labels: Tensor,
+        request: Request,
         *,
-        ids: Tensor,
+        ids: Tensor | None = None,
         batch_size: int,
-        start: Start | None = None,
         callback: Callable[[Step], None] | None = None,
-        **others: Any,
     ) -> Iterator[tuple[Tensor, Refined]]:
         """As of `RefinerModule`; of many prompts, a few batches' at a time: their keys and values fill the memory."""
-        for rows in torch.arange(len(labels)).split(QUEUED_BATCHES * batch_size):
-            finished = super().generate_queue(
-                labels[rows],
+        request = self.complete(request)
+        ids = torch.arange(request.num) if ids is None else ids
+        for rows in torch.arange(len(ids)).split(QUEUED_BATCHES * batch_size):
+            done = super().generate_queue(
+                request,
                 ids=ids[rows],
                 batch_size=batch_size,
-                start=None if start is None else start.select(rows),
                 callback=None if callback is None else functools.partial(_renumbered, callback, rows),
-                **others,
             )
-            for places, refined in finished:
+            for places, refined in done:
                 yield rows[places], refined
 
-    def condition(self, labels: Tensor) -> Text:
-        """What samples of the prompts of these numbers, int64 [B], are conditioned on."""
-        prompts = [self.prompts[label] for label in labels.tolist()]
-        return text_condition(self.network, self.text_encoder, prompts, self.negative_prompt)
+    def worded(self, prompt: str) -> str:
+        """A prompt as the text encoder gets it."""
+        return f"{self.prompt_prefix}{prompt}{self.prompt_suffix}" if prompt else ""
+
+    def retagged(self, text: str) -> str:
+        """A worded prompt, or a caption, of a clip that is given latents."""
+        if self.context_prefix is None or not text or not text.startswith(self.prompt_prefix):
+            return text
+        return self.context_prefix + text.removeprefix(self.prompt_prefix)
+
+    def condition(self, request: Request, ids: Tensor) -> Text:
+        prompts = [self.worded(request.prompts[number % len(request.prompts)]) for number in ids.tolist()]
+        if self.shape_of(request)[1] > 1 and given_latents(request.start):
+            prompts = [self.retagged(prompt) for prompt in prompts]
+        encoder = self.text_encoder
+        if self._trainer is None:  # a run has told how many, as it began
+            for prompt in dict.fromkeys([*prompts, request.negative_prompt]):
+                self._warn_if_cut(prompt)
+        if self._offloaded:
+            encoder.to(self.device)
+        try:
+            return text_condition(self.network, encoder, prompts, request.negative_prompt)
+        finally:
+            if self._offloaded:
+                encoder.to("cpu")
+
+    @functools.lru_cache(maxsize=2**16)  # noqa: B019, one module a run; a prompt is told once
+    def _warn_if_cut(self, prompt: str) -> None:
+        taken = self.text_encoder.tokenization
+        if taken.is_cut(prompt) and rank_and_world_size()[0] == 0:
+            log.warning(
+                "a prompt has more tokens than text_encoder.max_length=%d: of %s only %s is drawn",
+                taken.max_length,
+                json.dumps(prompt[:SHOWN], ensure_ascii=False),
+                json.dumps(taken.used(prompt)[:SHOWN], ensure_ascii=False),
+            )
+
+    def offload_encoder(self, device: torch.device) -> None:
+        """Moves all but a frozen text encoder to `device`; that goes there only while it encodes prompts of samples."""
+        encoder, self.frozen_encoder = self.frozen_encoder, None
+        self.to(device)
+        self.frozen_encoder, self._offloaded = encoder, encoder is not None
 
     def predict(self, tokens: Tensor, t: Tensor, condition: Text) -> Tensor:
         return self.network.predict(tokens, t, condition.cache, condition.index)

@@ -1,4 +1,4 @@
-"""Training the HBQ tokenizer (DESIGN 1.2): L1 + LPIPS + hinge GAN on reconstructions through the quantizer."""
+"""LightningModule of the HBQ tokenizer: L1 + LPIPS + hinge GAN on reconstructions through the quantizer."""
 
 from typing import Any
 
@@ -8,12 +8,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grn.flops import training_flop
+from grn.data.contract import check_batch
+from grn.media.pixels import as_frames, from_uint8, to_uint8
 from grn.metrics.reconstruction import ReconstructionScores
 from grn.networks.discriminator import generator_loss, hinge_discriminator_loss
 from grn.networks.tokenizer import HBQTokenizer
-from grn.pixels import as_frames, from_uint8, to_uint8
-from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
+from grn.runtime.flops import training_flop
+from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule, planned_steps
+from grn.training.restoring import check_count_of_states, check_weights
 
 
 class TokenizerModule(LightningModule):
@@ -59,7 +61,10 @@ class TokenizerModule(LightningModule):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
         self.finite_loss = FiniteLoss()
-        self.checkpoint_extras: dict[str, Any] = {}  # what else makes a checkpoint self-contained (grn.modules)
+        self._is_batch_checked = False
+        self.checkpoint_extras: dict[
+            str, Any
+        ] = {}  # what else makes a checkpoint self-contained (grn.training.building)
         self._flop: dict[torch.Size, int] = {}
 
     def train(self, mode: bool = True) -> "TokenizerModule":
@@ -72,6 +77,9 @@ class TokenizerModule(LightningModule):
         if isinstance(self.trainer.strategy, DDPStrategy):
             # Images leave the temporal convolutions without a gradient, and each backward pass is of one network alone.
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+            # Ranks may have fewer held-out batches than others. Batch norm's statistics, the discriminator's, are of
+            # rank 0 all the same, and nobody reads them.
+            self.trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
 
     def flop_per_sample(self, batch: dict[str, Any]) -> int:
         """FLOP of training the autoencoder on one sample of such a batch, without those of the losses' networks."""
@@ -82,6 +90,11 @@ class TokenizerModule(LightningModule):
         return self._flop[shape]
 
     # --- the task ---------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if not self._is_batch_checked:  # the first one: a data module may be anybody's
+            check_batch(batch, num_labels=None)
+            self._is_batch_checked = True
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pixels = from_uint8(batch["pixels"])
@@ -102,7 +115,7 @@ class TokenizerModule(LightningModule):
             discriminator_loss = hinge_discriminator_loss(*judged)
             self.finite_loss.watch(discriminator_loss)
             self.manual_backward(discriminator_loss)
-            self.log("train/discriminator", discriminator_loss)
+            self.log("train/discriminator", discriminator_loss, sync_dist=True)
 
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         for name, value in losses.items():
@@ -144,7 +157,7 @@ class TokenizerModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         for prefix, scores in self._scores.items():
             for name, value in scores.compute().items():
-                self.log(f"val/{prefix}{name}", value, prog_bar=name == "psnr", sync_dist=True)
+                self.log(f"val/{prefix}{name}", value, prog_bar=name == "psnr")
 
     # --- optimisation -----------------------------------------------------------------------------------------------
 
@@ -157,7 +170,7 @@ class TokenizerModule(LightningModule):
         schedule = {
             "name": self.lr_schedule,
             "warmup_steps": self.warmup_steps,
-            "total_steps": self.trainer.max_steps,
+            "total_steps": planned_steps(self.trainer),
         }
         return optimizers, [learning_rate_schedule(optimizer, **schedule) for optimizer in optimizers]
 
@@ -169,5 +182,8 @@ class TokenizerModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.perceptual is not None:
-            checkpoint["state_dict"] |= self.perceptual.state_dict(prefix="perceptual.")
+        state = checkpoint.get("state_dict")
+        if self.perceptual is not None and isinstance(state, dict):
+            state |= self.perceptual.state_dict(prefix="perceptual.")
+        check_weights(self.state_dict(), state, "the weights")
+        check_count_of_states(checkpoint, 1 if self.discriminator is None else 2)

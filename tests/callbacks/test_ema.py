@@ -4,7 +4,7 @@ from lightning import LightningModule, Trainer
 from torch import nn
 
 from grn.callbacks import EMA
-from grn.errors import UserError
+from grn.runtime.errors import UserError
 
 
 class Module(LightningModule):
@@ -15,6 +15,7 @@ class Module(LightningModule):
         self.network = nn.Linear(3, 1)
         self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
         self.history, self.validated = [], []
+        self.checkpoint_extras = {}
 
     def training_step(self, batch, batch_idx):
         return self.network(batch).sum()
@@ -24,6 +25,9 @@ class Module(LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.validated.append(self.network.weight.detach().clone())
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint.update(self.checkpoint_extras)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.network.parameters(), lr=0.1)

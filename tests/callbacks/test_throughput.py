@@ -7,10 +7,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from grn.callbacks import Throughput, throughput
-from grn.flops import forward_flop, training_flop
+from grn.method.sampler import Sampler
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
-from grn.sampler import Sampler
+from grn.runtime.flops import forward_flop, training_flop
 from grn.training import RefinerModule, TokenizerModule
 
 FLOP = 10**9

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from grn.checkpoints.exported import FILES, INDEX, is_exported_refiner, load_exported_refiner, save_exported_refiner
+from grn.checkpoints.exported import FILES, is_exported_refiner, load_exported_refiner, save_exported_refiner
 from grn.checkpoints.native import weights_hash
-from grn.errors import UserError
-from grn.modules import load_refiner
-from grn.networks import pretrained
+from grn.method.sampler import Sampler
+from grn.method.schedules import Cosine, EntropyGuided, Linear, Shifted
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
-from grn.sampler import Cosine, EntropyGuided, Linear, Sampler, Shifted
+from grn.runtime.errors import UserError
+from grn.training.building import load_refiner
+from grn.weights import pretrained
+from grn.weights.kinds import INDEX
 
 
 def parts(seed=0):
@@ -50,8 +52,9 @@ def files(folder):
         Sampler(Shifted(7, alpha=2.0), guidance=3.0),
         Sampler(Cosine(7), temperature=1.31, guidance=2.35, guidance_interval=(0.44, 1.0)),
         Sampler(EntropyGuided(warmup=2, scale=9, offset=-1.5, min_steps=3, max_steps=8)),
+        Sampler(EntropyGuided(grid="shifted", alpha=2, cap=0.95)),
     ],
-    ids=["shifted", "cosine", "entropy"],
+    ids=["shifted", "cosine", "entropy", "entropy shifted"],
 )
 def test_there_and_back(tmp_path, sampler):
     given = parts() | {"sampler": sampler}
@@ -74,14 +77,14 @@ def test_only_its_own_is_replaced(folder, tmp_path):
     save_exported_refiner(folder, **parts(1), provenance=PROVENANCE)
     assert weights_hash(found.refiner.state_dict()) == before  # what was loaded earlier keeps its weights
     assert weights_hash(load_exported_refiner(folder).refiner.state_dict()) != before
-    with pytest.raises(UserError, match=r"holds other things \(model_index\.json\)"):
+    with pytest.raises(UserError, match=r"holds other files \(model_index\.json\)"):
         found.refiner.save_pretrained(folder)
     (folder / "tokenizer" / "notes.txt").write_text("mine")
     for place, words in (
-        (folder, "tokenizer holds other things (notes.txt)"),
-        (folder / "refiner", "holds other things (config.json)"),
+        (folder, "tokenizer holds other files (notes.txt)"),
+        (folder / "refiner", "holds other files (config.json)"),
         (folder / INDEX, "is a file"),
-        (folder.parent, "holds other things (export)"),
+        (folder.parent, "holds other files (export)"),
     ):
         assert words in complaint_of(lambda place=place: save_exported_refiner(place, **parts(), provenance=PROVENANCE))
     assert (folder / "tokenizer" / "notes.txt").read_text() == "mine"
@@ -153,7 +156,7 @@ def test_a_folder_that_is_not_whole(folder):
     (folder / INDEX).write_bytes(b"[" * 60_000)
     assert "cannot be read as JSON" in complaint_of(lambda: load_refiner(str(folder)))
     (folder / INDEX).write_text("{}")
-    assert "is no config of a GRN network" in complaint_of(lambda: load_refiner(str(folder)))
+    assert "is not the config of a GRN network" in complaint_of(lambda: load_refiner(str(folder)))
 
 
 @pytest.mark.parametrize("lost", FILES[1:])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from grn.checkpoints.native import build_network, load_tokenizer, restore_tokenizer, weights_hash
-from grn.errors import UserError
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.errors import UserError
 
 MODEL = {
     "_target_": "grn.networks.tokenizer.HBQTokenizer",

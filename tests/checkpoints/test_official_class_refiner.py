@@ -5,7 +5,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from grn.checkpoints.mapping import load_strict, rename
 from grn.checkpoints.native import build_network
 from grn.checkpoints.official_class_refiner import (
     CLASS_REFINER_RULES,
@@ -13,9 +12,10 @@ from grn.checkpoints.official_class_refiner import (
     official_state,
     save_official_class_refiner,
 )
-from grn.cli import CONF
-from grn.errors import UserError
 from grn.networks.class_refiner import ClassRefiner
+from grn.runtime.config_folder import CONF
+from grn.runtime.errors import UserError
+from grn.weights.mapping import load_strict, rename
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_the_list_of_names_and_shapes_is_that_of_the_golden_file(golden, golden_
     )  # fmt: skip
 
 
-SIZES = {  # DESIGN 1.4
+SIZES = {  # docs/method.md#class-conditional-refiner
     "B": {"depth": 12, "width": 768, "heads": 12, "bottleneck": 128},
     "L": {"depth": 24, "width": 1024, "heads": 16, "bottleneck": 128},
     "H": {"depth": 32, "width": 1280, "heads": 16, "bottleneck": 256},

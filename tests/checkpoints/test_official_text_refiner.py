@@ -2,18 +2,19 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from grn.checkpoints.mapping import load_strict
 from grn.checkpoints.native import build_network
 from grn.checkpoints.official_text_refiner import (
+    check_attention,
     load_official_text_refiner,
     official_state,
     our_state,
     save_official_text_refiner,
 )
-from grn.cli import CONF
-from grn.errors import UserError
-from grn.modules import _initial_weights
 from grn.networks.text_refiner import TextRefiner
+from grn.runtime.config_folder import CONF
+from grn.runtime.errors import UserError
+from grn.training.building import _initial_weights
+from grn.weights.mapping import load_strict
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def state(golden):
 
 
 def network():
-    return TextRefiner(channels=12, classes=2, depth=4, width=64, heads=4, text_width=24)
+    return TextRefiner(channels=12, classes=2, depth=4, width=64, heads=4, attention="one_way", text_width=24)
 
 
 def test_there_and_back(state, tmp_path):
@@ -41,6 +42,47 @@ def test_there_and_back(state, tmp_path):
     assert all(torch.equal(weights[name], ours[name]) for name in ours)
 
 
+def test_a_training_file_holds_the_weights_and_their_average(state, tmp_path):
+    """{args, ..., trainer: {gpt_fsdp, gpt_ema_fsdp}}: the authors sample the first."""
+    average = {name: tensor + 1 for name, tensor in state.items()}
+    trainer = {"gpt_fsdp": state, "gpt_ema_fsdp": average}
+    torch.save({"args": {"lr": 1e-4}, "epoch": 3, "g_it": 7, "trainer": trainer}, tmp_path / "x.pth")
+    ours = load_official_text_refiner(tmp_path / "x.pth")
+    assert torch.equal(ours["head.out.bias"], state["head.proj.bias"])
+    weights, averages = _initial_weights(network(), str(tmp_path / "x.pth"))
+    assert torch.equal(weights["head.out.bias"], state["head.proj.bias"])
+    assert averages.keys() == {"0.999"}
+    assert torch.equal(averages["0.999"]["head.out.bias"], average["head.proj.bias"])
+    torch.save({"trainer": {"gpt_ema_fsdp": average}}, tmp_path / "y.pth")
+    with pytest.raises(UserError, match="not an official text refiner"):
+        load_official_text_refiner(tmp_path / "y.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [("GRN_T2I_2B", "one_way"), ("GRN_T2V_2B", "one_way"), ("GRN_T2I_2B_FSA_251600", "full"), ("mine_FSA", "full")],
+)
+def test_a_file_name_tells_the_attention(name, trained, state, tmp_path, caplog):
+    ours = our_state(state, source="golden")
+    check_attention(ours, trained, tmp_path / f"{name}.pth", key="model.weights")
+    assert not caplog.records
+    other = {"full": "one_way", "one_way": "full"}[trained]
+    with pytest.raises(
+        UserError, match=rf"model\.weights=.*{name}\.pth has {trained} attention.*model\.attention={trained}"
+    ):
+        check_attention(ours, other, tmp_path / f"{name}.pth", key="model.weights")
+
+
+def test_attention_that_a_file_does_not_tell(state, caplog):
+    ours = our_state(state, source="golden")
+    check_attention(ours, "one_way", "renamed.pth", key="ckpt")
+    assert "ckpt=renamed.pth does not tell its attention: taken as model.attention=one_way" in caplog.text
+    wide = ours | {"head.norm.weight": torch.ones(4096)}
+    check_attention(wide, "full", "renamed.pth", key="ckpt")
+    with pytest.raises(UserError, match="has full attention, the model one_way"):
+        check_attention(wide, "one_way", "renamed.pth", key="ckpt")
+
+
 def test_ten_and_more_blocks_keep_their_order():
     """By number, not by name; a last chunk may have fewer."""
     places = [(chunk, number) for chunk in range(11) for number in range(12)][:-5]
@@ -52,7 +94,7 @@ def test_ten_and_more_blocks_keep_their_order():
     assert [tuple(ours[f"blocks.{i}.norm1.weight"].tolist()) for i in range(len(places))] == places
 
 
-def official_shapes(*, depth, chunks, width, heads, hidden, inputs=512, text=4096):
+def official_shapes(*, depth, chunks, width, heads, hidden, kv=None, inputs=512, text=4096):
     """Name -> shape of the authors' text refiners."""
     shapes = {
         "word_embed.weight": (width, inputs),
@@ -70,7 +112,8 @@ def official_shapes(*, depth, chunks, width, heads, hidden, inputs=512, text=409
     for block in range(depth):
         prefix = f"block_chunks.{block // (depth // chunks)}.module.{block % (depth // chunks)}"
         shapes |= {f"{prefix}.{norm}.weight": (width,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        shapes |= {f"{prefix}.attn.{name}_proj.weight": (width, width) for name in "qkvo"}
+        shapes |= {f"{prefix}.attn.{name}_proj.weight": (width, width) for name in "qo"}
+        shapes |= {f"{prefix}.attn.{name}_proj.weight": (kv or width, width) for name in "kv"}
         shapes |= {f"{prefix}.attn.{name}_norm.weight": (width // heads,) for name in "qk"}
         shapes |= {f"{prefix}.mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
         shapes |= {f"{prefix}.mlp.down_proj.weight": (width, hidden)}
@@ -90,11 +133,13 @@ def test_the_list_of_names_and_shapes_is_that_of_the_golden_file(state, golden_m
     ("size", "sizes"),
     [
         ("2B", {"depth": 28, "chunks": 7, "width": 2304, "heads": 18, "hidden": 8192}),
+        ("8B", {"depth": 36, "chunks": 6, "width": 4096, "heads": 32, "hidden": 12288}),
+        ("8B_grouped", {"depth": 36, "chunks": 6, "width": 4096, "heads": 32, "hidden": 16384, "kv": 1024}),
         ("tiny", {"depth": 4, "chunks": 2, "width": 512, "heads": 4, "hidden": 1792}),
     ],
 )
 def test_the_authors_refiners_at_full_size(size, sizes):
-    """GRN_T2I_2B and a tiny one, without their weights: all names and shapes, both ways."""
+    """2B, both definitions of 8B and a tiny one, without their weights: all names and shapes, both ways."""
     with initialize_config_dir(str(CONF), version_base="1.3"), torch.device("meta"):
         mine = build_network(compose("train", [f"model=text_refiner_{size}", "tokenizer.ckpt=x"]).model)
         official = {name: torch.empty(shape) for name, shape in official_shapes(**sizes).items()}
@@ -130,6 +175,8 @@ def test_hostile_and_foreign_files_are_refused(state, tmp_path):
 
 
 def test_another_size_is_one_line(state):
-    mine = TextRefiner(channels=12, classes=2, depth=4, width=64, heads=4, kv_heads=2, text_width=24)
+    mine = TextRefiner(
+        channels=12, classes=2, depth=4, width=64, heads=4, attention="one_way", kv_heads=2, text_width=24
+    )
     with pytest.raises(UserError, match=r"attention\.k\.weight is \(64, 64\) in the file, \(32, 64\) in the model"):
         load_strict(mine, our_state(state, source="golden"), source="golden")

@@ -6,17 +6,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from grn.checkpoints.mapping import load_strict, rename
 from grn.checkpoints.official_tokenizer import (
     TOKENIZER_RULES,
     load_official_tokenizer,
     official_state,
     save_official_tokenizer,
 )
-from grn.cli import CONF
-from grn.errors import UserError
-from grn.modules import module_from_config
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.config_folder import CONF
+from grn.runtime.errors import UserError
+from grn.training.building import module_from_config
+from grn.weights.mapping import load_strict, rename
 
 PREFIX = "state."
 

@@ -5,14 +5,19 @@ import os
 import pickle
 import shutil
 
+import commands
 import pytest
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 
-from grn.checkpoints.sharded import is_sharded_checkpoint, read_sharded, write_sharded
-from grn.errors import UserError
+from grn.checkpoints.consolidate import consolidate
+from grn.checkpoints.sharded import read_sharded, verify, write_sharded
+from grn.runtime.errors import UserError
+from grn.weights.kinds import is_sharded_checkpoint
+from grn.weights.reading import check_plain
 
 
 def whole(generation=0):
@@ -47,6 +52,8 @@ def write(rank, ranks, folder):
         for generation in range(2):
             write_sharded(sharded(whole(generation), mesh), folder / "twice")
         write_sharded(sharded(whole(), mesh), folder / "over_a_file")
+        for generation in range(3):
+            write_sharded(sharded(whole(generation), mesh), folder / "last.ckpt")
     placed = {"device_mesh": mesh, "placements": [Shard(0)]}
     read = read_sharded(folder / "first", "x", empty=lambda shape, dtype: empty(shape, dtype=dtype, **placed))
     weight = read["state_dict"]["a.weight"]
@@ -60,7 +67,7 @@ def write(rank, ranks, folder):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     for ranks in (2, 1):  # one rank reads what two wrote
-        torch.multiprocessing.spawn(write, (ranks, folder), nprocs=ranks)
+        commands.spawn(write, (ranks, folder), nprocs=ranks)
     return folder
 
 
@@ -91,6 +98,53 @@ def test_what_is_written_again_is_replaced(folder):
     assert_equal(read["state_dict"], whole(1)["state_dict"])
     assert sorted(path.name for path in (folder / "twice").iterdir()) == ["000002", "rest.pt"]
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_last_keeps_the_one_before_it(folder):
+    for name, generation in (("last.ckpt", 2), ("previous.ckpt", 1)):
+        assert_equal(read_sharded(folder / name, "x")["state_dict"], whole(generation)["state_dict"])
+        verify(folder / name, key="ckpt")
+        assert len(list((folder / name).iterdir())) == 2
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["rest.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"])
+def test_a_flipped_bit_is_found_wherever_it_is(folder, name, tmp_path):
+    copy = shutil.copytree(folder / "last.ckpt", tmp_path / "last.ckpt")
+    shutil.copytree(folder / "previous.ckpt", tmp_path / "previous.ckpt")
+    (path,) = copy.rglob(name)
+    data = path.read_bytes()
+    places = range(0, len(data), max(1, len(data) // 40)) if name == ".metadata" else stored_numbers(data)
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(UserError, match=r"^ckpt_path: .*last\.ckpt is damaged .*: ckpt_path=previous$") as told:
+            verify(copy, key="ckpt_path")
+        assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match=r"^ckpt: .*last\.ckpt is damaged "):  # else the file would look sound
+        consolidate(OmegaConf.create({"ckpt": str(copy), "out": str(tmp_path / "whole.ckpt")}))
+    assert not (tmp_path / "whole.ckpt").exists()
+    path.write_bytes(data)
+    verify(copy, key="ckpt_path")
+    path.unlink()
+    if name != "rest.pt":
+        with pytest.raises(UserError, match="is damaged"):
+            verify(copy, key="ckpt_path")
+    shares = [damaged(copy, share=(number, 2)) for number in range(2)]
+    assert shares == {"__0_0.distcp": [True, False], "__1_0.distcp": [False, True]}.get(name, [True, True])
+
+
+def damaged(path, **options):
+    try:
+        verify(path, key="ckpt", **options)
+    except UserError:
+        return True
+    return False
+
+
+def stored_numbers(data):
+    """Where bytes of float32 1.0 to 14.0 stand."""
+    found = [data.find(number.tobytes()) for number in torch.arange(1, 15, dtype=torch.float32).numpy()]
+    return [place for place in found if place >= 0] or [len(data) // 2]
 
 
 def test_broken_off_in_the_middle_the_earlier_one_stays(copy):
@@ -130,3 +184,16 @@ def test_hostile_and_broken_folders_take_one_line(copy, change):
     with pytest.raises(UserError, match=r"^ckpt: x cannot be read \(.+\)$"):
         read_sharded(copy, "ckpt: x cannot be read")
     assert not os.path.exists("/tmp/grn-was-here")
+
+
+@pytest.mark.timeout(60)
+def test_containers_that_a_hostile_folder_shares_are_walked_once(copy):
+    """Thirty levels of pairs: a billion values, in a kilobyte."""
+    node = ["x"]
+    for _ in range(30):
+        node = [node, node]
+    rest = torch.load(copy / "rest.pt", weights_only=True)
+    rest["checkpoint"]["config"] = {"odd": node}
+    torch.save(rest, copy / "rest.pt")
+    with pytest.raises(UserError, match=r"is more than|holds more than"):
+        check_plain(read_sharded(copy, "x")["config"], "x")

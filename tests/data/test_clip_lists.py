@@ -6,25 +6,27 @@ from fractions import Fraction
 
 import pytest
 import torch
-from test_clips import numbered_video, patched, read_numbers
 from test_folders import contents, here, put, read, rejected
-from test_text_videos import clip, make, write
+from test_text_videos import clip, make, png, write
+from test_video import numbered_video, patched, read_numbers
 
-from grn.data.clip_lists import (
+from grn.data.clips import ClipDecoder
+from grn.data.manifest import read_manifest
+from grn.data.prepare.clip_lists import (
     CLOCK,
     MAX_LINE_BYTES,
     ClipList,
-    draw_videos,
+    draw_files,
     frame_ids,
+    image_source,
     list_lines,
-    video_of,
+    path_of,
     video_source,
 )
-from grn.data.clips import ClipDecoder
-from grn.data.folders import CaptionedClips, Clips
-from grn.data.samples import Reason, Skip
-from grn.data.shards import read_manifest, shard_paths
-from grn.errors import UserError
+from grn.data.prepare.folders import CaptionedClips, Clips
+from grn.data.prepare.shards import shard_paths
+from grn.media.skips import Reason, Skip
+from grn.runtime.errors import UserError
 
 
 def line(path, begin=None, end=None, fps=16, **more):
@@ -133,8 +135,8 @@ def test_an_unusable_line_is_a_video_of_its_own(videos, tmp_path):
     lines = [b"x", b'{"video_path": ""}', b"{}", b"[" * 10_000, line("\ud800"), line("long.mp4"), line("second.mp4")]
     path = jsonl(videos / "list.jsonl", lines)
     found = list_lines("root", path)[0]
-    assert [video_of(it) for it in found] == [None, None, None, None, "\ud800", "long.mp4", "second.mp4"]
-    assert [len(draw_videos(found, videos, count, 0)) for count in range(8)] == list(range(8))
+    assert [path_of(it, "video_path") for it in found] == [None, None, None, None, "\ud800", "long.mp4", "second.mp4"]
+    assert [len(draw_files(found, videos, count, 0, "video_path")) for count in range(8)] == list(range(8))
 
 
 def test_what_a_sample_has(videos, tmp_path):
@@ -200,8 +202,8 @@ def hostile(videos, tmp_path):
         (line(away), Reason.OUTSIDE_FOLDER),
         (line("deep/../" + away, 0, 9), Reason.OUTSIDE_FOLDER),
         (line("/dev/zero"), Reason.OUTSIDE_FOLDER),
-        (line("."), Reason.NO_VIDEO),
-        (line("note.txt"), Reason.NO_VIDEO),
+        (line("."), "no video (no suffix)"),
+        (line("note.txt"), "no video (*.txt)"),
         (line("gone.mp4"), Reason.UNREADABLE_FILE),
         (line("gone.mp4", 0, 9), Reason.UNREADABLE_FILE),
         (line("x" * 5000 + ".mp4", 0, 9), Reason.UNREADABLE_FILE),
@@ -238,7 +240,7 @@ def test_bad_lines_are_rejected_with_their_reason(videos, tmp_path):
     path = jsonl(videos / "list.jsonl", [line("long.mp4", 0, 20), b"", b"  \r", *(it for it, _ in bad)])
     jsonl(videos / "heldout.jsonl", [line("long.mp4", 20, 40)])
     source(path, heldout=str(videos / "heldout.jsonl")).write(tmp_path / "d")
-    expected = {f"list.jsonl:{number}": it.value for number, (_, it) in enumerate(bad, 4) if it}
+    expected = {f"list.jsonl:{number}": getattr(it, "value", it) for number, (_, it) in enumerate(bad, 4) if it}
     assert rejected(tmp_path / "d") == expected
     good = {number for number, (_, it) in enumerate(bad, 4) if not it} | {1}
     assert set(read(tmp_path / "d", "train")) == {f"{number:09d}" for number in good}
@@ -251,7 +253,7 @@ def test_links_of_the_folder_are_followed_and_videos_may_lie_elsewhere(videos, t
         (tmp_path / "farm" / name).symlink_to(videos / "long.mp4")
     lines = [line("linked.mp4", 0, 20), line("other.mp4", 20, 40), line(str(videos / "long.mp4"), 0, 9)]
     path = jsonl(tmp_path / "lists" / "list.jsonl", lines)
-    source(path, videos=str(tmp_path / "farm")).write(tmp_path / "d")
+    source(path, folder=str(tmp_path / "farm")).write(tmp_path / "d")
     assert len(all_of(tmp_path / "d")) == 2
     assert rejected(tmp_path / "d") == {"list.jsonl:3": Reason.OUTSIDE_FOLDER.value}
 
@@ -284,18 +286,18 @@ def test_the_shards_depend_on_the_lines_and_the_seed_alone(videos, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "changes", "said"),
     [
-        ([], {}, r"^root: .*list\.jsonl has no lines; one a clip is needed"),
+        ([], {}, r"^root: .*list\.jsonl has no lines; one a file is needed"),
         ([b" ", b""], {}, r"^root: .*list\.jsonl has no lines"),
-        ([line("long.mp4")], {}, r"^source\.heldout=1 must lie in 1 to 0, as root=.* has 1 lines, or be the path of"),
+        ([line("long.mp4")], {}, r"^source\.heldout=1 must be in 1 to 0, as root=.* has 1 lines, or be the path of"),
         (
             [line("long.mp4")] * 3,
             {"heldout": 2},
-            r"^source\.heldout=2 of the 3 lines of root=.* leaves no video for training, as the parts of a video stay",
+            r"^source\.heldout=2 of the 3 lines of root=.* leaves no file for training, as the parts of a file stay",
         ),
         ([b"x"] * 3, {}, r"^source: no sample of the train split can be used \(metadata is not a JSON object: 2\)"),
         ([line("long.mp4")] * 3, {"heldout": "/no/where"}, r"^source\.heldout: no file /no/where"),
         ([line("long.mp4")] * 3, {"heldout": "/dev/zero"}, r"^source\.heldout: no file /dev/zero"),
-        ([line("long.mp4")] * 3, {"videos": "/no/where"}, r"^source\.videos=/no/where is not a folder"),
+        ([line("long.mp4")] * 3, {"folder": "/no/where"}, r"^source\.folder=/no/where is not a folder"),
         ([line("long.mp4"), line("second.mp4")], {"shard_size": 0}, r"^source\.shard_size=0"),
     ],
 )
@@ -313,7 +315,7 @@ def test_the_root_tells_a_folder_from_a_list(videos, tmp_path):
     assert video_source(root=path, captioned=True, **keys) == ClipList(root=path, **keys)
     assert type(video_source(root=str(videos), captioned=True, **keys)) is CaptionedClips
     assert type(video_source(root=str(videos), captioned=False, **keys)) is Clips
-    for changes in ({"heldout": path}, {"videos": str(videos)}):
+    for changes in ({"heldout": path}, {"folder": str(videos)}):
         with pytest.raises(UserError, match=rf"source\.{next(iter(changes))} names a file or folder .*root=.* is none"):
             video_source(**({"root": str(videos), "captioned": True} | keys | changes))
 
@@ -336,6 +338,70 @@ def test_a_folder_with_captions_beside_the_videos(moving_digits, tmp_path):
     assert {caption: pixels.shape[1] for caption, pixels in found.items()}["in JSON"] == 9
 
 
+KINDS = [{"type": "short", "content": "a dog"}, {"type": "long", "content": "A dog runs. It is brown. "}]
+
+
+def test_captions_by_kind(videos, tmp_path):
+    """Of the authors' toy data: several captions by kind, and what goes with them, stay as keys of key.json."""
+    lines = [
+        line("long.mp4", 0, 20, caption=KINDS, quality_prompt="sharp."),
+        line("second.mp4", caption=[{"type": "title", "content": "Dogs"}]),
+        line("third.mp4", caption=KINDS[:1] * 2),
+        line("third.mp4", caption=[{"content": "no type"}]),
+        line("third.mp4", caption=[{"type": "A kind!", "content": "x"}]),
+        line("third.mp4", caption=[{"type": "short", "content": " "}]),
+    ]
+    source(jsonl(videos / "list.jsonl", lines), heldout=1).write(tmp_path / "d")
+    samples = all_of(tmp_path / "d")
+    assert sorted(samples) == ["000000001", "000000002"]
+    assert {*rejected(tmp_path / "d").values()} == {Reason.BAD_CAPTION.value, Reason.NO_CAPTION.value}
+    metadata = json.loads(samples["000000001"]["json"])
+    assert metadata["short_caption"] == "a dog"
+    assert metadata["long_caption"] == "A dog runs. It is brown."
+    assert metadata["quality_prompt"] == "sharp."
+    assert samples["000000001"]["txt"] == b"A dog runs. It is brown."
+    assert samples["000000002"]["txt"] == b"Dogs"
+
+
+def test_images(tmp_path):
+    put(tmp_path, {"a/one.png": png((40, 30)), "two.png": png((30, 40)), "note.txt": b"x", "torn.png": b"no image"})
+    lines = [
+        {"image_path": "a/one.png", "long_caption": "One. Long.", "text": "one", "width": 40, "height": 30},
+        {"image_path": str(tmp_path / "two.png"), "text": "two"},
+        {"image_path": "two.png"},
+        {"video_path": "two.png", "text": "no image_path"},
+        {"image_path": "note.txt", "text": "x"},
+        {"image_path": "torn.png", "text": "x"},
+        {"image_path": "/etc/passwd", "text": "x"},
+        {"image_path": "two.png", "text": ["x"]},
+    ]
+    keys = {"root": jsonl(tmp_path / "list.jsonl", lines), "name": "images", "num_workers": 0}
+    heldout = jsonl(tmp_path / "heldout.jsonl", lines[:1])
+    image_source(**keys, heldout=heldout).write(tmp_path / "d")
+    samples = read(tmp_path / "d", "train")
+    assert {key: it["txt"] for key, it in samples.items()} == {"000000001": b"One. Long.", "000000002": b"two"}
+    assert samples["000000001"]["png"] == png((40, 30))
+    assert json.loads(samples["000000001"]["json"])["short_caption"] == "one"
+    assert rejected(tmp_path / "d") == {
+        f"list.jsonl:{number}": reason.value
+        for number, reason in enumerate(
+            [
+                Reason.NO_CAPTION,
+                Reason.NO_PATH,
+                Reason.NO_IMAGE,
+                Reason.UNDECODABLE_IMAGE,
+                Reason.OUTSIDE_FOLDER,
+                Reason.BAD_CAPTION,
+            ],
+            3,
+        )
+    }
+    image_source(**keys, heldout=heldout, image_size=16, format="jpg").write(tmp_path / "e")
+    assert read_manifest(tmp_path / "e")["image_size"] == 16
+    with pytest.raises(UserError, match=r"^source\.folder names"):
+        image_source(**(keys | {"root": str(tmp_path)}), heldout=1, folder=str(tmp_path))
+
+
 def test_the_command(videos, tmp_path, monkeypatch):
     path = jsonl(videos / "list.jsonl", [line("long.mp4", 0, 20), line("second.mp4", 20, 60), line("gone.mp4")])
     heldout = jsonl(videos / "heldout.jsonl", [line("long.mp4", 60, 80)])
@@ -344,7 +410,7 @@ def test_the_command(videos, tmp_path, monkeypatch):
     assert read_manifest(root)["name"] == "captioned_video"
     assert rejected(root) == {"list.jsonl:3": Reason.UNREADABLE_FILE.value}
     assert [len(read(root, split)) for split in ("train", "heldout")] == [2, 1]
-    here(tmp_path, monkeypatch, f"data=text_video root={path} source.heldout=1 num_workers=0")
-    assert read_manifest(tmp_path / "data" / "text_video")["splits"]["heldout"]["samples"] == 1
+    here(tmp_path, monkeypatch, f"data=video root={path} source.heldout=1 num_workers=0")
+    assert read_manifest(tmp_path / "data" / "video")["splits"]["heldout"]["samples"] == 1
     with pytest.raises(SystemExit, match=r"^error: source\.heldout: no file /no/where; give a JSON-lines file"):
         here(tmp_path, monkeypatch, f"data=captioned_video root={path} source.heldout=/no/where overwrite=true")

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tars import write_labels
 
-from grn.data import endless
-from grn.data.endless import GlobalBatches, Place, ResumableLoader
-from grn.data.samples import Reason, Skip
-from grn.errors import UserError
+from grn.data.stream import endless
+from grn.data.stream.endless import GlobalBatches, Place, ResumableLoader
+from grn.media.skips import Reason, Skip
+from grn.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +295,15 @@ def test_a_stream_outlives_shards_without_a_usable_sample(tmp_path):
     batches = list(islice(iter(loader), 30))
     assert {key for batch in batches for key, _ in batch} == {"a", "b"}
     assert loader.dataset.skipped().keys() == {"shard broken or truncated"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeated_batches_are_the_first_ones_again_and_again(shards, workers):
+    """Also by a loader that goes on from the middle of a turn."""
+    first = list(islice(iter(make(shards)), 3))
+    loader = make(shards, workers, repeated=3)
+    assert list(islice(iter(loader), 3)) == first
+    assert list(islice(iter(loader), 4)) == [*first, first[0]]
+    other = make(shards, workers, repeated=3)
+    other.load_state_dict(loader.state_dict())
+    assert list(islice(iter(other), 3)) == [first[1], first[2], first[0]]

@@ -6,24 +6,27 @@ import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import time
 import zlib
 from pathlib import Path
 
 import av
+import commands
 import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
 
 from grn import prepare
-from grn.data.folders import CaptionedImages, ClassFolders, Clips, list_files, make_keys
-from grn.data.samples import ImageDecoder, Reason, center_crop, decode_image
-from grn.data.shards import read_manifest, shard_paths
-from grn.data.streaming import ShardStream
-from grn.errors import UserError
+from grn.data.manifest import read_manifest
+from grn.data.prepare.folders import CaptionedImages, ClassFolders, Clips, list_files, make_keys
+from grn.data.prepare.shards import shard_paths
+from grn.data.samples import ImageDecoder
+from grn.data.stream.streaming import ShardStream
+from grn.media.images import IMAGE_FORMATS, center_crop, decode_image
+from grn.media.skips import Reason
+from grn.runtime.errors import UserError
 
 
 def picture(seed=0, size=(40, 30), format="JPEG", **options):
@@ -224,6 +227,27 @@ def test_class_folders_that_are_links_or_deep(classes, tmp_path):
     assert {key for key in read(tmp_path / "d", "train") if key.startswith("n00")} == {"n00/a", "n00/deep/er/b"}
 
 
+@pytest.mark.parametrize("under", ["", "train/"])
+def test_a_folder_of_classes_is_split_by_itself(tmp_path, under):
+    """One image in ten, of all classes alike, in as many shards as the default loaders read; the same every time."""
+    for name, count in {"cats": 11, "dogs": 11, "one": 1}.items():
+        put(tmp_path / "photos" / under / name, {f"{i}.png": picture(i) for i in range(count)})
+    for number in range(2):
+        class_folders(tmp_path / "photos", shard_size=None).write(tmp_path / f"d{number}")
+    manifest = read_manifest(tmp_path / "d0")
+    assert manifest["splits"] == read_manifest(tmp_path / "d1")["splits"]
+    assert (manifest["num_labels"], manifest["label_names"]) == (3, ["cats", "dogs", "one"])
+    train, heldout = (read(tmp_path / "d0", split) for split in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (21, 2)
+    assert {key.partition("/")[0] for key in heldout} == {"cats", "dogs"}
+    assert not train.keys() & heldout.keys()
+    assert len(manifest["splits"]["train"]["shards"]) == 8
+    class_folders(tmp_path / "photos", heldout=20).write(tmp_path / "most")
+    assert len(read(tmp_path / "most", "train")) == 3
+    with pytest.raises(UserError, match=r"^source\.heldout=21 must be at most 20: each class trains from one image"):
+        class_folders(tmp_path / "photos", heldout=21).write(tmp_path / "more")
+
+
 @pytest.mark.parametrize(
     ("spoil", "changes", "said"),
     [
@@ -238,7 +262,7 @@ def test_class_folders_that_are_links_or_deep(classes, tmp_path):
         (None, {"caption": "a photo of {label}"}, r"source\.caption=.*\{name\}"),
         (None, {"names": "/no/where"}, r"source\.names=/no/where cannot be read"),
         ("names", {}, r"source\.names=.* has no name for 2 classes, the first is n02"),
-        ("no train", {}, r"root=.*: train/ cannot be read .*train/<class>"),
+        ("no train", {}, r"root=.* has val/<class>/ and no train/<class>/"),
         ("flat val", {}, r"root=.*: val/ has no class folders: move each image to val/<class>/"),
         ("more classes in val", {}, r"root=.*: val/n04 is a class that train/ does not have"),
         ("an empty class", {}, r"root=.*: train/n00 holds no files \*\.\{png,jpg,jpeg,webp\}"),
@@ -270,6 +294,7 @@ def test_class_folders_that_are_not_as_they_should_be(classes, tmp_path, spoil, 
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.full  # of any shards: test_shards.py
 @pytest.mark.slow
 def test_processes_and_ranks_change_no_byte(classes, tmp_path):
     hostile(classes / "train" / "n02")
@@ -377,10 +402,11 @@ def test_images_without_captions_are_not_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({}, r"^root=.* holds no files \*\.\{png,jpg,jpeg,webp\}"),
-        ({"x.txt": "only text"}, r"^root=.* holds no files"),
+        ({}, r"^root=.* holds no files \*\.\{png,jpg,jpeg,webp\} or the like$"),
+        ({"x.txt": "only text"}, r"^root=.* holds no files .*; it has \.txt 1$"),
+        ({f"{i}.heic": b"" for i in range(3)}, r"^root=.* holds no files .*; it has \.heic 3$"),
         ({"train/a.jpg": b"", "val/a.txt": b""}, r"^root=.*/val holds no files"),
-        ({f"{i}.jpg": b"" for i in range(2)}, r"source\.heldout=2 must lie in 1 to 1: root has 2 files"),
+        ({f"{i}.jpg": b"" for i in range(2)}, r"source\.heldout=2 must be in 1 to 1: root has 2 files"),
         (
             {f"{i}.jpg": b"" for i in range(5)} | {"0.txt": "x"},
             r"no sample of the train split can be used \((no caption|image cannot be decoded): \d",
@@ -434,6 +460,63 @@ def test_listing_follows_links_but_no_loop(tmp_path):
     assert list_files(tmp_path / "a", ("jpg",)) == ["other/far.jpg", "sub/y.JPG", "x.jpg"]
 
 
+KINDS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "avif": "AVIF",
+         "jfif": "JPEG", "JPG": "JPEG", "jp2": "JPEG2000"}  # fmt: skip
+
+
+def test_pictures_of_every_kind_are_read_and_other_files_are_told(tmp_path, caplog):
+    kinds = {suffix: format for suffix, format in KINDS.items() if format in IMAGE_FORMATS}
+    files = {}
+    for suffix, format in kinds.items():
+        files |= {f"{suffix}_{i}.{suffix}": picture(i, format=format) for i in range(3)}
+        files |= {f"{suffix}_{i}.txt": "a picture" for i in range(3)}
+    others = {f"a/x{i}.heic": b"x" for i in range(4)} | {"b.svg": b"<svg/>", "README": b"", "notes.txt": b"of nothing"}
+    clutter = {".DS_Store": b"", "a/._y.jpg": b"x", "__MACOSX/z.jpg": b"x", "Thumbs.db": b"", "a/desktop.ini": b""}
+    put(tmp_path / "images", files | others | clutter | {"a/x0.txt": b"of what is left out"})
+    caplog.set_level("INFO")
+    captioned(tmp_path / "images").write(tmp_path / "d")
+    samples = read(tmp_path / "d", "train") | read(tmp_path / "d", "heldout")
+    assert len(samples) == 3 * len(kinds)
+    assert all(suffix.lower() in samples[f"{suffix}_0"] for suffix in kinds)
+    assert rejected(tmp_path / "d") == {
+        **{f"a/x{i}.heic": "other kind of file: .heic" for i in range(4)},
+        "b.svg": "other kind of file: .svg",
+        "README": "other kind of file: without a suffix",
+        "notes.txt": "caption of no file",
+    }
+    last = caplog.records[-1].getMessage()
+    assert last.startswith("left out 7 files: .heic 4, ")
+    assert last.endswith(f"caption of no file 1, see {tmp_path / 'd' / 'rejected.jsonl'}")
+    decoder = ImageDecoder(image_size=8, center_crop=True)
+    stream = ShardStream(shard_paths(tmp_path / "d", read_manifest(tmp_path / "d"), "train"), decoder)
+    assert len(list(stream)) == 3 * len(kinds) - 2
+    assert (stream.skipped(), stream.noted()) == ({}, {})
+
+
+def test_what_class_folders_hold_beside_images_is_told(classes, tmp_path, caplog):
+    put(classes, {"train/n01/a.gif": picture(format="GIF"), "train/n01/b.mp4": b"x", "train/loose.jpg": picture()})
+    put(classes, {"test/c.jpg": picture(), "LICENSE": b"", "val/n02/d.xml": b"", "val/n02/._e.jpg": b"x"})
+    class_folders(classes).write(tmp_path / "d")
+    assert "n01/a" in read(tmp_path / "d", "train")
+    assert rejected(tmp_path / "d") == {
+        "train/n01/b.mp4": "other kind of file: .mp4",
+        "val/n02/d.xml": "other kind of file: .xml",
+        "train/loose.jpg": "not in a folder that is read",
+        "test/": "not in a folder that is read",
+        "LICENSE": "not in a folder that is read",
+    }
+    assert "left out 5 files: not in a folder that is read 3, .mp4 1, .xml 1, see" in caplog.text
+
+
+def test_what_is_used_all_the_same_is_told(classes, tmp_path, caplog):
+    cut = [classes / "train" / "n02" / f"n02_{i}.JPEG" for i in range(3)]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:-2])
+    class_folders(classes).write(tmp_path / "d")
+    assert rejected(tmp_path / "d") == {}
+    assert caplog.records[-1].getMessage() == "used 3 all the same (JPEG without its end marker: 3)"
+
+
 def here(workspace, monkeypatch, arguments):
     """Runs the command in this process."""
     monkeypatch.chdir(workspace)
@@ -455,12 +538,8 @@ def test_the_command_goes_on_after_being_killed(tmp_path, monkeypatch):
         "GRN_RUNS": tmp_path / "runs",
         "PYTHONPATH": Path(__file__).parents[2],
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grn.prepare", *arguments.split(), "num_workers=1"],
-        env=os.environ | {key: str(value) for key, value in environment.items()},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    environment = os.environ | {key: str(value) for key, value in environment.items()}
+    process = commands.Command("grn.prepare", *arguments.split(), "num_workers=1", env=environment)
     deadline = time.monotonic() + 120
     while len(list(partial.glob("*-0*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -488,9 +567,18 @@ def test_the_command_goes_on_after_being_killed(tmp_path, monkeypatch):
         ("data=imagenet root=/no/where", r"^error: root=/no/where is not a folder"),
         ("data=imagenet root=images data.num_labels=5", r"^error: root=.* data\.num_labels=5: give data\.num_labels=2"),
         ("data=imagenet root=images data.root=null", r"^error: data\.root must be given"),
-        ("data=text_image root=images/train", r"^error: source\.heldout=1000 must lie in 1 to 1: root has 2 files"),
-        ("data=text_image root=images", r"^error: source: no sample of the train split can be used \(no caption: 2\)"),
-        ("data=text_video root=images", r"^error: root=.*images/train holds no files \*\.{mp4,webm,mkv,mov}"),
+        (
+            "data=captioned_image root=images/train source.heldout=1000",
+            r"^error: source\.heldout=1000 must be in 1 to 1: root has 2 files",
+        ),
+        (
+            "data=captioned_image root=images",
+            r"^error: source: no sample of the train split can be used \(no caption: 2\)",
+        ),
+        (
+            "data=video root=images",
+            r"^error: root=.*images/train holds no files \*\.{mp4,webm,mkv,mov} or the like; it has \.jpg 2",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, arguments, said):

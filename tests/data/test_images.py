@@ -12,9 +12,9 @@ import webdataset as wds
 from omegaconf import OmegaConf
 from PIL import Image
 
-from grn.data.digits import DigitsSource
 from grn.data.images import ImageShardsDataModule
-from grn.errors import UserError
+from grn.runtime.errors import UserError
+from grn.toys.digits import DigitsSource
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def datamodule(root=None, **arguments):
 
 
 def as_rank(monkeypatch, rank, world_size):
-    for module in ("streaming", "endless", "datamodule"):
+    for module in ("stream.streaming", "stream.endless", "datamodule"):
         monkeypatch.setattr(f"grn.data.{module}.rank_and_world_size", lambda: (rank, world_size))
 
 
@@ -267,7 +267,7 @@ def test_digits_config_writes_what_the_digits_config_reads(tmp_path):
     config.data = OmegaConf.load(conf / "data" / "digits.yaml")
     config.source = OmegaConf.load(conf / "source" / "digits.yaml")
     values = OmegaConf.to_container(config, resolve=True)
-    assert values["source"].pop("_target_") == "grn.data.digits.DigitsSource"
+    assert values["source"].pop("_target_") == "grn.toys.digits.DigitsSource"
     DigitsSource(**values["source"]).write(values["data"]["root"])
     manifest = json.loads(Path(values["data"]["root"], "manifest.json").read_text())
     for key in ("image_size", "num_labels", "name"):

@@ -6,11 +6,11 @@ from itertools import islice
 import pytest
 import torch
 
-from grn.data import streaming
-from grn.data.digits import DigitsSource
 from grn.data.images import ImageShardsDataModule
 from grn.data.mixed import MixedDataModule
-from grn.errors import UserError
+from grn.data.stream import streaming
+from grn.runtime.errors import UserError
+from grn.toys.digits import DigitsSource
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,20 @@ def test_the_length_is_the_trainers(root):
     data = mixture(root)
     with pytest.raises(TypeError):
         len(data.train_dataloader())
-    data.trainer = type("Trainer", (), {"max_steps": 7, "accumulate_grad_batches": 2})()
+    data.trainer = type("Trainer", (), {"max_steps": 7, "accumulate_grad_batches": 2, "overfit_batches": 0.0})()
     assert len(data.train_dataloader()) == 14
     assert torch.utils.data.get_worker_info() is None
+
+
+def test_a_mixture_repeats_its_first_batches(root):
+    keys = [batch["key"] for batch in islice(mixture(root).train_dataloader(), 2)]
+    data = mixture(root)
+    data.trainer = type("Trainer", (), {"max_steps": 7, "accumulate_grad_batches": 1, "overfit_batches": 2})()
+    loader = data.train_dataloader()
+    assert [batch["key"] for batch in islice(loader, 5)] == [*keys, *keys, keys[0]]
+    state, other = loader.state_dict(), data.train_dataloader()
+    other.load_state_dict(state)
+    assert [batch["key"] for batch in islice(other, 2)] == keys[::-1]
+    data.trainer.overfit_batches = 0.5
+    with pytest.raises(UserError, match=r"trainer\.overfit_batches=0\.5: give a whole number"):
+        data.train_dataloader()

@@ -9,12 +9,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from test_text_videos import clip, make, png, write
 
-from grn.cli import CONF
 from grn.data.mixed_packs import MixedPacksDataModule
-from grn.errors import UserError
-from grn.evaluation import build_scores, real_splits
+from grn.evaluation.scoring import build_scores, real_splits
 from grn.metrics.fvd import clip_batches
 from grn.metrics.splits import image_batches
+from grn.runtime.config_folder import CONF
+from grn.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_parts_that_differ_are_named(shards):
 
 def test_its_config_makes_it():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = compose("train", ["tokenizer.ckpt=x", "data=text_image_and_video", "data.max_tokens=900"])
+        made = compose("train", ["tokenizer.ckpt=x", "data=captioned_image_and_video", "data.max_tokens=900"])
     data = instantiate(made.data)
     assert isinstance(data, MixedPacksDataModule)
     assert {part.max_tokens for part in data.parts.values()} == {900}

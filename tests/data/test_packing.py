@@ -8,13 +8,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from tars import write_labels
 
-from grn.cli import CONF
-from grn.data import endless
-from grn.data.endless import GlobalBatches, ResumableLoader
-from grn.data.packing import PackedBatches
-from grn.data.samples import Reason, Skip
-from grn.errors import UserError
-from grn.resolutions import resolutions_at
+from grn.data.stream import endless
+from grn.data.stream.endless import GlobalBatches, ResumableLoader
+from grn.data.stream.packing import PackedBatches
+from grn.media.skips import Reason, Skip
+from grn.method.resolutions import resolutions_at
+from grn.runtime.config_folder import CONF
+from grn.runtime.errors import UserError
 
 SIZES = (17, 64, 80, 257, 1025)
 BUDGET = 4096

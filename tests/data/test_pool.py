@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from grn.data.pool import check_stopped, run_jobs
-from grn.errors import UserError
+from grn.data.prepare.pool import check_stopped, run_jobs
+from grn.runtime.errors import UserError
 
 
 class Work:
@@ -78,7 +78,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     script.write_text(
         f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_pool import Work\n"
-        "from grn.data.pool import run_jobs\n"
+        "from grn.data.prepare.pool import run_jobs\n"
         "if __name__ == '__main__':\n"
         "    for _, pid, *_ in run_jobs(Work(Path(sys.argv[1])), [1, 'long'], num_workers=1): print(pid, flush=True)\n"
     )

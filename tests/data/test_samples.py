@@ -9,16 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from grn.data.samples import (
-    ImageDecoder,
-    Reason,
-    Skip,
-    center_crop,
-    collate,
-    decode_image,
-    read_captions,
-    to_tensor,
-)
+from grn.data.samples import ImageDecoder, collate, read_captions
+from grn.media.images import center_crop, decode_image, to_tensor
+from grn.media.skips import Reason, Skip
 
 
 def encoded(image, format="PNG", **options):
@@ -199,7 +192,7 @@ def bomb(width, height):
         ({"png": b"not a png at all", "cls": b"1"}, Reason.UNDECODABLE_IMAGE),
         ({"png": encoded(Image.fromarray(colours(8, 8)))[:-60], "cls": b"1"}, Reason.UNDECODABLE_IMAGE),
         ({"jpg": encoded(Image.fromarray(colours(8, 8)), "JPEG")[:-60], "cls": b"1"}, Reason.UNDECODABLE_IMAGE),
-        ({"png": encoded(Image.fromarray(colours(8, 8)), "BMP"), "cls": b"1"}, Reason.UNDECODABLE_IMAGE),
+        ({"png": encoded(Image.fromarray(colours(8, 8)), "PCX"), "cls": b"1"}, Reason.UNDECODABLE_IMAGE),
         ({"png": bomb(9_000, 9_000), "cls": b"1"}, Reason.TOO_MANY_PIXELS),
         ({"png": bomb(60_000, 60_000), "cls": b"1"}, Reason.TOO_MANY_PIXELS),
         ({"png": bomb(8, 8), "cls": b"1"}, Reason.UNDECODABLE_IMAGE),
@@ -220,6 +213,9 @@ def bomb(width, height):
         ({"png": png(), "json": b"[" * 100_000}, Reason.BAD_METADATA),
         ({"png": png(), "cls": b"1", "txt": b"\xff\xfe\xfa"}, Reason.BAD_CAPTION),
         ({"png": png(), "json": b'{"label": 1, "caption": 5}'}, Reason.BAD_CAPTION),
+        ({"png": png(), "json": b'{"label": 1, "caption": "\\ud800"}'}, Reason.BAD_CAPTION),
+        ({"png": png(), "json": b'{"label": 1e400}'}, Reason.BAD_LABEL),
+        ({"png": png(), "json": b'{"label": ' + b"9" * 5000 + b"}"}, Reason.BAD_METADATA),
     ],
     ids=lambda value: value.name if isinstance(value, Reason) else "",
 )

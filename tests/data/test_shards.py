@@ -3,21 +3,22 @@
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+import time
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
 
-from grn.data.digits import LABEL_NAMES, DigitsSource, render
-from grn.data.samples import Reason
-from grn.data.shards import Rejected, read_manifest, shard_paths, write_shards
-from grn.data.streaming import ShardStream, resolve_urls
-from grn.errors import UserError
+from grn.data.manifest import read_manifest
+from grn.data.prepare.shards import Rejected, shard_paths, write_shards
+from grn.data.stream.streaming import ShardStream, resolve_urls
+from grn.media.skips import Reason
+from grn.runtime.errors import UserError
+from grn.toys.digits import LABEL_NAMES, DigitsSource, render
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def test_what_is_damaged_is_written_again(tmp_path, damage):
 def test_a_beginning_of_other_arguments_needs_overwrite(tmp_path, changes, said):
     (log := tmp_path / "log").mkdir()
     interrupted(tmp_path / "d", log)
-    with pytest.raises(UserError, match=rf"\.d\.partial holds a beginning made with {said}.*overwrite=true"):
+    with pytest.raises(UserError, match=rf"\.d\.partial holds a partial data set made with {said}.*overwrite=true"):
         write(tmp_path / "d", **changes)
     assert (tmp_path / ".d.partial" / "shards" / "train-000000.tar").exists()
     (log / "0-2-4").unlink()
@@ -267,7 +268,7 @@ def test_a_partial_folder_that_is_not_ours_is_left_alone(tmp_path):
         if text is not None:
             (partial / "identity.json").write_text(text)
         for overwrite in (False, True):
-            with pytest.raises(UserError, match=r"\.d\.partial is in the way.*remove it"):
+            with pytest.raises(UserError, match=r"\.d\.partial exists and was not written by GRN: remove it"):
                 write(tmp_path / "d", overwrite=overwrite)
     assert (partial / "thesis.txt").read_text() == "years of work"
 
@@ -369,17 +370,18 @@ def test_ranks_overwrite_together(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"d", "log"}
 
 
+def write_as_rank(rank, folder, trials, shards):
+    for trial in range(trials):
+        assert write(folder / f"{trial}", shards=shards, rank=rank, world_size=2)
+        while not (folder / f"{trial}").is_dir():  # so that the next trial starts at the same time
+            time.sleep(0.001)
+
+
 @pytest.mark.slow
 def test_ranks_at_the_same_time(tmp_path):
     """Every shard is finished as both look, and one of them publishes."""
     shards = {"train": [(i, i + 1) for i in range(40)], "heldout": [(0,)]}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context) as pool:
-        for trial in range(5):
-            root = tmp_path / f"{trial}"
-            ranks = [pool.submit(write, root, shards=shards, rank=rank, world_size=2) for rank in range(2)]
-            assert [rank.result() for rank in ranks] == [True, True]
-            assert root.is_dir()
+    commands.spawn(write_as_rank, (tmp_path, 5, shards), nprocs=2)
     write(tmp_path / "alone", shards=shards)
     assert contents(tmp_path / "0") == contents(tmp_path / "alone")
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "3", "4", "alone"}
@@ -390,12 +392,12 @@ def test_a_publication_that_lost_the_race_is_fine(tmp_path, monkeypatch):
 
     def late(source, target):
         if Path(target).name == "complete":  # the other process does all of it just before
-            monkeypatch.setattr("grn.data.shards.os.replace", replace)
+            monkeypatch.setattr("grn.data.prepare.shards.os.replace", replace)
             assert write(root, rank=1, world_size=2)
         replace(source, target)
 
     write(root, rank=1, world_size=2)
-    monkeypatch.setattr("grn.data.shards.os.replace", late)
+    monkeypatch.setattr("grn.data.prepare.shards.os.replace", late)
     assert write(root, rank=0, world_size=2)
     write(tmp_path / "alone")
     assert contents(root) == contents(tmp_path / "alone")
@@ -428,7 +430,7 @@ def test_a_failed_move_brings_the_old_data_back_and_the_next_call_the_new(tmp_pa
             raise OSError("disk gone")
         replace(source, target)
 
-    monkeypatch.setattr("grn.data.shards.os.replace", failing)
+    monkeypatch.setattr("grn.data.prepare.shards.os.replace", failing)
     with pytest.raises(OSError, match="disk gone"):
         write(root, parameters={"a": 2}, overwrite=True)
     assert read_manifest(root)["parameters"] == {"a": 1}

@@ -1,9 +1,12 @@
 """One pass over shards and its shares, and what is done with shards that are not what they should be."""
 
+import bz2
 import gzip
 import io
 import logging
+import lzma
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,10 +15,17 @@ from tars import write_tar
 from torch.utils.data import DataLoader
 
 from grn.data.images import ImageShardsDataModule
-from grn.data.samples import Reason, Skip
-from grn.data.shards import shard_paths
-from grn.data.streaming import MAX_ENTRY_BYTES, ShardStream, check_foreign_urls, read_shard, resolve_urls
-from grn.errors import UserError
+from grn.data.prepare.shards import shard_paths
+from grn.data.stream.streaming import (
+    MAX_ENTRY_BYTES,
+    LoadingStopped,
+    ShardStream,
+    check_foreign_urls,
+    read_shard,
+    resolve_urls,
+)
+from grn.media.skips import Reason, Skip
+from grn.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -46,7 +56,7 @@ def stream(urls, **arguments):
 
 
 def as_rank(monkeypatch, rank, world_size):
-    monkeypatch.setattr("grn.data.streaming.rank_and_world_size", lambda: (rank, world_size))
+    monkeypatch.setattr("grn.data.stream.streaming.rank_and_world_size", lambda: (rank, world_size))
 
 
 def test_a_pass_keeps_the_order_of_the_shards_and_starts_over(shards):
@@ -186,7 +196,7 @@ def test_urls(shards, tmp_path):
     assert resolved(f"file://{shards[0]}") == [shards[0]]
     odd = write_tar(tmp_path / "odd[1].tar", [])
     assert resolved(odd) == [odd]
-    others = ["http://h/a.tar", "pipe:curl -s http://h/a.tar | cat", "s3://bucket/a*.tar"]
+    others = ["http://h/a.tar", "pipe:curl -s http://h/a.tar | cat", "memory://bucket/a*.tar"]
     assert resolved(others) == others
     assert resolved("https://h/{00..02}.tar") == ["https://h/00.tar", "https://h/01.tar", "https://h/02.tar"]
 
@@ -266,3 +276,94 @@ def test_entries_cannot_say_which_sample_they_are_of(tmp_path):
     entries = [("a.cls", b"1"), ("a.__key__", b"x"), ("a.__URL__", b"x"), ("b.__url__", b"x")]
     path = write_tar(tmp_path / "x.tar", entries)
     assert list(read_shard(path, MAX_ENTRY_BYTES)) == [{"__key__": "a", "__url__": path, "cls": b"1"}]
+
+
+def test_a_command_that_falls_silent_is_not_waited_for(shards, monkeypatch):
+    monkeypatch.setattr("grn.data.stream.tar.MAX_SILENCE", 1)
+    start = time.monotonic()
+    once = stream([f"pipe:cat {shards[0]}; exec sleep 1000", "pipe:exec sleep 1000", shards[1]])
+    assert [key for key, _ in once] == ["001", "003", "004", "006"]  # whether 002 was whole is not known
+    assert once.skipped()["shard broken or truncated"] == 2
+    samples = read_shard(f"pipe:cat {shards[3]}; exec sleep 1000", MAX_ENTRY_BYTES)
+    next(samples)
+    samples.close()  # as where only the first samples are wanted
+    assert time.monotonic() - start < 60
+
+
+def test_reading_ends_soon_after_stop(shards):
+    once = stream(shards)
+    samples = iter(once)
+    next(samples)
+    once.stop(15)
+    with pytest.raises(LoadingStopped):
+        next(samples)
+
+
+def parts(tmp_path, count=3):
+    """Archives of three samples each, and the keys of them all."""
+    paths = [write_tar(tmp_path / f"p{i}.tar", [(f"{i}{k}.cls", b"1") for k in range(3)]) for i in range(count)]
+    return [Path(path).read_bytes() for path in paths], [f"{i}{k}" for i in range(count) for k in range(3)]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_archives_one_after_the_other_are_read_to_the_last(tmp_path, pack):
+    data, keys = parts(tmp_path)
+    (tmp_path / "c.tar").write_bytes(b"".join(map(pack, data)))
+    assert keys_of(str(tmp_path / "c.tar")) == (keys, "whole")
+    (tmp_path / "c.tar").write_bytes(pack(b"".join(data)))
+    assert keys_of(str(tmp_path / "c.tar")) == (keys, "whole")
+
+
+def test_an_archive_may_end_in_any_number_of_zeros(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.cls", b"1")])
+    data = Path(path).read_bytes()[: 2 * 512]
+    for zeros in (512, 700, 1024, 10_240, 2**20 + 7):
+        (tmp_path / "x.tar").write_bytes(data + bytes(zeros))
+        assert keys_of(path) == (["a"], "whole"), zeros
+    (tmp_path / "x.tar").write_bytes(bytes(1024))
+    assert keys_of(path) == ([], "whole")
+
+
+@pytest.mark.parametrize("junk", [b"x", b"x" * 512, b"x" * 5000, None])
+def test_what_follows_an_archive_and_is_none_is_named_with_its_place(tmp_path, caplog, junk):
+    (first, second, _), keys = parts(tmp_path)
+    path = tmp_path / "c.tar"
+    path.write_bytes(first + (second[:1100] if junk is None else junk))  # None: cut in the second archive
+    once = stream([str(path)])
+    assert [key for key, _ in once] == keys[:3]
+    assert once.skipped() == {"shard broken or truncated": 1}
+    [message] = [record.getMessage() for record in caplog.records]
+    assert str(path) in message
+    if junk is None:  # the sample before the cut is held back, too
+        assert f"at byte {len(first) + 1024}: unexpected end" in message
+    else:
+        assert f"behind the end of an archive, at byte {len(first)}: " in message
+
+
+CLUTTER = ("{}/.DS_Store", "__MACOSX/{}", "a/__MACOSX/._{}", "{}/Thumbs.db", "{}/desktop.ini", "PaxHeader/{}",
+           "PaxHeaders.123/{}", "a/@eaDir/{}")  # fmt: skip
+
+
+def test_what_archivers_and_file_managers_add_is_passed_over(tmp_path):
+    entries = []
+    for key in ("a/x", "a/y", "z"):
+        for suffix in ("png", "cls"):
+            folder, _, name = f"{key}.{suffix}".rpartition("/")
+            entries += [(f"{folder}/._{name}" if folder else f"._{name}", b"\0\5\x16\7" * 40)]
+            entries += [(odd.format(f"{key}.{suffix}"), b"junk") for odd in CLUTTER]
+            entries += [(f"{key}.{suffix}", b"1")]
+    samples = list(read_shard(write_tar(tmp_path / "x.tar", entries), MAX_ENTRY_BYTES))
+    assert [raw.pop("__key__") for raw in samples] == ["a/x", "a/y", "z"]
+    assert all(raw.keys() == {"__url__", "png", "cls"} for raw in samples)
+
+
+def test_what_a_decoder_raises_is_a_counted_skip(shards, caplog):
+    def surprised(raw, number):
+        if raw["cls"] == b"bad":
+            raise AttributeError("no such thing")
+        return raw["__key__"]
+
+    once = ShardStream(shards, surprised)
+    assert list(once) == sorted(GOOD)
+    assert once.skipped() == {"sample cannot be decoded": len(ALL) - len(GOOD)}
+    assert "sample cannot be decoded (AttributeError: no such thing)" in caplog.text

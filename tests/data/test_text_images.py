@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from tars import write_tar
 
-from grn.data.samples import Reason
 from grn.data.text_images import PackedTokens, TextImageDataModule
-from grn.errors import UserError
-from grn.resolutions import TEMPLATES, resolution
+from grn.media.skips import Reason
+from grn.method.resolutions import TEMPLATES, resolution
+from grn.networks.text_encoder import ByteT5
+from grn.runtime.errors import UserError
 
 CAPTION = "a dog runs over a field"
 
@@ -25,7 +26,7 @@ def encoded(size, kind="JPEG", mode="RGB", color=None):
 
 def make(shard, **arguments):
     sizes = {} if "resolutions" in arguments else {"pixels": "0.06M"}
-    defaults = {"name": "text_image", "max_tokens": 2048, "batch_size": 1, "lookahead": 8, "caption_dropout": 0.0}
+    defaults = {"name": "captioned_image", "max_tokens": 2048, "batch_size": 1, "lookahead": 8, "caption_dropout": 0.0}
     module = TextImageDataModule(**(defaults | sizes | {"train": shard, "heldout": shard} | arguments))
     module.packed_by(PackedTokens(16, 4, lambda captions: [[*c.encode()[:64], 1] for c in captions]))
     return module
@@ -95,6 +96,39 @@ def test_captions_are_dropped_in_training_alone(cc12m):
     assert 0.4 < drawn.count("") / len(drawn) < 0.6
     assert set(drawn) == {"", CAPTION}
     assert {caption for caption, _ in held_out(module).values()} == {CAPTION}
+
+
+def test_captions_are_worded_and_lose_sentences_in_training_alone(tmp_path):
+    long = "A dog runs. It is brown! Is it? 3.5 m long"
+    samples = [("a.jpg", encoded((64, 64))), ("a.txt", long.encode())]
+    samples += [("a.json", json.dumps({"quality_prompt": " sharp. ", "number": 3}).encode())]
+    samples += [("b.jpg", encoded((64, 64))), ("b.txt", b"b")]
+    shard = write_tar(tmp_path / "0.tar", samples)
+    worded = {"caption_prefix": "<T2V>", "caption_suffix": " {quality_prompt} {number}"}
+    module = make(shard, **worded, sentence_dropout=0.5, caption_dropout=0.2)
+    assert {key: it for key, (it, _) in held_out(module).items()} == {"a": f"<T2V>{long} sharp.", "b": "<T2V>b"}
+    raw = next(iter(module._stream("heldout").shard(shard)))
+    drawn = [module.decoder(training=True)(raw, number)["caption"] for number in range(400)]
+    parts = ["A dog runs.", "A dog runs. It is brown!", "A dog runs. It is brown! Is it?", long]
+    assert set(drawn) == {"", *(f"<T2V>{part} sharp." for part in parts)}
+    assert 0.1 < drawn.count("") / 400 < 0.3
+    assert 0.04 < drawn.count("<T2V>A dog runs. sharp.") / 400 < 0.16  # 0.8 * 0.5 / 4
+
+
+def test_sizes_that_a_source_hardly_has_are_not_drawn(tmp_path):
+    shard = write_tar(tmp_path / "0.tar", [("a.jpg", encoded((450, 450))), ("a.txt", b"a")])
+    raw = next(iter(make(shard)._stream("heldout").shard(shard)))
+
+    def drawn(**changes):
+        decode = make(shard, pixels={"0.06M": 1, "0.25M": 1, "1M": 1}, max_tokens=8192, **changes).decoder(
+            training=True
+        )
+        return {decode(raw, number)["pixels"].shape[-1] for number in range(40)}
+
+    assert drawn() == {256, 512, 1024}
+    assert drawn(source_share=0.7) == {256, 512}  # 450^2 / 0.7 = 538^2
+    assert drawn(source_share=1) == {256}
+    assert drawn(source_share=100) == {256}
 
 
 def test_hostile_samples_are_handled_or_counted(tmp_path):
@@ -171,11 +205,11 @@ def test_resumed_packs_are_the_same_bits(cc12m):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"pixels": "3M"}, r"data\.pixels=3M is none of"),
+        ({"pixels": "3M"}, r"data\.pixels=3M is not one of"),
         ({"pixels": None}, r"give one of data\.pixels=None and data\.resolutions=None"),
         ({"pixels": {"1M": 0}}, r"data\.pixels=.* one of them positive"),
         ({"resolutions": [[32]]}, r"data\.resolutions=.* pairs"),
-        ({"resolutions": [[40, 40]]}, r"40x40 pixels are no multiples of the tokenizer's stride 16"),
+        ({"resolutions": [[40, 40]]}, r"40x40 pixels are not multiples of the tokenizer's stride 16"),
         ({"pixels": "1M"}, r"data\.max_tokens=2048 holds no image of"),
         ({"captions": {}}, r"data\.captions"),
         ({"caption_dropout": 1.5}, r"data\.caption_dropout=1\.5"),
@@ -188,6 +222,10 @@ def test_resumed_packs_are_the_same_bits(cc12m):
         ({"caption_dropout": "x"}, r"^data\.caption_dropout=x must be a number in 0 to 1$"),
         ({"captions": {"txt": "abc"}}, r"^data\.captions\.txt=abc must be a number"),
         ({"captions": {"txt": math.nan}}, r"^data\.captions\.txt=nan must be a number"),
+        ({"sentence_dropout": 2}, r"^data\.sentence_dropout=2 must be a number in 0 to 1$"),
+        ({"max_share": "x"}, r"^data\.max_share=x must be a number in 0 to 1$"),
+        ({"source_share": 0}, r"^data\.source_share=0 must be a number in 0\.01 to 100$"),
+        ({"caption_prefix": 3}, r"^data\.caption_prefix=3 must be a text"),
         ({"captions": ["txt"]}, r"^data\.captions=.*\{NAME:1,OTHER:2\}"),
         ({"captions": None}, r"^data\.captions=None"),
         ({"pixels": {"0.25M": "x"}}, r"^data\.pixels\.0\.25M=x must be a number"),
@@ -202,3 +240,18 @@ def test_resumed_packs_are_the_same_bits(cc12m):
 def test_mistakes_are_explained(cc12m, arguments, complaint):
     with pytest.raises(UserError, match=complaint):
         make(cc12m, **arguments)
+
+
+def test_cut_captions_are_counted(cc12m):
+    """Of every image once in each pass: the caption has more bytes than the encoder takes."""
+    module = make(cc12m, captions={"txt": 1.0})
+    encoder = ByteT5(width=8, depth=1, heads=1, hidden=8, max_length=len(CAPTION.encode()))
+    module.packed_by(PackedTokens(16, 4, encoder.tokenization))
+    next(iter(module.train_dataloader()))
+    ((note, count),) = module.noted().items()
+    assert note == "caption cut, longer than text_encoder.max_length"
+    assert count >= 1
+    encoder = ByteT5(width=8, depth=1, heads=1, hidden=8, max_length=len(CAPTION.encode()) + 1)
+    module.packed_by(PackedTokens(16, 4, encoder.tokenization))
+    next(iter(module.train_dataloader()))
+    assert module.noted() == {}

@@ -14,16 +14,17 @@ from tars import write_tar
 from text_shards import config, frozen, of, write_clips, write_images, write_text_encoder, write_tokenizer
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from grn.data.captions import Captions
 from grn.data.mixed_packs import MixedPacksDataModule
-from grn.data.samples import Reason, Skip
+from grn.data.prepare.encode import encode
 from grn.data.text_features import FeatureForm, write_features
 from grn.data.text_images import TextImageDataModule
 from grn.data.text_tokens import TextTokenDecoder, TextTokensDataModule
 from grn.data.tokens import TokenShardsDataModule, write_array
-from grn.encode import encode
-from grn.errors import UserError
-from grn.modules import check_fits, module_from_config
+from grn.media.skips import Reason, Skip
 from grn.networks.tokenizer import Encoder
+from grn.runtime.errors import UserError
+from grn.training.building import check_fits, module_from_config, tell_packing
 
 CAPTIONS = "{txt:1,long:2}"
 
@@ -44,16 +45,16 @@ def folder(tmp_path_factory):
 
 def images(folder, **others):
     others = {"captions": CAPTIONS, "flip": "true"} | others
-    return of(data="text_image", root=folder / "images", **others)
+    return of(data="captioned_image", root=folder / "images", **others)
 
 
 def clips(folder, **others):
     return of(data="captioned_video", root=folder / "clips", **others)
 
 
-def tokens(folder, name="text_image_tokens", **others):
-    others = {"captions": CAPTIONS} | others if name == "text_image_tokens" else others
-    return of(data="text_tokens", root=folder / name, **others)
+def tokens(folder, name="captioned_image_tokens", **others):
+    others = {"captions": CAPTIONS} | others if name == "captioned_image_tokens" else others
+    return of(data="captioned_tokens", root=folder / name, **others)
 
 
 def data(folder, overrides):
@@ -67,13 +68,18 @@ def refiner(folder, encoder=None):
     made = config(
         "train", folder, "model=text_refiner_tiny", "model.depth=1", "model.width=24", "model.heads=2",
         "model.channels=6", "model.classes=2", "model.text_width=16", "model.mlp_ratio=11", "training=text_refiner",
-        "training.prompts=[a seven]", "training.size=[32,32]", "data=text_image", *(encoder or frozen(folder)),
+        "training.prompts=[a seven]", "training.size=[32,32]", "data=captioned_image", *(encoder or frozen(folder)),
     )  # fmt: skip
     module = module_from_config(made)
     torch.nn.init.normal_(module.refiner.head.out.weight, std=0.2, generator=torch.Generator().manual_seed(4))
     module.log = lambda *_, **__: None
     module._trainer = SimpleNamespace(
-        world_size=1, global_rank=0, accumulate_grad_batches=1, global_step=5, log_every_n_steps=1000
+        world_size=1,
+        global_rank=0,
+        accumulate_grad_batches=1,
+        global_step=5,
+        log_every_n_steps=1000,
+        strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor),
     )
     module.setup("fit")
     return module
@@ -81,17 +87,18 @@ def refiner(folder, encoder=None):
 
 def packs(module, datamodule, number):
     check_fits(module, datamodule)
+    tell_packing(module, datamodule)
     return [batch for _, batch in zip(range(number), datamodule.train_dataloader())]
 
 
-@pytest.mark.parametrize(("kind", "name"), [(images, "text_image_tokens"), (clips, "captioned_video_tokens")])
+@pytest.mark.parametrize(("kind", "name"), [(images, "captioned_image_tokens"), (clips, "captioned_video_tokens")])
 def test_a_refiner_learns_the_same_as_from_pixels(folder, kind, name):
     """Packs, tokens, flips, captions, dropout, features and so the loss."""
     module, seeded = refiner(folder), {"caption_dropout": "0.3", "seed": 3}
     from_pixels, from_tokens = data(folder, kind(folder, **seeded)), data(folder, tokens(folder, name, **seeded))
     captions, shapes = [], set()
     for real, packed in zip(packs(module, from_pixels, 5), packs(module, from_tokens, 5), strict=True):
-        assert ("pixels" in packed, "features" in packed) == (False, name == "text_image_tokens")
+        assert ("pixels" in packed, "features" in packed) == (False, name == "captioned_image_tokens")
         for key in ("key", "caption", "packs", "tokens", "max_tokens"):
             assert real[key] == packed[key]
         assert all(map(torch.equal, module.tokenize(real), module.tokenize(packed)))
@@ -114,6 +121,7 @@ def test_features_spare_the_encoder(folder, monkeypatch):
     for batch in packs(module, datamodule, 3):
         module.training_step(batch, 0)
     for batch in datamodule.val_dataloader():
+        module.on_validation_epoch_start()
         module.validation_step(batch, 0)
     assert asked == [""]  # of captions that are dropped, once
     without = data(folder, tokens(folder, features="false"))
@@ -128,7 +136,7 @@ def test_features_are_in_the_encoders_own_precision(folder, tmp_path):
     assert encode(config("encode", folder, *images(folder), f"out={tmp_path}/half", "flip=false", *half))
     module = refiner(folder, half)
     seeded = {"caption_dropout": "0", "flip": "false"}
-    arguments = of(data="text_tokens", root=tmp_path / "half", captions=CAPTIONS, **seeded)
+    arguments = of(data="captioned_tokens", root=tmp_path / "half", captions=CAPTIONS, **seeded)
     from_pixels, from_tokens = data(folder, images(folder, **seeded)), data(folder, arguments)
     ((real,), (packed,)) = packs(module, from_pixels, 1), packs(module, from_tokens, 1)
     assert {features.dtype for features in packed["features"]} == {torch.bfloat16}
@@ -139,15 +147,17 @@ def test_features_are_in_the_encoders_own_precision(folder, tmp_path):
         module.log = lambda name, value, **_: name == "val/loss" and losses.append(value)
         batch = next(iter(batches))
         assert kind in batch
+        module.on_validation_epoch_start()
         module.validation_step(batch, 0)
+        module.on_validation_epoch_end()
     torch.testing.assert_close(*losses, atol=1e-3, rtol=1e-3)
 
 
 def test_the_same_tokens_in_whatever_batches(folder, tmp_path):
     arguments = [*images(folder), "flip=true", f"out={tmp_path}/alone"]
     assert encode(config("encode", folder, *arguments, "batch_size=1", *frozen(folder)))
-    batches = [data(folder, of(data="text_tokens", root=root, captions=CAPTIONS)).val_dataloader()
-               for root in (folder / "text_image_tokens", tmp_path / "alone")]  # fmt: skip
+    batches = [data(folder, of(data="captioned_tokens", root=root, captions=CAPTIONS)).val_dataloader()
+               for root in (folder / "captioned_image_tokens", tmp_path / "alone")]  # fmt: skip
     for first, second in zip(*batches, strict=True):
         assert (first["key"], first["caption"]) == (second["key"], second["caption"])
         assert all(map(torch.equal, first["bits"], second["bits"]))
@@ -169,7 +179,7 @@ def test_long_clips_are_encoded_in_a_stream_and_to_the_same_tokens(folder, tmp_p
 
     whole = encoded("whole")
     assert max(seen) == 17
-    monkeypatch.setattr("grn.data.encoding.WHOLE_PIXELS", 2 * 9 * 32 * 32)
+    monkeypatch.setattr("grn.data.prepare.shard_encoder.WHOLE_PIXELS", 2 * 9 * 32 * 32)
     assert encoded("stream") == whole
     assert set(seen) == {1, 4, 5, 9}  # those of 5 and of 9 frames come in twos, at once
 
@@ -179,6 +189,7 @@ def _note(seen, module, given):
         seen.append(given.shape[2])
 
 
+@pytest.mark.full  # of any shards: test_shards.py
 @pytest.mark.slow
 def test_the_same_shards_by_two_processes(folder, tmp_path):
     assert encode(config("encode", folder, *clips(folder), f"out={tmp_path}/two", "batch_size=3", "num_workers=2"))
@@ -189,7 +200,7 @@ def test_the_same_shards_by_two_processes(folder, tmp_path):
 def test_packs_go_on_exactly(folder):
     def loader():
         module = data(folder, tokens(folder, caption_dropout="0.3"))
-        check_fits(refiner(folder), module)
+        tell_packing(refiner(folder), module)
         return module.train_dataloader()
 
     whole = loader()
@@ -203,7 +214,7 @@ def test_packs_go_on_exactly(folder):
         assert all(map(torch.equal, found["bits"], expected["bits"]))
 
 
-@pytest.mark.parametrize(("kind", "name"), [(images, "text_image_tokens"), (clips, "captioned_video_tokens")])
+@pytest.mark.parametrize(("kind", "name"), [(images, "captioned_image_tokens"), (clips, "captioned_video_tokens")])
 def test_scores_see_the_pixels_that_were_encoded(folder, kind, name):
     from_pixels, from_tokens = data(folder, kind(folder)), data(folder, tokens(folder, name))
     for real, found in zip(*(d.split_dataloader("heldout") for d in (from_pixels, from_tokens)), strict=True):
@@ -242,9 +253,11 @@ def test_mixtures_of_kinds_are_refused(folder):
 
 
 def test_the_mixture_of_tokens_has_a_config(folder):
-    names = {"images": "text_image_tokens", "clips": "captioned_video_tokens"}
+    names = {"images": "captioned_image_tokens", "clips": "captioned_video_tokens"}
     roots = [f"data.parts.{part}.root={folder}/{name}" for part, name in names.items()]
-    made = config("train", folder, "data=image_and_video_tokens", *roots, "data.max_tokens=900", "data.num_workers=0")
+    made = config(
+        "train", folder, "data=captioned_image_and_video_tokens", *roots, "data.max_tokens=900", "data.num_workers=0"
+    )
     for name, part in made.data.parts.items():
         assert (part.key, part.max_tokens, part.num_workers) == (f"data.parts.{name}", 900, 0)
     made.data.parts.images.features = False
@@ -262,13 +275,14 @@ def test_digits_are_packed_from_tokens_as_from_pixels():
 
 def test_the_manifest_tells_what_they_are(folder):
     of_images, of_clips = (
-        data(folder, tokens(folder, name)) for name in ("text_image_tokens", "captioned_video_tokens")
+        data(folder, tokens(folder, name)) for name in ("captioned_image_tokens", "captioned_video_tokens")
     )
     text = of_images.manifest["text"]
     assert (text["sizes"], text["latents"], text["captions"]) == ([[4, 4], [4, 6]], 1, ["txt", "long"])
     assert {key: text["encoder"][key] for key in ("width", "dtype", "max_length")} == {
         "width": 16, "dtype": "float32", "max_length": 24,
     }  # fmt: skip
+    assert text["encoder"]["clean_captions"] is False
     assert (of_clips.manifest["text"]["latents"], of_clips.manifest["text"]["encoder"]) == (5, None)
     assert (of_images.flip, of_clips.flip) == (True, False)
 
@@ -281,7 +295,8 @@ def test_what_does_not_fit_is_refused(folder):
         check_fits(module, of_images)
     write_text_encoder(folder / "other", seed=1)
     shorter, coarser = [*frozen(folder), "text_encoder.max_length=20"], frozen(folder, dtype="bfloat16")
-    for encoder in (frozen(folder, "other"), shorter, coarser):
+    cleaning = [*frozen(folder), "text_encoder.clean_captions=true"]
+    for encoder in (frozen(folder, "other"), shorter, coarser, cleaning):
         with pytest.raises(UserError, match=r"has features of .*, and text_encoder is another one.*features=false"):
             check_fits(refiner(folder, encoder), of_images)
     own = ["text_encoder=byt5_tiny", "text_encoder.width=16"]
@@ -294,22 +309,28 @@ def test_what_does_not_fit_is_refused(folder):
         data(folder, tokens(folder, "captioned_video_tokens", features="true"))
     with pytest.raises(UserError, match=r"data\.captions=.* has no features of short, only of txt, long"):
         data(folder, tokens(folder, captions="{short:1}"))
-    with pytest.raises(UserError, match="holds tokens of captioned samples: choose data=text_tokens"):
-        TokenShardsDataModule(name="tokens", root=folder / "text_image_tokens", batch_size=1)
+    with pytest.raises(
+        UserError, match=r"data\.caption_prefix='<T2I>': .* has features of captions with '': give that"
+    ):
+        data(folder, tokens(folder, caption_prefix="'<T2I>'"))
+    with pytest.raises(UserError, match=r"data\.sentence_dropout=0\.5: .* has features of whole captions alone"):
+        data(folder, tokens(folder, sentence_dropout="0.5"))
+    with pytest.raises(UserError, match="holds tokens of captioned samples: choose data=captioned_tokens"):
+        TokenShardsDataModule(name="tokens", root=folder / "captioned_image_tokens", batch_size=1)
 
 
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
         (
-            ["data=text_image", "data.pixels={0.06M:1,0.25M:1}"],
+            ["data=captioned_image", "data.pixels={0.06M:1,0.25M:1}"],
             r"give one budget, such as data\.pixels=0\.06M",
         ),
-        (["data=text_image", "data.pixels=null", "data.resolutions=[[32,36]]"], "width 36 is no multiple"),
+        (["data=captioned_image", "data.pixels=null", "data.resolutions=[[32,36]]"], "width 36 is not a multiple"),
         (["data=captioned_video", "data.fps=8", "data.max_frames=9"], "3 frames are not 1"),
-        (["data=text_image", "text_encoder=byt5_tiny"], "text_encoder: this one is trained along"),
+        (["data=captioned_image", "text_encoder=byt5_tiny"], "text_encoder: this one is trained along"),
         (["data=digits", "text_encoder=t5", "text_encoder.path=x"], "data=digits is not for text refiners"),
-        (["data=text_image_and_video"], "only pixels are encoded, one data set at a time"),
+        (["data=captioned_image_and_video"], "only pixels are encoded, one data set at a time"),
     ],
 )
 def test_what_cannot_be_encoded_is_refused(folder, overrides, complaint):
@@ -341,12 +362,12 @@ def test_what_cannot_be_encoded_is_refused(folder, overrides, complaint):
     ],
 )
 def test_manifests_are_not_trusted(folder, tmp_path, damage):
-    root = shutil.copytree(folder / "text_image_tokens", tmp_path / "tokens")
+    root = shutil.copytree(folder / "captioned_image_tokens", tmp_path / "tokens")
     manifest = OmegaConf.create(json.loads((root / "manifest.json").read_text()))
     for key, value in damage.items():
         OmegaConf.update(manifest, key, value, merge=False)
     (root / "manifest.json").write_text(json.dumps(OmegaConf.to_container(manifest)))
-    with pytest.raises(UserError, match="is no manifest of token shards: encode them anew"):
+    with pytest.raises(UserError, match="is not a manifest of token shards: encode them again"):
         TextTokensDataModule(name="tokens", root=root, batch_size=1, max_tokens=300)
 
 
@@ -377,7 +398,7 @@ def raw(**entries):
     ],
 )
 def test_features_are_not_trusted(data, reason):
-    arguments = {"sizes": frozenset([(3, 4)]), "latents": 1, "width": 2, "captions": (("txt", 1.0),)}
+    arguments = {"sizes": frozenset([(3, 4)]), "latents": 1, "width": 2, "captions": Captions((("txt", 1.0),))}
     decode = TextTokenDecoder(**arguments, features=FORM)
     good = decode(raw(**{"features.safetensors": write_features({"txt": GOOD})}), 0)
     assert torch.equal(good["features"], GOOD)
@@ -399,7 +420,7 @@ def test_features_are_not_trusted(data, reason):
     ],
 )
 def test_samples_that_do_not_fit(changes, entries, reason):
-    arguments = {"sizes": frozenset([(3, 4)]), "latents": 1, "width": 2, "captions": (("txt", 1.0),)}
+    arguments = {"sizes": frozenset([(3, 4)]), "latents": 1, "width": 2, "captions": Captions((("txt", 1.0),))}
     assert TextTokenDecoder(**arguments)(raw(), 0)["bits"].shape == (1, 3, 4, 2)
     with pytest.raises(Skip) as caught:
         TextTokenDecoder(**(arguments | changes))(raw(**entries), 0)
@@ -424,7 +445,7 @@ def test_samples_that_cannot_be_encoded_are_listed(folder, tmp_path):
     assert [(r["item"], r["reason"]) for r in rejected if r["split"] == "train"] == [
         ("torn", Reason.UNDECODABLE_IMAGE.value), ("mute", Reason.NO_CAPTION.value),
     ]  # fmt: skip
-    found = data(folder, of(data="text_tokens", root=tmp_path / "tokens"))
+    found = data(folder, of(data="captioned_tokens", root=tmp_path / "tokens"))
     (written,) = found.urls("train")
     kept = list(found._stream("train").shard(written))
     assert [r["__key__"] for r in kept] == [first["__key__"], second["__key__"]]
@@ -433,7 +454,7 @@ def test_samples_that_cannot_be_encoded_are_listed(folder, tmp_path):
 
 def test_a_manifest_runs_no_command(folder, tmp_path, monkeypatch):
     """Unless the user says that this one may."""
-    shutil.copytree(folder / "text_image_tokens", tmp_path / "tokens")
+    shutil.copytree(folder / "captioned_image_tokens", tmp_path / "tokens")
     path = tmp_path / "tokens" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["source"]["heldout"] = f"pipe:touch {tmp_path}/ran; cat {folder}/images/heldout-0.tar"

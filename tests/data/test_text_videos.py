@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_clips import video
+from test_video import video
 
-from grn.data.samples import Reason
 from grn.data.text_images import PackedTokens
 from grn.data.text_videos import TextVideoDataModule
-from grn.errors import UserError
-from grn.mp4 import write_mp4
+from grn.media.mp4 import write_mp4
+from grn.media.skips import Reason
+from grn.runtime.errors import UserError
 
 
 def clip(frames, fps=16, height=32, width=48):
@@ -174,14 +174,23 @@ def test_packs_hold_clips_and_images_and_go_on_exactly(shard):
         assert all(map(torch.equal, found["pixels"], expected["pixels"]))
 
 
+def test_clips_of_a_large_share_of_a_pack_are_left_out(shard):
+    """Of 256 tokens, a clip of 17 frames and 4x6 has 5 * 24 + 1 + its text, one of 13 has 4 * 24."""
+    module = make(shard, max_share=0.4)
+    loader = module.train_dataloader().dataset
+    raws = module._stream("heldout").shard(shard)
+    kept = [raw["__key__"] for raw in raws if loader.decoded(raw | {"__url__": shard}, 0) is not None]
+    assert kept == ["short", "fast", "image"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"fps": 15}, r"data\.bucket=0\.25 seconds are no whole number of frames at data\.fps=15"),
+        ({"fps": 15}, r"data\.bucket=0\.25 seconds are not whole frames at data\.fps=15"),
         ({"fps": 0}, r"data\.fps=0 and data\.bucket=0\.25 must be positive"),
         ({"max_frames": 16}, r"data\.max_frames=16 must be 1 \+ a multiple of the 4 frames"),
         ({"max_frames": 1}, r"data\.max_frames=1 must"),
-        ({"fps": 8, "max_frames": 9}, r"its 2 frames are no multiple of the tokenizer's 4 frames a latent"),
+        ({"fps": 8, "max_frames": 9}, r"its 2 frames are not a multiple of the tokenizer's 4 frames a latent"),
         ({"max_frames": 209}, r"holds no clip of data\.max_frames=209 at 32x48 pixels: .* max_frames=37"),
     ],
 )

@@ -9,22 +9,22 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from tars import write_tar
 
-from grn import hbq
-from grn.cli import CONF
-from grn.data.digits import DigitsSource
-from grn.data.encoding import ShardEncoder
 from grn.data.images import ImageShardsDataModule
-from grn.data.samples import Reason, Skip
-from grn.data.tokens import TokenDecoder, TokenShardsDataModule, read_array, write_array
-from grn.encode import encode
-from grn.errors import UserError
-from grn.modules import check_fits
+from grn.data.prepare.encode import encode
+from grn.data.prepare.shard_encoder import ShardEncoder
+from grn.data.tokens import TokenDecoder, TokenShardsDataModule, read_array, unpack_bits, write_array
+from grn.media.pixels import from_uint8
+from grn.media.skips import Reason, Skip
+from grn.method.sampler import Sampler
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
-from grn.pixels import from_uint8
-from grn.sampler import Sampler
+from grn.runtime.config_folder import CONF
+from grn.runtime.errors import UserError
+from grn.toys.digits import DigitsSource
 from grn.training import RefinerModule, TokenizerModule
+from grn.training.building import check_fits
 
 
 def config(folder, *overrides):
@@ -97,7 +97,7 @@ def test_both_labelings(folder, labeling):
     tokenizer = HBQTokenizer.from_pretrained(folder / "tokenizer")
     real, packed = (next(iter(make(folder).val_dataloader())) for make in (pixels, tokens))
     expected = tokenizer.tokenize(from_uint8(real["pixels"]), labeling)
-    assert torch.equal(hbq.unpack(packed["bits"], 3, 3, labeling), expected)
+    assert torch.equal(unpack_bits(packed["bits"], 3, 3, labeling), expected)
 
 
 def test_the_manifest_tells_what_they_are(folder):
@@ -125,9 +125,15 @@ def test_without_mirrored_views(folder):
     assert not data.flip
     with pytest.raises(UserError, match="flip=true"):
         tokens(folder, root=folder / "plain", flip=True)
-    two_processes = f"out={folder}/two", "num_workers=2"
-    assert encode(config(folder, *two_processes))
-    for shard in (folder / "plain").glob("*.tar"):
+
+
+@pytest.mark.full  # of any shards: test_shards.py
+def test_processes_write_the_same_bytes(folder):
+    assert encode(config(folder, f"out={folder}/one"))
+    assert encode(config(folder, f"out={folder}/two", "num_workers=2"))
+    shards = sorted((folder / "one").glob("*.tar"))
+    assert shards
+    for shard in shards:
         assert shard.read_bytes() == (folder / "two" / shard.name).read_bytes()
 
 
@@ -149,7 +155,7 @@ def test_what_does_not_fit_is_refused(folder):
         tokens(folder, root=folder / "data" / "digits")
     with pytest.raises(UserError, match="only pixels are encoded"):
         encode(config(folder, "data=tokens", f"data.root={data.root}", "flip=false"))
-    with pytest.raises(UserError, match="height 30 is no multiple of the tokenizer's stride 4"):
+    with pytest.raises(UserError, match="height 30 is not a multiple of the tokenizer's stride 4"):
         encode(config(folder, "data.image_size=30"))
 
 
@@ -223,6 +229,10 @@ def test_arrays_come_back():
         npy(np.array([{}], dtype=object), allow_pickle=True),
         write_array(GOOD).replace(b"(1, 1, 3, 4, 2)", b"(9, 9, 9, 9, 9)"),
         write_array(GOOD).replace(b"(1, 1, 3, 4, 2)", b"(1,-1, 3, 4,-2)"),
+        write_array(GOOD).replace(b"(1, 1, 3, 4, 2), }    ", b"(True, True, 3, 4, 2)}"),
+        write_array(GOOD).replace(b"(1, 1, 3, 4, 2)", b"(24,1,1,1, 1j) "),
+        write_array(GOOD).replace(b"(1, 1, 3, 4, 2)", b"[1, 1, 3, 4, 2]"),
+        write_array(GOOD).replace(b"'|u1'", b"'|Z1'"),
     ],
 )
 def test_arrays_that_are_none(data):
@@ -261,6 +271,17 @@ def test_a_missing_view_is_noticed():
         except Skip as skip:
             outcomes.add(skip.reason)
     assert outcomes == {"as it is", Reason.BAD_TOKENS}
+
+
+def test_shards_without_a_usable_sample_are_described(folder, tmp_path):
+    for split in ("train", "heldout"):
+        write_tar(
+            tmp_path / f"{split}-0.tar", [(f"a.{i}.{suffix}", b"3") for i in range(3) for suffix in ("png", "cls")]
+        )
+    with pytest.raises(
+        UserError, match=r"\(no (image|label): 1\); keys end at the first dot .* 'a' has 0\.png, 0\.cls"
+    ):
+        encode(config(folder, f"data.root={tmp_path}", f"out={tmp_path}/tokens"))
 
 
 def test_bad_samples_and_broken_shards_are_listed(folder, tmp_path):

@@ -4,11 +4,11 @@ import pytest
 import torch
 import webdataset as wds
 
-from grn.data.digits import DigitsSource
 from grn.data.images import ImageShardsDataModule
 from grn.data.mixed import MixedDataModule
 from grn.data.videos import VideoShardsDataModule
-from grn.errors import UserError
+from grn.runtime.errors import UserError
+from grn.toys.digits import DigitsSource
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,7 @@ def root(tmp_path_factory, moving_digits):
 
 def clips(root, **arguments):
     return VideoShardsDataModule(
-        **{"name": "text_video", "root": root, "image_size": 32, "frames": 5, "fps": [3, 6, 8], "batch_size": 2}
-        | arguments
+        **{"name": "video", "root": root, "image_size": 32, "frames": 5, "fps": [3, 6, 8], "batch_size": 2} | arguments
     )
 
 

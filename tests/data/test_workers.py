@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from grn.data.workers import outlive_sigterm
+from grn.data.stream.workers import outlive_sigterm
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no sigwaitinfo on this system")
 

@@ -9,8 +9,8 @@ from tars import write_tar
 from test_text_videos import clip
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from grn.cli import CONF
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.config_folder import CONF
 
 KEYS = ("batch_size=1", "num_workers=0", "rank_streams=1", "worker_streams=1", "max_tokens=300", "lookahead=8")
 SIZES = "[[32,32],[32,48]]"
@@ -75,7 +75,7 @@ def config(verb, folder, *overrides):
 def of(*, data, root, **others):
     """Overrides that choose small `data` in `root`."""
     given = [f"data={data}", f"data.root={root}", *(f"data.{key}" for key in KEYS)]
-    if data != "text_tokens":
+    if data != "captioned_tokens":
         given += ["data.pixels=null", f"data.resolutions={SIZES}"]
     if data == "captioned_video":
         given += ["data.max_frames=17"]

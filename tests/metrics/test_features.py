@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from grn.errors import UserError
 from grn.metrics.features import FeatureStatistics, build_extractor, extract, widths
+from grn.runtime.errors import UserError
 
 
 @pytest.fixture

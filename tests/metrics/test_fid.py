@@ -4,11 +4,11 @@ import torch
 import torch_fidelity
 from torch.utils.data import Dataset
 
-from grn.errors import UserError
-from grn.metrics.digits_classifier import digits_classifier_weights
 from grn.metrics.features import build_extractor, extract
 from grn.metrics.fid import GenerationScores, load_statistics
 from grn.metrics.splits import labelled_images
+from grn.runtime.errors import UserError
+from grn.toys.digits_classifier import digits_classifier_weights
 
 
 class Images(Dataset):
@@ -86,7 +86,7 @@ def test_kid_precision_and_recall_equal_torch_fidelity(make_scores, generated, d
         for batch in images.split(50):
             scores.update(batch, None)
         ours = scores.compute()
-        assert ours.keys() == {"fid", "kid_mean", "kid_std", "precision", "recall", "f_score"}
+        assert ours.keys() == {"fid", "fid_samples", "kid_mean", "kid_std", "precision", "recall", "f_score"}
         assert ours["kid_mean"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
         assert ours["kid_std"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-5)
         # At most one image may lie so near the edge of a ball that the rounding of its distance decides.
@@ -155,13 +155,13 @@ def test_heldout_fid_is_that_of_the_heldout_images(make_scores, digits):
 def test_no_inception_score_unless_asked(make_scores, generated):
     scores = make_scores(isc=False)
     scores.update(generated)
-    assert set(scores.compute()) == {"fid"}
+    assert set(scores.compute()) == {"fid", "fid_samples"}
 
 
 def test_fid_and_inception_score_may_share_their_features(make_scores, generated):
     scores = make_scores(features="logits")
     scores.update(generated)
-    assert set(scores.compute()) == {"fid", "isc_mean", "isc_std"}
+    assert set(scores.compute()) == {"fid", "fid_samples", "isc_mean", "isc_std"}
 
 
 def test_npz_reference_gives_the_number_of_the_split(make_scores, generated, digits, classifier_weights, tmp_path):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from grn.errors import UserError
 from grn.metrics import nearest
 from grn.metrics.nearest import NearestTrainingDistance
+from grn.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

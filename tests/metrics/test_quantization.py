@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from grn import hbq
-from grn.errors import UserError
+from grn.method import hbq
 from grn.metrics.quantization import QuantizationScores
+from grn.runtime.errors import UserError
 
 
 def scored(*batches, rounds=3):
@@ -23,7 +23,7 @@ def test_against_the_definition():
         assert got[f"error_{m}"] == pytest.approx(error.mean().item(), rel=1e-6)
         assert got[f"error_max_{m}"] == pytest.approx(error.max().item(), rel=1e-6)
         assert got[f"error_max_{m}"] <= 2.0**-m
-    bits = hbq.labels(features, 3, "bit").unflatten(1, (3, 5)).double()
+    bits = hbq.tokens(features, 3, "bit").unflatten(1, (3, 5)).double()
     for m in range(3):
         entropies = []
         for c in range(5):

@@ -2,16 +2,16 @@
 
 import json
 
+import commands
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from grn.metrics.fid import GenerationScores
-from grn.metrics.judge import DigitsJudge
 from grn.metrics.nearest import NearestTrainingDistance
 from grn.metrics.ranks import Rows, Totals
 from grn.metrics.reconstruction import ReconstructionScores
+from grn.toys.judge import DigitsJudge
 
 
 def test_rows_keep_their_order_and_reset():
@@ -101,7 +101,7 @@ def test_two_ranks_give_the_numbers_of_one(digits, classifier_weights, tmp_path)
     noise = torch.randint(0, 60, real.shape, generator=torch.Generator().manual_seed(0))
     images = (real.int() + noise).clamp(max=255).to(torch.uint8)
     arguments = (2, tmp_path, classifier_weights, data, images, labels, real)
-    torch.multiprocessing.spawn(run_rank, arguments, nprocs=2)
+    commands.spawn(run_rank, arguments, nprocs=2)
     one = [score(build(classifier_weights, data), *(x[:n] for x in (images, labels, real))) for n in (97, 60)]
     for rank in range(2):
         for single, several in zip(one, json.loads((tmp_path / f"{rank}.json").read_text())):

@@ -5,8 +5,8 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-from grn.errors import UserError
 from grn.metrics.reconstruction import ReconstructionScores, TemporalPSNR
+from grn.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def test_both_backends_are_the_definition():
     torch.testing.assert_close(unfused(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.slow  # compiles a kernel for the CPU
 def test_compiled_flex_skips_no_block_that_matters():
     q, k, v = heads(LENGTHS)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from grn.checkpoints.mapping import load_strict, rename
 from grn.checkpoints.official_class_refiner import CLASS_REFINER_RULES
-from grn.errors import UserError
 from grn.networks.class_refiner import ClassRefiner
+from grn.runtime.errors import UserError
+from grn.weights.mapping import load_strict, rename
 
 SMALL = {
     "channels": 3,
@@ -75,7 +75,7 @@ def test_golden(name, golden, golden_meta):
 
 
 def count(depth, width, bottleneck, heads, channels=16, classes=16, **_):
-    """Parameters by DESIGN 1.4, matrix by matrix."""
+    """Parameters by docs/method.md#class-conditional-refiner, matrix by matrix."""
     hidden, head = int(4 * width * 2 / 3), width // heads
     block = 2 * width + 2 * head  # RMSNorms
     block += width * 3 * width + 3 * width + width * width + width  # attention
@@ -166,6 +166,26 @@ def test_under_autocast_the_stream_is_float32_also_where_fsdp_casts_the_weights(
     assert seen == {torch.float32}
 
 
+@pytest.mark.parametrize("form", ["autocast", "weights"])
+def test_the_head_is_float32_in_bfloat16(form):
+    """Norm, modulation and linear map of what the last block gave, by formula; nearly no logit is one of a bf16."""
+    network, given = shaken(), []
+    if form == "weights":
+        network.bfloat16()
+    network.head.register_forward_pre_hook(lambda _, inputs: given.extend(value.double() for value in inputs))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+        logits = network(*inputs())
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16().float()).double().mean() > 0.95
+    x, condition = given
+    state = {name: value.double() for name, value in network.head.state_dict().items()}
+    shift, scale = (condition @ state["modulation.weight"].T + state["modulation.bias"])[:, None].chunk(2, dim=-1)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * state["norm.weight"]
+    expected = (x * (1 + scale) + shift) @ state["out.weight"].T + state["out.bias"]
+    expected = expected.view(3, 1, 4, 4, 4, 3).permute(0, 4, 5, 1, 2, 3)
+    torch.testing.assert_close(logits.double(), expected, atol=2e-6, rtol=2e-6)
+
+
 def test_bfloat16_autocast_is_close():
     network = shaken()
     exact = network(*inputs())
@@ -239,14 +259,14 @@ def test_there_and_back(golden, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"size": 10**6}, "model.size=1000000 must be at most 128"),
-        ({"size": 8.0}, "model.size must be a positive whole number, got 8.0"),
-        ({"channels": -3, "classes": -4}, "model.channels must be a positive whole number, got -3"),
+        ({"size": 10**6}, "model.size=1000000 must be a whole number, 1 to 128"),
+        ({"size": 8.0}, "model.size=8.0 must be a whole number"),
+        ({"channels": -3, "classes": -4}, "model.channels=-3 must be a whole number"),
         ({"depth": 10**9}, "far more parameters than the file"),
         ({"width": 2**40}, "is of another size than the model|describes no ClassRefiner"),
         ({"context_tokens": 10**9}, r"context_position is \(2, 32\) in the file, \(1000000000, 32\) in the model"),
         ({"context_start": 1.5}, "model.context_start=1.5 must be a block, 0..2"),
-        ({"heads": 0}, "model.heads must be a positive whole number, got 0"),
+        ({"heads": 0}, "model.heads=0 must be a whole number, at least 1"),
         ({"mlp_ratio": float("inf")}, "describes no ClassRefiner"),
     ],
     ids=str,

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from grn.errors import UserError
 from grn.networks.discriminator import PatchDiscriminator, generator_loss, hinge_discriminator_loss
+from grn.runtime.errors import UserError
 
 
 def test_layers_of_the_reference_size():
@@ -58,7 +58,7 @@ def test_smallest_frame(layers):
 
 @pytest.mark.parametrize("sizes", [{"layers": 0}, {"width": 0}])
 def test_sizes_that_do_not_fit(sizes):
-    with pytest.raises(UserError, match=f"{next(iter(sizes))} of the discriminator must be positive"):
+    with pytest.raises(UserError, match=rf"training\.discriminator\.{next(iter(sizes))}=0 must be a whole number"):
         PatchDiscriminator(**sizes)
 
 

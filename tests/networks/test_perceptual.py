@@ -2,8 +2,8 @@ import pytest
 import torch
 from torchvision.models import VGG16_Weights, vgg16
 
-from grn.errors import UserError
 from grn.networks.perceptual import LPIPS
+from grn.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -8,9 +9,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from grn.cli import CONF
-from grn.errors import UserError
-from grn.networks.text_encoder import ByteT5, PretrainedT5
+from grn.networks.text_encoder import ByteT5, PretrainedT5, clean
+from grn.runtime.config_folder import CONF
+from grn.runtime.errors import UserError
 
 SIZES = {"width": 16, "depth": 2, "heads": 4, "hidden": 32, "max_length": 24}
 HOSTILE = [
@@ -97,6 +98,36 @@ def test_hostile_captions(encoder, folder):
         assert features.isfinite().all()
 
 
+# What basic_clean and whitespace_clean of umT5's users (Wan, diffusers) make of the first, written down by hand.
+CLEANED = {
+    "\u201cseven\u201d isn\u2019t three": '"seven" isn\'t three',
+    "seven &amp;amp; three": "seven & three",
+    "seven &amp;lt; three&nbsp;a": "seven < three a",
+    "  seven\n\n three\t\u3000a ": "seven three a",
+    "\uff53\uff45\uff56\uff45\uff4e": "seven",
+    "the caf\u00c3\u00a9": "the caf\u00e9",
+    " \n": "",
+}
+
+
+def test_captions_are_cleaned_where_asked_for(folder):
+    cleaning, plain = (PretrainedT5(path=str(folder), max_length=24, clean_captions=own) for own in (True, False))
+    for raw, cleaned in CLEANED.items():
+        assert clean(raw) == cleaned
+        assert cleaning.tokenize([raw]) == plain.tokenize([cleaned]) == cleaning.tokenization([raw])
+    assert cleaning.tokenize(["a\n&#97;"]) != plain.tokenize(["a\n&#97;"])
+    assert torch.equal(cleaning(["seven\n&#97;"])[0], plain(["seven a"])[0])
+    assert cleaning(HOSTILE)[0].isfinite().all()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = {
+            name: compose("train", [f"text_encoder={name}", "trainer.max_steps=1"]).text_encoder.clean_captions
+            for name in ("umt5_xxl", "t5", "byt5_tiny")
+        }
+    assert chosen == {"umt5_xxl": True, "t5": False, "byt5_tiny": False}
+    with pytest.raises(UserError, match=r"^text_encoder\.clean_captions=yes must be true or false$"):
+        ByteT5(**SIZES, clean_captions="yes")
+
+
 def test_an_endless_caption_is_not_even_tokenized(encoder, monkeypatch):
     seen = []
     call = encoder.tokenizer.__call__
@@ -146,13 +177,13 @@ def test_other_t5_and_a_tokenizer_from_elsewhere(folder, tmp_path):
 def test_what_cannot_be_had_is_one_line(folder, tmp_path):
     assert complaint(path="/nowhere/umt5").startswith("text_encoder.path: no folder /nowhere/umt5; give one, or a repo")
     message = complaint(path="google/umt5-xxl")  # the tests have no internet
-    assert message.startswith("text_encoder.path: google/umt5-xxl is no folder here, and not to be had from the Hub (")
+    assert message.startswith("text_encoder.path: google/umt5-xxl is not a folder here, and not on the Hub (")
     assert message.endswith("); give a local folder")
     message = complaint(path=str(folder), tokenizer="google/umt5-xxl")
-    assert message.startswith("text_encoder.tokenizer: google/umt5-xxl is no folder here")
+    assert message.startswith("text_encoder.tokenizer: google/umt5-xxl is not a folder here")
     for dtype in ("int8", "float16"):
         assert f"text_encoder.dtype={dtype}: choose among bfloat16, float32" in complaint(path=str(folder), dtype=dtype)
-    assert "text_encoder.max_length must be a positive" in complaint(path=str(folder), max_length=0)
+    assert "text_encoder.max_length=0 must be a whole number" in complaint(path=str(folder), max_length=0)
     assert "text_encoder.weights: no file /nowhere" in complaint(path=str(folder), weights="/nowhere")
 
 
@@ -192,3 +223,14 @@ def test_configs():
     assert config("umt5_xxl").path == "google/umt5-xxl"
     with pytest.raises(InstantiationException, match=r"text_encoder\.path: no folder /nowhere"):
         instantiate(config("t5", "text_encoder.path=/nowhere"))
+
+
+def test_what_is_cut_of_a_caption():
+    """Bytes, and one token for the end: fifteen characters of sixteen tokens."""
+    taken = ByteT5(width=8, depth=1, heads=1, hidden=8, max_length=16).tokenization
+    assert not taken.is_cut("fifteen letters")
+    assert taken.is_cut("sixteen letters!")
+    assert taken.used("sixteen letters!") == "sixteen letters"
+    assert taken.is_cut("an endless text " * 10_000)
+    assert not taken.is_cut("")
+    assert not dataclasses.replace(taken, clean_captions=True).is_cut("fifteen   letters  \n ")

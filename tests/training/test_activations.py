@@ -3,9 +3,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from grn.errors import UserError
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.errors import UserError
 from grn.training.activations import checkpoint_activations
 
 

@@ -2,14 +2,15 @@
 
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from sharding import meet, strategy
 from torch.distributed.tensor import DTensor
 
-from grn.errors import UserError
 from grn.networks.class_refiner import ClassRefiner
+from grn.runtime.errors import UserError
 from grn.training.fsdp import FSDP, gather_weights, local, release_weights, shard_like
 
 SIZES = {"channels": 3, "classes": 4, "num_labels": 5, "size": 4, "depth": 2, "width": 16, "heads": 2}
@@ -27,29 +28,19 @@ def single():
     return network
 
 
-def strategy(mesh, precision="32-true"):
-    made = FSDP()
-    made._device_mesh = mesh
-    made.parallel_devices = [torch.device("cpu")]
-    made.cluster_environment = SimpleNamespace(local_rank=lambda: 0)
-    made.precision_plugin = SimpleNamespace(precision=precision)
-    return made
-
-
-def sharded(mesh, weights=None, precision="32-true"):
+def sharded(weights=None, **given):
     with torch.device("meta"):
         network = ClassRefiner(**SIZES)
-    strategy(mesh, precision).shard(network, weights, seed=3)
+    strategy(**given).shard(network, weights, seed=3)
     return network
 
 
 def run_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    meet(rank, folder)
     expected = single()
     state = expected.state_dict()
 
-    network = sharded(mesh)
+    network = sharded()
     for name, parameter in network.named_parameters():
         assert isinstance(parameter, DTensor)
         assert len(local(parameter)) <= -(-len(parameter) // 2)
@@ -57,10 +48,10 @@ def run_rank(rank, folder):
     for name, buffer in expected.named_buffers():
         assert torch.equal(network.get_buffer(name), buffer), name
     zeroed = {name: torch.zeros_like(weight) for name, weight in state.items()}
-    assert not any(p.full_tensor().any() for p in sharded(mesh, zeroed).parameters())
+    assert not any(p.full_tensor().any() for p in sharded(zeroed).parameters())
 
     part = {"head.out.weight": zeroed["head.out.weight"] + 7}  # the rest starts as without it
-    for name, parameter in sharded(mesh, part).named_parameters():
+    for name, parameter in sharded(part).named_parameters():
         assert torch.equal(parameter.full_tensor(), part.get(name, state[name])), name
 
     # Each rank alone, as often as it likes; then shards again.
@@ -76,22 +67,29 @@ def run_rank(rank, folder):
     dist.barrier()
 
     # Hybrid: every rank a copy of its own. In bfloat16, gradients arrive in float32.
-    pairs = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    for copies, precision in ((mesh, "bf16-mixed"), (pairs, "32-true")):
-        network = sharded(copies, {name: torch.full_like(w, 0.01) for name, w in state.items()}, precision)
+    for shard_size, precision in ((2, "bf16-mixed"), (1, "32-true")):
+        noise = torch.Generator().manual_seed(5)
+        weights = {name: torch.randn(w.shape, generator=noise) / 10 for name, w in state.items()}
+        network = sharded(weights, shard_size=shard_size, precision=precision)
+        seen = []
+        for part, linear in ((network.head, network.head.out), (network.blocks[0], network.blocks[0].mlp.out)):
+            part.register_forward_pre_hook(lambda *_, linear=linear, seen=seen: seen.append(linear.weight.dtype))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
-            network(*inputs()).square().mean().backward()
+            logits = network(*inputs())
+        assert seen == [torch.bfloat16 if precision == "bf16-mixed" else torch.float32, torch.float32]
+        assert (logits != logits.bfloat16().float()).double().mean() > 0.9  # what no bf16 can hold
+        logits.square().mean().backward()
         gradients = [p.grad for p in network.parameters()]
         assert all(g.dtype == torch.float32 for g in gradients)
         assert any(g.full_tensor().any() for g in gradients)
-        if copies is pairs:
+        if shard_size == 1:
             assert all(len(local(p)) == len(p) for p in network.parameters())
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_hold_the_network_of_one(tmp_path):
-    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
+    commands.spawn(run_rank, (tmp_path,), nprocs=2)
 
 
 def test_mistakes_are_found_before_processes_start():

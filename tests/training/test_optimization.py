@@ -1,8 +1,11 @@
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from grn.errors import UserError
+from grn.runtime.errors import UserError
 from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule
 
 
@@ -60,3 +63,46 @@ def test_a_loss_that_was_once_nan_stays_noticed():
     watch.watch(torch.tensor(1.0))
     with pytest.raises(UserError, match=r"by step 7.*training\.learning_rate"):
         watch.check(Module())
+
+
+def test_a_resumed_optimiser_has_its_own_settings_and_the_others_state():
+    """lr, betas, weight decay and the whole schedule are those that are given now; moments and step go on."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+
+    def build(learning_rate, betas, weight_decay, **schedule):
+        optimizer = adamw(network, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
+        return optimizer, learning_rate_schedule(optimizer, **schedule)
+
+    def step(optimizer, schedule):
+        network(torch.ones(1, 2)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+    first = build(1e-2, (0.9, 0.95), 0.1, name="constant", warmup_steps=0, total_steps=10)
+    for _ in range(4):
+        step(*first)
+    saved = [copy.deepcopy(part.state_dict()) for part in first]
+
+    second = build(1e-3, (0.8, 0.99), 0.5, name="cosine", warmup_steps=2, total_steps=10)
+    for part, state in zip(second, saved):
+        part.load_state_dict(copy.deepcopy(state))
+    optimizer, schedule = second
+    rates = []
+    for number in range(4, 7):
+        assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.99)] * 2
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+        assert {group["lr"] for group in optimizer.param_groups} == {schedule.get_last_lr()[0]}
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.state_dict()["state"][0]["step"] == number
+        step(*second)
+    expected = [1e-3 * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (number - 2) / 8))) for number in range(4, 7)]
+    assert rates == pytest.approx(expected)
+
+    again = build(1e-2, (0.9, 0.95), 0.1, name="constant", warmup_steps=0, total_steps=10)
+    for part, state in zip(again, saved):
+        part.load_state_dict(copy.deepcopy(state))
+    assert again[0].state_dict()["param_groups"] == saved[0]["param_groups"]
+    assert {key: again[1].state_dict()[key] for key in ("last_epoch", "base_lrs", "_last_lr")} == {
+        key: saved[1][key] for key in ("last_epoch", "base_lrs", "_last_lr")
+    }

@@ -1,0 +1,1 @@
+"""Scores of samples and reconstructions, and the command that writes them."""

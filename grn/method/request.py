@@ -1,0 +1,41 @@
+"""A request: everything samples depend on besides the weights."""
+
+from dataclasses import dataclass
+
+from grn.method.sampler import Erasure, Sampler, Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to draw, and how; None leaves it to the refiner, as it was trained to be sampled (`RefinerModule.complete`).
+
+    Sample i is of label or prompt i modulo their number, and a function of the seed and i: the same whatever `num` is.
+
+    Args:
+        labels: of a refiner of classes; None: all of them.
+        prompts, negative_prompt: of a refiner of texts; what guidance leads to, and away from.
+        height, width: of a refiner of texts, in pixels.
+        frames: of a refiner of texts; 1 for images.
+        num: how many samples; None: one of each label or prompt.
+        sampler: schedule, temperature and guidance.
+        seed: of all draws, 64 bits.
+        start: given tokens to start from: one map (B = 1) for all samples, or one for each.
+        erasures: what was put back to noise meanwhile (`grn.method.sampler.Refinement.erase`).
+    """
+
+    labels: tuple[int, ...] | None = None
+    prompts: tuple[str, ...] | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    num: int | None = None
+    sampler: Sampler | None = None
+    seed: int = 0
+    start: Start | None = None
+    erasures: tuple[Erasure, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[int | str, ...]:
+        """The labels or prompts that take turns."""
+        return self.labels if self.prompts is None else self.prompts

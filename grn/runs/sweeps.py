@@ -1,0 +1,154 @@
+"""Tables of sweeps, and the metric that sorts them."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from grn.runtime.errors import UserError
+from grn.runtime.files import write_json, write_text
+from grn.runtime.ranks import place
+
+# What `monitor: null` means: the first of these that was measured.
+MONITORED = ("eval/fid", "fid", "rfid", "val/psnr", "psnr", "val/loss")
+LARGER_IS_BETTER = ("psnr", "ssim", "isc", "accuracy", "precision", "recall")  # or a part of the metric's name
+
+
+def objective(metrics: Mapping[str, float], monitor: str | None) -> float | None:
+    """The metric that `monitor` names, which entry points return for sweepers; None where nothing is monitored.
+
+    Raises:
+        UserError: it was not measured.
+    """
+    name = _monitored(metrics, monitor)
+    if name is not None and name not in metrics:
+        raise UserError(f"monitor={name} was not measured; there is {', '.join(sorted(metrics))}")
+    return None if name is None else float(metrics[name])
+
+
+class SweepTable(Callback):
+    """A sweep's points with what was set for each and its `metrics.json`, the best first: `table.csv` in its folder.
+
+    Whichever point ends writes it anew, in a job of its own, too; at the end it is printed, by `monitor` alone. Of
+    points that are of several training steps, `curve.png` shows `monitor` against steps; of each number that was swept,
+    `curve-<key>.png` shows it against that, a line for each setting of all else, the best marked.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if place()[0] == 0 and not config.get("cluster", {}).get("dry_run"):
+            for earlier in Path(config.hydra.sweep.dir).glob("*/point.json"):
+                earlier.unlink()
+
+    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.runtime.output_dir)
+        of_a_sweep = config.hydra.mode == RunMode.MULTIRUN and config.hydra.sweep.subdir != "."  # else a single job's
+        if not of_a_sweep or place()[0] > 0 or not (folder / "metrics.json").exists():
+            return
+        overrides = dict(override.split("=", 1) for override in config.hydra.overrides.task if "=" in override)
+        measured = json.loads((folder / "metrics.json").read_text())
+        point = {"overrides": overrides, "step": measured.get("step"), "metrics": measured["metrics"]}
+        write_json(folder / "point.json", point)
+        rows, _ = table(folder.parent, config.monitor)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(folder.parent / "table.csv", text.getvalue())
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        rows, columns = table(Path(config.hydra.sweep.dir), config.monitor)
+        if not rows or place()[0] > 0:
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        printed = Table(title=str(Path(config.hydra.sweep.dir) / "table.csv"))
+        for column in columns:
+            printed.add_column(column)
+        for row in rows:
+            printed.add_row(*(_short(row.get(column)) for column in columns))
+        Console().print(printed)
+        monitored = _monitored(rows[0], config.monitor)
+        for key in columns[1:]:
+            curves = _curves(rows, columns, key, monitored)
+            if key == monitored or not any(len(points) > 1 for points in curves.values()):
+                continue
+            from grn.media import pictures
+
+            path = Path(config.hydra.sweep.dir) / ("curve.png" if key == "step" else f"curve-{key}.png")
+            title = f"{monitored} by {'steps of training' if key == 'step' else key}"
+            best = (_number(rows[0][key]), float(rows[0][monitored]))
+            pictures.save(pictures.curve_chart(title, curves, None if None in best else best), path)
+            Console().print(f"drawn: {path}")
+
+
+def _curves(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], key: str, monitored: str | None
+) -> dict[str, list[tuple[float, float]]]:
+    """`monitored` against the numbers of `key`, a curve for each setting of all else that was swept."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if monitored in row and (number := _number(row.get(key))) is not None:
+            curves.setdefault(_apart(row, columns, key, monitored), []).append((number, float(row[monitored])))
+    return curves
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _apart(row: Mapping[str, Any], columns: Sequence[str], key: str, monitored: str | None) -> str:
+    """What tells a point's curve from others: all that was swept beside `key`; against steps, of checkpoints only their
+    folder."""
+    swept = [column for column in columns[1:] if column not in (key, "step", monitored)]
+    values = {name: row.get(name) for name in swept}
+    if key == "step" and "ckpt" in values:
+        values["ckpt"] = str(Path(values["ckpt"]).parent)
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def table(folder: Path, monitor: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, the best first; the columns that tell them apart) of the points in `folder` that have ended."""
+    points = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/point.json")}
+    metrics = {name: value for point in points.values() for name, value in point["metrics"].items()}
+    monitored = _monitored(metrics, monitor)
+    settings = dict.fromkeys(key for point in points.values() for key in point["overrides"])
+    swept = [key for key in settings if len({point["overrides"].get(key) for point in points.values()}) > 1]
+    steps = {name: {"step": point["step"]} for name, point in points.items() if point.get("step") is not None}
+    if len({step for of_point in steps.values() for step in of_point.values()}) < 2:
+        steps = {}
+    rows = [
+        {
+            "point": name,
+            **{key: point["overrides"].get(key) for key in swept},
+            **steps.get(name, {}),
+            **point["metrics"],
+        }
+        for name, point in sorted(points.items())
+    ]
+    sign = -1 if any(part in str(monitored) for part in LARGER_IS_BETTER) else 1
+    rows.sort(key=lambda row: (monitored not in row, sign * row.get(monitored, 0)))
+    return rows, ["point", *swept, *(["step"] if steps else []), *([monitored] if monitored else [])]
+
+
+def _short(value: Any) -> str:
+    try:
+        return f"{float(value):.6g}"
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _monitored(metrics: Mapping[str, float], monitor: str | None) -> str | None:
+    return monitor or next((name for name in MONITORED if name in metrics), None)

@@ -1,0 +1,261 @@
+"""The judge of critters: a network that reads every attribute, trained on real pictures alone."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from grn.metrics.features import FeatureStatistics
+from grn.metrics.fid import as_numpy, frechet_distance
+from grn.metrics.intervals import of_mean
+from grn.metrics.ranks import Totals
+from grn.metrics.splits import Split, as_images, image_digest
+from grn.runtime.errors import UserError
+from grn.runtime.locks import write_cached
+from grn.toys.critters import ATTRIBUTES, HELDOUT_PAIRS, read_caption
+from grn.weights.mapping import load_strict
+
+SIZE, WIDTH = 64, 64  # of the pictures it reads, and of its features
+EPOCHS, BATCH, LEARNING_RATE, SEED = 6, 50, 2e-3, 0
+RECIPE = f"four convolutions 16 32 64 64, {WIDTH}, GELU, {EPOCHS} epochs of {BATCH}, {LEARNING_RATE}, {SEED}"
+UNTOLD = -1  # of an attribute that a caption does not tell
+
+
+class CrittersJudge:
+    """Reads the attributes of samples, and holds them against those that their prompts tell.
+
+    `compute` gives `attribute_accuracy`, the mean over attributes of the share that is right among those told, of each
+    `<attribute>_accuracy`, and `pair_accuracy`, the share with color and hat right together. Prompts are of two kinds,
+    by whether training shows that color with that hat: `attribute_accuracy_seen`, `attribute_accuracy_new`,
+    `pair_accuracy_seen`, `pair_accuracy_new`. `critters_fid` is the Fréchet distance to the training pictures in the
+    judge's features, and `critters_fid_heldout` that of held-out ones, for scale. `judge_heldout_accuracy` is the
+    judge's own, on real held-out pictures: of the attribute that it reads worst.
+
+    Args:
+        prompts: what samples are asked for, by the numbers that `update` gets; those that tell no attribute are not
+            judged.
+        asked: in their place, the lines of a suite, each with its `prompt`.
+        train, heldout: the splits of data=critters_t2i.
+        device: where the network runs.
+        cache_dir: where the trained network is kept; None: it is trained each time, in a minute.
+
+    Raises:
+        UserError: no prompt tells an attribute, or a split without captions or with pictures of another size.
+    """
+
+    reads_lines = True  # of the suite
+
+    def __init__(
+        self,
+        *,
+        train: Split,
+        heldout: Split,
+        prompts: Sequence[str] = (),
+        asked: Sequence[Mapping[str, Any]] | None = None,
+        device: torch.device | str = "cpu",
+        cache_dir: str | Path | None = None,
+    ):
+        self.asked = self._asked_for(prompts if asked is None else [line["prompt"] for line in asked])
+        images, attributes = _whole(train, "training")
+        self.network = _load(images, attributes, cache_dir).to(device)
+        self.statistics, own, real = (
+            FeatureStatistics(WIDTH, over_ranks=over).to(device) for over in (True, False, False)
+        )
+        for batch in images.split(250):
+            real.update(self._read(batch)[1])
+        images, attributes = _whole(heldout, "held-out")
+        read = []
+        for batch in images.split(250):
+            found, features = self._read(batch)
+            own.update(features)
+            read.append(found)
+        right, told = torch.cat(read) == attributes, attributes != UNTOLD
+        self.heldout_accuracy = ((right & told).sum(dim=0) / told.sum(dim=0)).min().item()
+        self.real = as_numpy(real.compute())
+        self.heldout_fid = frechet_distance(as_numpy(own.compute()), self.real)
+        # Of each prompt: pictures, right ones of each attribute, right pairs of color and hat.
+        self.counts = Totals(2 + len(ATTRIBUTES), len(self.asked), dtype=torch.int64).to(device)
+
+    @classmethod
+    def check(
+        cls, num: int | None, *, prompts: Sequence[str] = (), asked: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        """As `GenerationScores.check`."""
+        cls._asked_for(prompts if asked is None else [line["prompt"] for line in asked])
+
+    @staticmethod
+    def _asked_for(prompts: Sequence[str]) -> Tensor:
+        """int64 [prompts, attributes]."""
+        asked = torch.tensor([read_caption(prompt) for prompt in prompts]).reshape(-1, len(ATTRIBUTES))
+        if (asked == UNTOLD).all():
+            raise UserError('scores.critters: no prompt tells of a critter, such as "a blue bell critter with a fin"')
+        return asked
+
+    def update(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
+        """Adds generated images uint8 [B, 3, 64, 64] and the numbers of their prompts, int64 [B]; ids are not read."""
+        found, features = self._read(images)
+        self.statistics.update(features)
+        labels = labels.cpu()
+        right = found == self.asked[labels]
+        pair = right[:, _PAIR].all(dim=1, keepdim=True)
+        row = torch.cat([torch.ones_like(pair), right, pair], dim=1).long()
+        self.counts.update(torch.zeros_like(self.counts.total.cpu()).index_add_(1, labels, row.T))
+
+    def compute(self) -> dict[str, float]:
+        """The scores of all images given since the last `reset`, over all ranks; every rank must call it.
+
+        Raises:
+            UserError: no image of a critter was given.
+        """
+        shares = self._shares()
+        sums = self.statistics.compute()
+        if not shares or int(sums["n"]) < 2:
+            raise UserError("scores.critters: no pictures to judge: generate at least two")
+        scores = {name: sum(values) / len(values) for name, values in shares.items()}
+        scores["critters_fid"] = frechet_distance(as_numpy(sums), self.real)
+        return scores | {
+            "critters_fid_heldout": self.heldout_fid,
+            "judge_heldout_accuracy": self.heldout_accuracy,
+        }
+
+    def uncertainty(self) -> dict[str, float]:
+        """As in `grn.evaluation.scoring.uncertainties`, by prompt: images of one prompt are not independent."""
+        halves = {name: of_mean(values) for name, values in self._shares().items()}
+        return {name: half for name, half in halves.items() if half is not None}
+
+    def _shares(self) -> dict[str, list[float]]:
+        """Of each score the share that is right, prompt by prompt."""
+        pictures, *right, pairs = self.counts.compute().tolist()
+        shares: dict[str, list[float]] = {}
+        for number, asked in enumerate(self.asked.tolist()):
+            if not pictures[number]:
+                continue
+            told = [place for place, value in enumerate(asked) if value != UNTOLD]
+            own = {name: right[place][number] / pictures[number] for place, name in enumerate(ATTRIBUTES)}
+            own = {name: own[name] for place, name in enumerate(ATTRIBUTES) if place in told}
+            both = [asked[place] for place in _PAIR]
+            kind = "new" if tuple(both) in _NEW else "seen"
+            if own:
+                for ending in ("", f"_{kind}"):
+                    shares.setdefault(f"attribute_accuracy{ending}", []).append(sum(own.values()) / len(own))
+            for name, share in own.items():
+                shares.setdefault(f"{name}_accuracy", []).append(share)
+            if UNTOLD not in both:
+                for ending in ("", f"_{kind}"):
+                    shares.setdefault(f"pair_accuracy{ending}", []).append(pairs[number] / pictures[number])
+        return shares
+
+    def reset(self) -> None:
+        """Forgets the generated images."""
+        self.counts.reset()
+        self.statistics.reset()
+
+    @torch.no_grad()
+    def _read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, 3, 64, 64] -> (attributes int64 [B, 6] on the CPU, features float32 [B, 64])."""
+        device = next(self.network.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            features = self.network.features(_inputs(images.to(device)))
+            return torch.stack([head(features).argmax(dim=1) for head in self.network.heads], dim=1).cpu(), features
+
+
+_PAIR = [list(ATTRIBUTES).index(name) for name in ("color", "hat")]
+_NEW = {tuple(ATTRIBUTES[name].index(value) for name, value in zip(("color", "hat"), pair)) for pair in HELDOUT_PAIRS}
+
+
+class _Network(nn.Module):
+    """float32 [B, 3, 64, 64] in [-1, 1] -> `features` [B, 64], of which each of `heads` reads an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * 64, WIDTH), nn.GELU()),
+        )
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(values)) for values in ATTRIBUTES.values())
+
+
+def _load(images: Tensor, attributes: Tensor, cache_dir: str | Path | None) -> _Network:
+    """The judge that these pictures train, or that an earlier call has trained of them."""
+    digest = hashlib.sha256(RECIPE.encode() + image_digest([images]).encode() + attributes.numpy().tobytes())
+    path = None if cache_dir is None else Path(cache_dir) / f"critters-judge-{digest.hexdigest()[:8]}.safetensors"
+    network = _Network()
+    if path is None or not path.is_file():
+        state = _train(images, attributes)
+        if path is not None:
+            write_cached(path, lambda temporary: save_file(state, temporary))
+    else:
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"scores.critters: {path} is not a readable safetensors file: delete it") from error
+    load_strict(network, state, source=f"scores.critters: {path}")
+    return network.requires_grad_(False).eval()
+
+
+def _train(images: Tensor, attributes: Tensor) -> dict[str, Tensor]:
+    # Validation loops run in inference mode, whose tensors autograd refuses: hence the clone.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+    ):
+        torch.manual_seed(SEED)
+        network, attributes = _Network(), attributes.clone()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+        steps = EPOCHS * -(-len(images) // BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+        for _ in range(EPOCHS):
+            for index in torch.randperm(len(images)).split(BATCH):
+                shift = torch.randint(-1, 2, (2,)).tolist()
+                features = network.features(_inputs(images[index].clone()).roll(shift, dims=(2, 3)))
+                told = attributes[index]
+                losses = [
+                    F.cross_entropy(head(features), told[:, place], ignore_index=UNTOLD, reduction="sum")
+                    for place, head in enumerate(network.heads)
+                ]
+                optimizer.zero_grad()
+                (sum(losses) / len(index)).backward()
+                optimizer.step()
+                schedule.step()
+        return {name: value.detach() for name, value in network.state_dict().items()}
+
+
+def _inputs(images: Tensor) -> Tensor:
+    if images.shape[1:] != (3, SIZE, SIZE) or images.dtype != torch.uint8:
+        raise UserError(
+            f"scores.critters: the judge reads uint8 [B, 3, {SIZE}, {SIZE}], got {images.dtype} {list(images.shape)}"
+        )
+    return images.float() / 127.5 - 1
+
+
+def _whole(split: Split, name: str) -> tuple[Tensor, Tensor]:
+    """A split in memory: images uint8 [N, 3, 64, 64] and attributes int64 [N, 6], as far as captions tell them.
+
+    Raises:
+        UserError: it is empty, or tells nothing of an attribute.
+    """
+
+    def batches() -> Iterator[tuple[Tensor, list[str]]]:
+        for batch in split():
+            pixels = batch["pixels"]
+            pixels = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
+            yield as_images(pixels).cpu(), list(batch.get("caption", ()))
+
+    parts = [(images, captions) for images, captions in batches() if len(images) == len(captions)]
+    images = torch.cat([images for images, _ in parts]) if parts else torch.empty(0)
+    attributes = torch.tensor([read_caption(caption) for _, captions in parts for caption in captions])
+    if not len(images) or (attributes == UNTOLD).all(dim=0).any():
+        raise UserError(f"scores.critters: the {name} split has no captions of critters: give data=critters_t2i")
+    return images, attributes

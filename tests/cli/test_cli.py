@@ -1,0 +1,97 @@
+"""Mistakes that commands find before they start."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from grn import bench, sample, train
+from grn.cli.entry import entry_point
+
+
+def line_of(monkeypatch, main, *arguments):
+    """What a command ends with on stderr."""
+    monkeypatch.setattr(sys, "argv", ["grn.train", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert isinstance(exit.value.code, str)
+    assert "\n" not in exit.value.code
+    return exit.value.code
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("model.depth=2", "model.depth=3"),
+        ("+data.extra=1", "data.extra=2"),
+        ("cluster=cpu", "cluster=ddp"),
+        ("ckpt_path=a=b", "++ckpt_path=a=c"),
+    ],
+)
+def test_a_key_that_is_set_twice(monkeypatch, first, second):
+    line = line_of(monkeypatch, train.main, "+experiment=digits_c2i", first, "seed=1", second)
+    assert line.endswith(f" is set twice, by {first} and by {second}: leave one out")
+
+
+def test_a_group_is_never_null(monkeypatch):
+    line = line_of(monkeypatch, train.main, "+experiment=digits_c2i", "logger=null")
+    assert line.startswith("error: logger=null: logger is a group of options, choose one of csv, ")
+    assert ", none, " in line
+
+
+def test_a_full_disk_under_any_file(monkeypatch, tmp_path):
+    @entry_point("bench")
+    def main(config):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    line = line_of(monkeypatch, main, f"hydra.run.dir={tmp_path}/run")
+    assert line.startswith(f"error: {tmp_path}/run: no space is left on its disk")
+
+
+def test_slurm_without_the_extra(tmp_path):
+    """What a missing package means is said, not the plugin's name; in a process of its own, since Hydra looks once."""
+    launcher = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
+    arguments = ["grn.train", "cluster=slurm_1x8", f"paths.runs={tmp_path}"]
+    code = f"import sys; sys.modules['{launcher}'] = None; sys.argv = {arguments}; from grn import train; train.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    expected = "error: cluster=slurm... submits by hydra-submitit-launcher: pip install 'grn[cluster]'\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["model.depth=a=b"], "model.depth=a=b cannot be read: quote what is a text, in the shell, too: 'model.depth="),
+        (["+own.key=é"], "+own.key=é cannot be read: quote what is a text, in the shell, too: '+own.key=\"...\"'"),
+        (["seed=1,2"], "seed=1,2 may be a list (seed=[...]), a sweep (add -m) or a text ('seed=\"...\"'): say which"),
+        (["--bogus"], "unrecognized arguments: --bogus; --help lists what there is"),
+        (["--seed=3"], "unrecognized arguments: --seed=3: keys have no dashes, seed=..."),
+        (["--cfg", "nothing"], "argument --cfg/-c: invalid choice: 'nothing'"),
+    ],
+)
+def test_what_the_grammar_does_not_take(monkeypatch, arguments, expected):
+    line = line_of(monkeypatch, train.main, "+experiment=digits_c2i", *arguments)
+    assert line.startswith(f"error: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "told"),
+    [
+        (train.main, ["+experiment=digits_c2i", "training.learning_rate=inf"], "training.learning_rate=inf"),
+        (train.main, ["+experiment=digits_c2i", "training.betas=[0.9,nan]"], "training.betas[1]=nan"),
+        (train.main, ["+experiment=digits_c2i", "callbacks.ema.decays=[-inf]"], "callbacks.ema.decays[0]=-inf"),
+        (sample.main, ["ckpt=x", "sampler.guidance=NaN"], "sampler.guidance=nan"),
+        (bench.main, ["+a={b:[1,inf]}"], "a.b[1]=inf"),
+    ],
+)
+def test_numbers_of_a_config_are_finite(monkeypatch, tmp_path, main, arguments, told):
+    monkeypatch.setenv("GRN_RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    line = line_of(monkeypatch, main, *arguments)
+    assert line == f"error: {told} must be a finite number"
+
+
+def test_an_argument_of_several_lines_is_told_in_one(monkeypatch):
+    line = line_of(monkeypatch, train.main, "+experiment=digits_c2i", "+own.key={a\nb: http://u:p@host/x?key=1")
+    assert line.startswith("error: +own.key={a; b: http://***@host/x?*** cannot be read")

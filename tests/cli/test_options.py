@@ -1,0 +1,110 @@
+"""Another option of a group beside an experiment; and what a wrong key may have meant."""
+
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from grn.cli.entry import entry_point
+from grn.cli.options import outlived
+from grn.runtime.config_folder import CONF
+from grn.runtime.failures import explain
+from grn.runtime.near_misses import near_misses
+
+ENTROPY = ["warmup", "scale", "offset", "min_steps", "max_steps"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["+experiment=digits_c2i", "sampler=linear"], [f"~sampler.schedule.{key}" for key in ENTROPY]),
+        (["+experiment=digits_c2i", "sampler=checkpoint"], ["sampler.schedule=null"]),
+        (["+experiment=digits_c2i", "sampler=entropy"], []),
+        (["sampler=linear"], []),
+        (["+experiment=digits_c2i", "data=tokens", "data.root=x"], []),  # whose batch size they have, too
+        (["+experiment=digits_t2i", "callbacks=tokenizer"], ["~callbacks.scores"]),
+        (["+experiment=digits_c2i", "data=checkpoint", "data.batch_size=3"], ["~data.flip"]),
+        (["+experiment=nothing", "sampler=linear"], []),
+        (["+experiment=digits_c2i", "sampler=nothing"], []),
+    ],
+)
+def test_what_an_experiment_set_for_another_option(arguments, expected):
+    assert outlived(arguments, CONF) == expected
+
+
+def test_an_experiment_on_top_of_another(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - digits_c2i\nname: mine\n")
+    found = outlived(["+experiment=mine", "sampler=linear"], CONF, [tmp_path])
+    assert found == [f"~sampler.schedule.{key}" for key in ENTROPY]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(*arguments) -> the configs that a command of train's config is started with."""
+
+    def run(*arguments):
+        seen = []
+
+        @entry_point("train")
+        def main(config):
+            seen.append(OmegaConf.to_container(config))
+
+        (tmp_path / "tokenizer.ckpt").touch()
+        for split in ("train", "heldout"):
+            (tmp_path / f"{split}-0.tar").touch()
+        given = [f"tokenizer.ckpt={tmp_path}/tokenizer.ckpt", f"data.root={tmp_path}", f"paths.runs={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", ["train", "+experiment=digits_c2i", *given, *arguments])
+        main()
+        return seen
+
+    return run
+
+
+def test_a_run_with_another_sampler(run):
+    (config,) = run("sampler=linear")
+    assert config["sampler"]["schedule"] == {"_target_": "grn.method.schedules.Linear", "steps": 50}
+    assert config["sampler"]["guidance"] == 1.5  # the experiment's own, which linear knows
+
+
+def test_a_sweep_over_samplers(run):
+    linear, entropy = run("-m", "sampler=linear,entropy")  # after other arguments, which Hydra alone would refuse
+    assert linear["sampler"]["schedule"] == {"_target_": "grn.method.schedules.Linear", "steps": 50}
+    assert entropy["sampler"]["schedule"]["warmup"] == 3
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "expected"),
+    [
+        ("train", "guidance", "did you mean sampler.guidance?"),
+        ("train", "lr", "did you mean training.learning_rate?"),
+        ("train", "batch_size", "did you mean data.batch_size or "),
+        ("train", "steps", "trainer.max_steps"),
+        ("train", "training.lr", "did you mean learning_rate?"),
+        ("train", "modle.depth", "did you mean model?"),
+        ("train", "model.dpeth", "did you mean depth?"),
+        ("train", "gpus", "cluster.devices"),
+        ("sample", "guidance", "did you mean sampler.guidance?"),
+        ("sample", "num_steps", "did you mean sampler.schedule.steps, with sampler=linear,?"),
+        ("sample", "prompt", "did you mean prompts?"),
+        ("sample", "zzz", "known here: "),
+        ("evaluate", "learning_rate", "known here: "),
+    ],
+)
+def test_near_misses(verb, given, expected):
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(Exception, match="override") as error:
+        compose(verb, [f"{given}=3"])
+    line = explain(error.value)
+    assert line.startswith("no config key "), line
+    assert expected in line
+    assert "film_states" not in line.partition("known here")[0]
+    assert "hydra" not in line
+
+
+def test_near_misses_of_a_tree():
+    tree = OmegaConf.create({"a": {"width": 1, "b": {"width": 2}}, "height": 3, "hydra": {"width": 4}})
+    assert near_misses("width", tree) == ["a.width", "a.b.width"]
+    assert near_misses("heigth", tree) == ["height"]
+    assert near_misses("a.wdith", tree) == ["a.width"]
+    assert near_misses("c", tree) == []
