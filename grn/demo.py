@@ -36,9 +36,9 @@ STAGES = (
 # (What the box says, whose metrics, which, its format, the same of real held-out digits)
 NUMBERS = (
     ("tokenizer: PSNR of held-out digits", TOKENIZER, "psnr", "{:.1f} dB", None),
-    ("samples read as the asked-for digit", REFINER, "judge_accuracy", "{:.1%}", "judge_heldout_accuracy"),
-    ("FID to the training digits", REFINER, "fid", "{:.1f}", "fid_heldout"),
-    ("distance to the nearest training digit", REFINER, "nn_median_generated", "{:.3f}", "nn_median_heldout"),
+    ("samples read as the asked-for digit", REFINER, "judge_accuracy", "{:.1%}", "judge_val_accuracy"),
+    ("FID to the training digits", REFINER, "fid", "{:.1f}", "fid_val"),
+    ("distance to the nearest training digit", REFINER, "nn_median_generated", "{:.3f}", "nn_median_val"),
     ("refinement steps a sample", REFINER, "steps_mean", "{:.1f}", None),
 )
 PICTURES = (

@@ -12,13 +12,13 @@ from grn.toys.digits_classifier import digits_classifier_weights
 
 @pytest.fixture(scope="session")
 def digits():
-    """{"train": (images uint8 [1500, 3, 32, 32], labels int64 [1500]), "heldout": (the same of 297)}."""
+    """{"train": (images uint8 [1500, 3, 32, 32], labels int64 [1500]), "val": (the same of 297)}."""
     raw = load_digits()
     grey = np.round(raw.images / 16 * 255).astype(np.uint8)
     rgb = [np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")) for x in grey]
     images, labels = torch.from_numpy(np.stack(rgb)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(raw.target)
-    train, heldout = train_test_split(np.arange(len(labels)), test_size=297, stratify=raw.target, random_state=0)
-    return {"train": (images[train], labels[train]), "heldout": (images[heldout], labels[heldout])}
+    train, val = train_test_split(np.arange(len(labels)), test_size=297, stratify=raw.target, random_state=0)
+    return {"train": (images[train], labels[train]), "val": (images[val], labels[val])}
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def make_split():
 
 @pytest.fixture(scope="session")
 def splits(digits, make_split):
-    """The keyword arguments `train` and `heldout` of every score."""
+    """The keyword arguments `train` and `val` of every score."""
     return {name: make_split(*data) for name, data in digits.items()}
 
 

@@ -10,8 +10,8 @@ from grn import demo
 
 METRICS = {
     demo.TOKENIZER: {"psnr": 37.61},
-    demo.REFINER: {"judge_accuracy": 0.996, "judge_heldout_accuracy": 0.99, "fid": 11.5, "fid_heldout": 4.4}
-    | {"nn_median_generated": 0.107, "nn_median_heldout": 0.1089, "steps_mean": 14.7},
+    demo.REFINER: {"judge_accuracy": 0.996, "judge_val_accuracy": 0.99, "fid": 11.5, "fid_val": 4.4}
+    | {"nn_median_generated": 0.107, "nn_median_val": 0.1089, "steps_mean": 14.7},
 }
 
 

@@ -242,9 +242,9 @@ def test_evaluate_writes_metrics(workspace):
         "ckpt=runs/digits_c2i num=20 sampler=entropy sampler.schedule.max_steps=12 data.num_workers=0",
     )
     report = json.loads((workspace / "runs/digits_c2i/evaluation/metrics.json").read_text())
-    expected = {"fid", "fid_heldout", "isc_mean", "judge_accuracy", "judge_heldout_accuracy", "nn_median_ratio"}
+    expected = {"fid", "fid_val", "isc_mean", "judge_accuracy", "judge_val_accuracy", "nn_median_ratio"}
     assert expected <= report["metrics"].keys()
-    assert report["metrics"]["judge_heldout_accuracy"] >= 0.97
+    assert report["metrics"]["judge_val_accuracy"] >= 0.97
     assert sum(report["steps_histogram"].values()) == 20
     assert len(report["steps_by_class"]) == 10
     for name in ("nearest.png", "steps.png"):
@@ -804,7 +804,7 @@ def test_images_and_videos_train_one_tokenizer(workspace, moving_digits):
     folder = moving_digits(workspace / "videos", 12)
     (folder / "broken.mp4").write_bytes(b"no video")
     (folder / "broken.txt").write_text("nothing")
-    succeed(workspace, "prepare", f"data=video root={folder} source.heldout=3 source.shard_size=4 num_workers=0")
+    succeed(workspace, "prepare", f"data=video root={folder} source.val=3 source.shard_size=4 num_workers=0")
     assert "broken.mp4" in (workspace / "data" / "video" / "rejected.jsonl").read_text()
     succeed(workspace, "train", JOINT)
     run = workspace / "runs" / "tokenizer_joint"
@@ -876,12 +876,10 @@ def test_official_weights_are_exported_and_scored(workspace, golden, tmp_path):
         f"ckpt={tmp_path}/ours data=digits scores=digits_reconstruction out={tmp_path}/scores",
     )
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["metrics"]["bits_per_image"] == 2 * 2 * 4 * 4
-    succeed(workspace, "encode", f"{official} data=digits out={tmp_path}/tokens splits=[heldout]")
+    succeed(workspace, "encode", f"{official} data=digits out={tmp_path}/tokens splits=[val]")
     assert (
         "nothing to do"
-        in succeed(
-            workspace, "encode", f"ckpt={tmp_path}/ours data=digits out={tmp_path}/tokens splits=[heldout]"
-        ).stdout
+        in succeed(workspace, "encode", f"ckpt={tmp_path}/ours data=digits out={tmp_path}/tokens splits=[val]").stdout
     )
 
 
@@ -923,8 +921,8 @@ def test_a_text_refiner_trains_on_full_packs(captioned):
     assert len(packing) == 6
     assert sum(packing) / 6 >= 0.95
     last = next(row for row in rows if row["eval/pair_accuracy"])
-    assert all(last[f"eval/pair_accuracy_{apart}"] for apart in ("shown", "heldout"))
-    assert float(last["eval/judge_heldout_accuracy"]) > 0.95
+    assert all(last[f"eval/pair_accuracy_{apart}"] for apart in ("shown", "val"))
+    assert float(last["eval/judge_val_accuracy"]) > 0.95
     names = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert {".".join(name.split(".")[:2]) for name in names} == {"network.refiner", "network.encoder"}
     assert (run / "pictures" / "samples-step0000006.png").is_file()
@@ -964,7 +962,7 @@ CLIPS = "data.num_workers=0 data.eval_batch_size=20 trainer.log_every_n_steps=1 
 @full
 def test_digits_move(workspace, tmp_path):
     """From mp4 shards by a joint tokenizer and its tokens to clips, and on from one of these."""
-    succeed(workspace, "prepare", "data=digits_video source.digits=200 source.heldout=20 source.copies=1")
+    succeed(workspace, "prepare", "data=digits_video source.digits=200 source.val=20 source.copies=1")
     tokenizer = f"+experiment=digits_video_tokenizer {CLIPS} trainer.max_steps=4 trainer.val_check_interval=4"
     tokenizer += " training.warmup_steps=2"
     succeed(workspace, "train", tokenizer + " model.dim=8 model.decoder_dim=8 callbacks.last.every_n_train_steps=4")
@@ -978,7 +976,7 @@ def test_digits_move(workspace, tmp_path):
     run = workspace / "runs" / "digits_t2v"
     with open(run / "csv" / "version_0" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert float(next(row for row in rows if row["eval/motion_accuracy"])["eval/judge_heldout_accuracy"]) > 0.9
+    assert float(next(row for row in rows if row["eval/motion_accuracy"])["eval/judge_val_accuracy"]) > 0.9
     assert min(float(row["train/packing"]) for row in rows if row["train/packing"]) > 0.85
 
     succeed(workspace, "sample", "ckpt=runs/digits_t2v num=2 frames=17")

@@ -185,7 +185,7 @@ def look(ckpt: str) -> None:
     """difficulty.png, the easiest and the hardest of each class; and prints what the judge thinks of them."""
     checkpoint = read_checkpoint(ckpt)
     datamodule = instantiate(checkpoint.config.data)
-    splits = {name: partial(datamodule.split_dataloader, name) for name in ("train", "heldout")}
+    splits = {name: partial(datamodule.split_dataloader, name) for name in ("train", "val")}
     judge = DigitsJudge(**splits)
     print("guidance, schedule: rank correlation of entropy and the judge's margin, over all and within classes")
     for guidance, name, steps in sorted(LOOKED_AT):

@@ -37,7 +37,7 @@ class Group:
     files: tuple[str, ...] = ()
 
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "val")
 # Where what checkpoints name was before it got its room.
 EARLIER = (
     "grn.sampler.",
@@ -134,7 +134,7 @@ GROUPS: dict[str, Group] = {
                         targets=("grn.metrics.video_networks.video_network",), partial=True, files=("path",)
                     ),
                 },
-                given=("train", "heldout", "device", "cache_dir"),
+                given=("train", "val", "device", "cache_dir"),
                 partial=True,
                 files=("weights", "reference", "path"),
             )

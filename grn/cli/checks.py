@@ -117,7 +117,7 @@ def _check_data(data: DictConfig, key: str, *, every: bool) -> None:
     elif module in OF_TOKENS and data.root is not None:
         token_manifest(data.root, key=key)
     elif module in OF_PIXELS and data.root is not None and read_manifest(data.root) is None:
-        patterns = {split: Path(data.root, f"{split}-*.tar") for split in ("train", "heldout")}
+        patterns = {split: Path(data.root, f"{split}-*.tar") for split in ("train", "val")}
         absent = [s for s in patterns if data.get(s) is None and not glob.glob(str(patterns[s]))]
         if len(absent) == 2 or (absent and every):
             what = f"{key}.{absent[0]}"

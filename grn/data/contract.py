@@ -12,7 +12,7 @@ Text refiners train on packs, which `grn.data` makes alone (`grn.data.stream.pac
 Optional, as methods or attributes of the data module:
 
     name                      for messages
-    split_dataloader(split)   batches of the whole split `train` or `heldout`, for scores against real data
+    split_dataloader(split)   batches of the whole split `train` or `val`, for scores against real data
     skipped(), noted()        reason -> samples that could not be used, or could all the same
     stop_loading()            called when the run is told to end
     state_dict(), load_state_dict()   Lightning's own, to resume in the middle of an epoch

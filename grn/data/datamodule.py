@@ -23,7 +23,7 @@ from grn.data.stream.workers import outlive_sigterm
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.ranks import rank_and_world_size
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "val")
 
 
 class ShardsDataModule(LightningDataModule):
@@ -37,7 +37,7 @@ class ShardsDataModule(LightningDataModule):
         batch_size: samples a step over all ranks; each rank gets batch_size / ranks.
         root: folder of the shards, with the manifest that `grn.prepare` writes, or `<split>-*.tar` without one.
         train: shards for training: paths, urls, braces, wildcards; None: those in `root`.
-        heldout: shards held out; None: those in `root`.
+        val: shards held out; None: those in `root`.
         num_labels: labels lie in [0, num_labels); None: no labels.
         train_samples: size of the training split, where there is no manifest to tell it.
         eval_batch_size: samples a batch and rank in evaluation; None: as in training.
@@ -60,7 +60,7 @@ class ShardsDataModule(LightningDataModule):
         batch_size: int,
         root: str | os.PathLike | None = None,
         train: str | Sequence[str] | None = None,
-        heldout: str | Sequence[str] | None = None,
+        val: str | Sequence[str] | None = None,
         num_labels: int | None = None,
         train_samples: int | None = None,
         eval_batch_size: int | None = None,
@@ -85,7 +85,7 @@ class ShardsDataModule(LightningDataModule):
         # Plain, as they may come from Hydra: token shards remember them.
         self.patterns = {
             split: patterns if patterns is None or isinstance(patterns, str) else list(patterns)
-            for split, patterns in {"train": train, "heldout": heldout}.items()
+            for split, patterns in {"train": train, "val": val}.items()
         }
         self.num_labels = num_labels
         self.train_samples = train_samples
@@ -109,7 +109,7 @@ class ShardsDataModule(LightningDataModule):
             check_first(self.urls(split), key=f"{self.key}.{split}")
         _ = self._global_batches() if stage in (None, "fit") else self.rank_batch_size
         if self.trainer is not None and stage == "fit" and self.trainer.limit_val_batches:
-            self.check_heldout()
+            self.check_val()
 
     @functools.cached_property
     def manifest(self) -> dict | None:
@@ -148,7 +148,7 @@ class ShardsDataModule(LightningDataModule):
         return self.batch_size // world_size
 
     def urls(self, split: str) -> list[str]:
-        """The shards of "train" or "heldout"."""
+        """The shards of "train" or "val"."""
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}, only {' and '.join(SPLITS)}")
         key = f"{self.key}.{split}"
@@ -170,26 +170,24 @@ class ShardsDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """One pass over the held-out split, in its own order, each sample once over all ranks."""
-        return self._evaluation_loader("heldout", self._stream("heldout"), persistent_workers=self.num_workers > 0)
+        return self._evaluation_loader("val", self._stream("val"), persistent_workers=self.num_workers > 0)
 
     def split_dataloader(self, split: str, *, share: bool = False) -> DataLoader:
-        """One pass over all of "train" or "heldout" for scores: in its own order, unflipped, the same on every rank.
+        """One pass over all of "train" or "val" for scores: in its own order, unflipped, the same on every rank.
 
         Args:
             share: this rank's share alone, so that each sample comes once over all ranks.
         """
         return self._evaluation_loader(f"all of {split}", self._stream(split, split_by_rank=share))
 
-    def check_heldout(self) -> None:
+    def check_val(self) -> None:
         """Raises:
         UserError: no held-out sample can be used; the line says why, and what there is.
         """
-        stream = ShardStream(self.urls("heldout"), self.decoder(training=False), split_by_rank=False)
+        stream = ShardStream(self.urls("val"), self.decoder(training=False), split_by_rank=False)
         samples = iter(stream)
         if next(samples, None) is None:
-            raise UserError(
-                f"{self.key}.heldout: the held-out shards have no usable sample {why_none(stream, self.key)}"
-            )
+            raise UserError(f"{self.key}.val: the held-out shards have no usable sample {why_none(stream, self.key)}")
         samples.close()
 
     def stop_loading(self, number: int) -> None:

@@ -116,7 +116,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
                 task = progress.add_task(f"reconstructing {prefix}", total=None)
                 with together():
                     if isinstance(part, ShardsDataModule):
-                        part.check_heldout()
+                        part.check_val()
                     splits = real_splits(part)
                     scores = build_scores(partials, splits, device=device, cache_dir=Path(config.cache_dir))
                 found = score_reconstructions(module, scores, part, lambda n, task=task: progress.advance(task, n))

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def real_splits(datamodule: LightningDataModule, *, clips: bool | None = None) -> dict[str, Split]:
-    """The splits "train" and "heldout" of the data, as scores read them.
+    """The splits "train" and "val" of the data, as scores read them.
 
     Args:
         clips: whether they will be compared with clips, so that images among these do not count; False: with images,
@@ -41,7 +41,7 @@ def real_splits(datamodule: LightningDataModule, *, clips: bool | None = None) -
     splits = {split: lambda split=split: datamodule.split_dataloader(split) for split in SPLITS}
     if clips is None:
         return splits
-    names = {"train": "training", "heldout": "held-out"}
+    names = {"train": "training", "val": "held-out"}
     return {split: of_kind(read, clips=clips, name=names[split]) for split, read in splits.items()}
 
 
@@ -192,7 +192,7 @@ def score_reconstructions(
     quantization = QuantizationScores(network.latent_channels, network.rounds).to(module.device)
     bits = 0
     with together():
-        for batch in datamodule.split_dataloader("heldout", share=True):
+        for batch in datamodule.split_dataloader("val", share=True):
             pixels = batch["pixels"].to(module.device)
             reconstruction, features = network(from_uint8(pixels))
             reconstruction = to_uint8(reconstruction)

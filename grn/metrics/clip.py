@@ -17,7 +17,7 @@ from grn.metrics.splits import Split, image_batches
 from grn.runtime.errors import UserError
 from grn.weights.from_transformers import load_network, load_pretrained
 
-AGAINST = ("prompts", "heldout", "train")
+AGAINST = ("prompts", "val", "train")
 EXAMPLE = "openai/clip-vit-large-patch14"
 BATCH = 64  # images or texts of a call
 
@@ -85,12 +85,12 @@ class CLIPScore:
     images of a split. Of clips, every frame counts as an image.
 
     Args:
-        train, heldout: the splits, read where `against` asks for them.
+        train, val: the splits, read where `against` asks for them.
         device: where CLIP runs.
         cache_dir: not used.
         path: as `CLIPEncoder`'s.
         prompts: of samples, by the numbers that `update` gets; of a tokenizer's reconstructions there are none.
-        against: `prompts`, or the split `heldout` or `train`.
+        against: `prompts`, or the split `val` or `train`.
         bf16: as `CLIPEncoder`'s.
 
     Raises:
@@ -102,7 +102,7 @@ class CLIPScore:
         *,
         path: str,
         train: Split,
-        heldout: Split,
+        val: Split,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
         prompts: Sequence[str] | None = None,
@@ -115,7 +115,7 @@ class CLIPScore:
         if against == "prompts":
             self.targets = self.encoder.texts(list(prompts))
         else:
-            split, name = {"train": (train, "training"), "heldout": (heldout, "held-out")}[against]
+            split, name = {"train": (train, "training"), "val": (val, "held-out")}[against]
             total = sum(self.encoder.images(batch).sum(dim=0) for batch in image_batches(split, name=name))
             self.targets = F.normalize(total, dim=0)[None]
         self.values = Rows().to(device)
@@ -141,7 +141,7 @@ class CLIPScore:
             raise UserError(f"scores.clip.bf16={bf16} must be true, false or null")
         if against == "prompts" and not prompts:
             raise UserError(
-                "scores.clip.against=prompts: these samples have no prompts; give scores.clip.against=heldout, or "
+                "scores.clip.against=prompts: these samples have no prompts; give scores.clip.against=val, or "
                 "leave the score out"
             )
 

@@ -40,23 +40,23 @@ class GenerationScores:
     """FID and the like of generated images, from one pass of one feature extractor.
 
     `compute` gives `fid`, `fid_samples` (how many images it is of, on which it depends) and, where asked for,
-    `isc_mean` and `isc_std`, `kid_mean` and `kid_std`, `precision`, `recall` and `f_score`, and `fid_heldout`. They are
+    `isc_mean` and `isc_std`, `kid_mean` and `kid_std`, `precision`, `recall` and `f_score`, and `fid_val`. They are
     what `torch_fidelity.calculate_metrics` reports for the same images in the same order, and do not depend on how the
     images are cut into batches or dealt to ranks (but for what the size of a batch does to the last bits of the
     extractor's float32; see `Rows` for the order over ranks).
 
     Args:
-        train, heldout: the splits (`grn.metrics.splits`), read only where a key asks for them.
+        train, val: the splits (`grn.metrics.splits`), read only where a key asks for them.
         device: where the extractor runs and the sums are kept; it must have float64.
         cache_dir: where the statistics of a split and trained weights are kept; None keeps them in memory.
-        reference: path of an npz with `mu` [width] and `sigma` [width, width], or the split `train` or `heldout`.
+        reference: path of an npz with `mu` [width] and `sigma` [width, width], or the split `train` or `val`.
         extractor: a feature extractor registered with torch-fidelity.
         features: its features for FID, KID, precision and recall; None takes the extractor's default for FID.
         weights: local path of its weights; None downloads them; or a callable that makes them out of the training
             split: (images uint8 [N, 3, H, W], labels int64 [N], cache_dir) -> path.
         isc: whether to report the inception score.
         isc_splits: into how many parts the images, shuffled with torch-fidelity's seed, are cut for its mean and std.
-        heldout_fid: whether to report, for scale, `fid_heldout`: the FID of the real held-out images.
+        val_fid: whether to report, for scale, `fid_val`: the FID of the real held-out images.
         kid: whether to report the kernel inception distance; for it, and for `prc`, the features of all images of
             `reference`, which must be a split, and all generated ones are kept: 4 bytes a feature.
         kid_subsets, kid_subset_size: it is the mean over so many random subsets of so many images.
@@ -71,7 +71,7 @@ class GenerationScores:
         self,
         *,
         train: Split,
-        heldout: Split,
+        val: Split,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
         reference: str | Path,
@@ -80,14 +80,14 @@ class GenerationScores:
         weights: str | Path | Callable[[Tensor, Tensor, str | Path], Path] | None = None,
         isc: bool = True,
         isc_splits: int = 10,
-        heldout_fid: bool = False,
+        val_fid: bool = False,
         kid: bool = False,
         kid_subsets: int = 100,
         kid_subset_size: int = 1000,
         prc: bool = False,
         prc_neighborhood: int = 3,
     ):
-        splits = {"train": (train, "training"), "heldout": (heldout, "held-out")}
+        splits = {"train": (train, "training"), "val": (val, "held-out")}
         _check_numbers(
             isc_splits=isc_splits,
             kid_subsets=kid_subsets,
@@ -119,10 +119,10 @@ class GenerationScores:
             self.features = Rows(width[self.fid_features]).to(device)
             self.real_features = self._split_features(*splits[reference])
             self._check_sizes(len(self.real_features), "real")
-        self.heldout_fid = None
-        if heldout_fid:
-            own = self._split_statistics(heldout, "held-out", cache_dir)
-            self.heldout_fid = frechet_distance(own, self.reference)
+        self.val_fid = None
+        if val_fid:
+            own = self._split_statistics(val, "held-out", cache_dir)
+            self.val_fid = frechet_distance(own, self.reference)
 
     @classmethod
     def check(
@@ -150,15 +150,15 @@ class GenerationScores:
         options = {"isc": isc, "isc_splits": isc_splits, "kid": kid, "kid_subset_size": kid_subset_size}
         options |= {"prc": prc, "prc_neighborhood": prc_neighborhood}
         _check_real("kid" if kid else "prc" if prc else None, reference)
-        if reference in ("train", "heldout"):
+        if reference in ("train", "val"):
             if not callable(weights):
                 build_extractor(others.get("extractor", EXTRACTOR), [], weights=weights)
             _check_numbers(**{name: options[name] for name in ("isc_splits", "kid_subset_size", "prc_neighborhood")})
         else:
             load_statistics(reference, None)  # before anything is downloaded
-        if reference not in ("train", "heldout") and not callable(weights):
-            splits = dict.fromkeys(("train", "heldout"), tuple)  # of which nothing is read
-            cls(**splits, reference=reference, weights=weights, **options, **others | {"heldout_fid": False})
+        if reference not in ("train", "val") and not callable(weights):
+            splits = dict.fromkeys(("train", "val"), tuple)  # of which nothing is read
+            cls(**splits, reference=reference, weights=weights, **options, **others | {"val_fid": False})
         if num is not None:
             _check_enough(num, isc_splits if isc else 0)
             _check_sizes(num, "generated", kid_subset_size if kid else None, prc_neighborhood if prc else None)
@@ -198,8 +198,8 @@ class GenerationScores:
                     prc = prc_features_to_metric(features, self.real_features, **options)
                 keys = {"precision": KEY_METRIC_PRECISION, "recall": KEY_METRIC_RECALL, "f_score": KEY_METRIC_F_SCORE}
                 scores |= {name: prc[key] for name, key in keys.items()}
-        if self.heldout_fid is not None:
-            scores["fid_heldout"] = self.heldout_fid
+        if self.val_fid is not None:
+            scores["fid_val"] = self.val_fid
         return scores
 
     def reset(self) -> None:
@@ -237,10 +237,10 @@ class GenerationScores:
 
 def _check_real(key: str | None, reference: str | Path) -> None:
     """Whether `reference` has the real images that `kid` or `prc` needs."""
-    if key is not None and reference not in ("train", "heldout"):
+    if key is not None and reference not in ("train", "val"):
         raise UserError(
             f"scores.fid.{key} compares with real images, which scores.fid.reference={reference} does not hold: give a "
-            "split (train, heldout), or leave it out"
+            "split (train, val), or leave it out"
         )
 
 
@@ -316,7 +316,7 @@ def load_statistics(path: str | Path, width: int | None, *, score: str = "fid") 
     """
     key = f"scores.{score}.reference"
     if not path or not Path(path).is_file():
-        raise UserError(f"{key}: no such file: {path} (an npz with mu and sigma, or the split `train` or `heldout`)")
+        raise UserError(f"{key}: no such file: {path} (an npz with mu and sigma, or the split `train` or `val`)")
     statistics = {}
     try:
         with zipfile.ZipFile(path) as archive:

@@ -25,11 +25,11 @@ class FrechetVideoDistance:
     float32. It depends on the number of frames and of clips, and on the network: compare like with like.
 
     Args:
-        train, heldout: the splits (`grn.metrics.splits`), of clips; of one size [B, 3, T, H, W], or in lists.
+        train, val: the splits (`grn.metrics.splits`), of clips; of one size [B, 3, T, H, W], or in lists.
         device: where the network runs and the sums are kept; it must have float64.
         cache_dir: where the statistics of a split are kept; None keeps them in memory.
         network: makes the network (`grn.metrics.video_networks.video_network`).
-        reference: path of an npz with `mu` [width] and `sigma` [width, width], or the split `train` or `heldout`.
+        reference: path of an npz with `mu` [width] and `sigma` [width, width], or the split `train` or `val`.
         frames: how many of a clip count, from its first on. Real clips that are shorter are left out, and so are
             images among them.
 
@@ -43,7 +43,7 @@ class FrechetVideoDistance:
         self,
         *,
         train: Split,
-        heldout: Split,
+        val: Split,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
         network: Callable[[], I3D | TorchvisionVideo],
@@ -53,7 +53,7 @@ class FrechetVideoDistance:
         self.network, self.frames = network().to(device), frames
         if frames < self.network.min_frames:
             raise UserError(f"scores.fvd.frames={frames}: the network reads {self.network.min_frames} or more")
-        self.splits = {"train": (train, "training"), "heldout": (heldout, "held-out")}
+        self.splits = {"train": (train, "training"), "val": (val, "held-out")}
         self.reference_name, self.cache_dir = reference, cache_dir
         try:
             width = self._features(torch.zeros(1, 3, frames, 32, 32, dtype=torch.uint8, device=device)).shape[1]
@@ -67,7 +67,7 @@ class FrechetVideoDistance:
     @classmethod
     def check(cls, num: int | None, *, reference: str | Path = "train", **arguments: Any) -> None:
         """As `GenerationScores.check`."""
-        score = cls(train=tuple, heldout=tuple, reference=reference, **arguments)
+        score = cls(train=tuple, val=tuple, reference=reference, **arguments)
         if reference not in score.splits:
             _ = score.reference
         if num is not None and num < 2:

@@ -224,7 +224,7 @@ class GenEval:
         detector: a folder or repository of Mask2Former; or any `Detector`.
         clip: a folder or repository of CLIP, which tells colours.
         colours: instead, what tells them: (image, objects of one class) -> their colours.
-        train, heldout, cache_dir: not used.
+        train, val, cache_dir: not used.
         device: where the networks run.
         bf16: as `CLIPEncoder`'s.
 
@@ -242,7 +242,7 @@ class GenEval:
         clip: str | None = None,
         colours: Callable[[Tensor, Sequence[Detection]], Sequence[str]] | None = None,
         train: Split | None = None,
-        heldout: Split | None = None,
+        val: Split | None = None,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
         bf16: bool | None = None,

@@ -16,13 +16,13 @@ class NearestTrainingDistance:
     """Distances to the nearest training image, of generated and of real held-out images.
 
     The distance is the root mean square over the pixels of the difference of the grey images, in [0, 1]. `compute`
-    gives `nn_median_generated`, `nn_median_heldout`, `nn_median_ratio` (generated over held-out: near 1 where generated
+    gives `nn_median_generated`, `nn_median_val`, `nn_median_ratio` (generated over held-out: near 1 where generated
     images are as new as real new ones, 0 where they are training images) and the deciles
-    `nn_decile_{1..9}_{generated,heldout}`. The whole training split is held on `device` (4 bytes a pixel), so it is a
+    `nn_decile_{1..9}_{generated,val}`. The whole training split is held on `device` (4 bytes a pixel), so it is a
     score for small data.
 
     Args:
-        train, heldout: the splits (`grn.metrics.splits`), of one image size.
+        train, val: the splits (`grn.metrics.splits`), of one image size.
         device: where distances are computed.
         cache_dir: not used.
 
@@ -34,17 +34,17 @@ class NearestTrainingDistance:
         self,
         *,
         train: Split,
-        heldout: Split,
+        val: Split,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
     ):
         batches = [batch.to(device) for batch in image_batches(train, name="training")]
         self.shape = batches[0].shape[1:]
         self.train = torch.cat([self._vectors(batch) for batch in batches])
-        self.heldout_distances = torch.cat(
-            [self._nearest(batch.to(device))[0] for batch in image_batches(heldout, name="held-out")]
+        self.val_distances = torch.cat(
+            [self._nearest(batch.to(device))[0] for batch in image_batches(val, name="held-out")]
         ).cpu()
-        if self.heldout_distances.median() == 0:
+        if self.val_distances.median() == 0:
             raise UserError("scores.nearest: most held-out images are in the training split: prepare the splits again")
         self._distances = Rows(dtype=torch.float64).to(device)
         self._neighbours = Rows(dtype=torch.int64).to(device)
@@ -76,16 +76,16 @@ class NearestTrainingDistance:
         if not len(distances):
             raise UserError("scores.nearest: no images to compare: generate at least one")
         tenths = torch.arange(1, 10, dtype=torch.float64) / 10
-        generated, heldout = (
-            values.quantile(tenths).tolist() for values in (distances, self.heldout_distances.to(torch.float64))
+        generated, val = (
+            values.quantile(tenths).tolist() for values in (distances, self.val_distances.to(torch.float64))
         )
         scores = {
             "nn_median_generated": generated[4],
-            "nn_median_heldout": heldout[4],
-            "nn_median_ratio": generated[4] / heldout[4],
+            "nn_median_val": val[4],
+            "nn_median_ratio": generated[4] / val[4],
         }
         scores |= {f"nn_decile_{tenth}_generated": value for tenth, value in enumerate(generated, start=1)}
-        return scores | {f"nn_decile_{tenth}_heldout": value for tenth, value in enumerate(heldout, start=1)}
+        return scores | {f"nn_decile_{tenth}_val": value for tenth, value in enumerate(val, start=1)}
 
     def reset(self) -> None:
         """Forgets the generated images."""

@@ -24,14 +24,14 @@ class ReconstructionScores:
 
     Args:
         device: where the scores are computed.
-        train, heldout, cache_dir: not used.
+        train, val, cache_dir: not used.
     """
 
     def __init__(
         self,
         *,
         train: Split | None = None,
-        heldout: Split | None = None,
+        val: Split | None = None,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
     ):
@@ -116,7 +116,7 @@ class LPIPSScore:
     Args:
         device: where it is computed.
         weights: a file with torchvision's VGG16 weights; None takes torch hub's cache, or downloads them.
-        train, heldout, cache_dir: not used.
+        train, val, cache_dir: not used.
 
     Raises:
         UserError: the weights are neither there nor to be had.
@@ -128,7 +128,7 @@ class LPIPSScore:
         device: torch.device | str = "cpu",
         weights: str | None = None,
         train: Split | None = None,
-        heldout: Split | None = None,
+        val: Split | None = None,
         cache_dir: str | Path | None = None,
     ):
         network = LPIPS(weights, key="scores.lpips.weights", remedy="leave the score out with ~scores.lpips")

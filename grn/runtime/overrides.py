@@ -23,7 +23,7 @@ TEXT = frozenset(
 # Keys of paths, URLs and names, by their last part.
 PATHS = frozenset(
     (
-        *("ckpt", "ckpt_path", "out", "root", "init", "mask", "start", "erasures", "train", "heldout", "results"),
+        *("ckpt", "ckpt_path", "out", "root", "init", "mask", "start", "erasures", "train", "val", "results"),
         *("rewritten", "host", "aspect"),
         *("path", "file", "folder"),
         *("names", "weights", "reference", "features", "pixels", "tokenizer", "cache_dir", "save_dir", "dirpath"),
@@ -35,8 +35,8 @@ PATHS = frozenset(
 WHOLE = re.compile(
     r"paths\.\w+|suite\.(prompts|source)|(.+\.)?scorer\.\w+\.(detector|clip)|hydra\.(run|sweep)\.(dir|subdir)"
 )
-# Of those, what may also be a number or a mapping, e.g. source.heldout=1000 or data.pixels={0.25M:1,1M:3}.
-MIXED = re.compile(r"source\.heldout|(.*\.)?(features|pixels|weights)")
+# Of those, what may also be a number or a mapping, e.g. source.val=1000 or data.pixels={0.25M:1,1M:3}.
+MIXED = re.compile(r"source\.val|(.*\.)?(features|pixels|weights)")
 # In a sweep, values by these functions are Hydra's.
 FUNCTIONS = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|extend_list)\s*\(.*\)", re.DOTALL)
 

@@ -68,7 +68,7 @@ SHORT_WORDINGS = (
     "{a_color} critter with {eyes} and {mouth}",
     "a critter with {eyes}, {mouth} and {hat}",
 )
-SUITE, TAGS = 100, {"heldout": "seen", "new": "new"}  # prompts of each kind in suite.jsonl
+SUITE, TAGS = 100, {"val": "seen", "new": "new"}  # prompts of each kind in suite.jsonl
 SHORT = 0.2  # share of captions that tell some attributes only
 
 
@@ -139,7 +139,7 @@ def draw(critter: Critter, size: int) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class CrittersSource:
-    """Critters, no two alike, in three splits: of colors and hats that go together in training, `train` and `heldout`
+    """Critters, no two alike, in three splits: of colors and hats that go together in training, `train` and `val`
     (whose critters training does not show either); and `new`, of `HELDOUT_PAIRS`.
 
     Samples have a PNG, a class (`LABEL_NAMES`), a caption, and their attributes in the json. Beside the shards stands
@@ -147,7 +147,7 @@ class CrittersSource:
 
     Args:
         size: height and width in pixels.
-        samples, heldout, new: how many in each split.
+        samples, val, new: how many in each split.
         seed: of the choice, and of the captions' wording.
         shard_size: samples a shard, at most.
         num_workers: processes; None: one per CPU, 0: none but this.
@@ -155,7 +155,7 @@ class CrittersSource:
 
     size: int = 64
     samples: int = 8000
-    heldout: int = 1000
+    val: int = 1000
     new: int = 1000
     seed: int = 0
     shard_size: int = 500
@@ -170,23 +170,23 @@ class CrittersSource:
         Raises:
             UserError: a key is out of range, DiceBear is not installed, or `root` holds something else.
         """
-        for name in ("samples", "heldout", "new", "shard_size"):
+        for name in ("samples", "val", "new", "shard_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"source.{name}={getattr(self, name)} must be at least 1")
         if not 16 <= self.size <= 1024:
             raise UserError(f"source.size={self.size} must lie in 16 to 1024")
         _drawing()
         shown, new = _all()
-        if self.samples + self.heldout > len(shown) or self.new > len(new):
+        if self.samples + self.val > len(shown) or self.new > len(new):
             raise UserError(
-                f"source.samples={self.samples} and source.heldout={self.heldout} are of the {len(shown)} different "
+                f"source.samples={self.samples} and source.val={self.val} are of the {len(shown)} different "
                 f"critters of the pairs in training, source.new={self.new} of {len(new)} others: ask for fewer"
             )
         draws = random.Random(f"critters/{self.seed}")
-        chosen = draws.sample(range(len(shown)), self.samples + self.heldout)
+        chosen = draws.sample(range(len(shown)), self.samples + self.val)
         splits = {
             "train": [(index, shown[index]) for index in chosen[: self.samples]],
-            "heldout": [(index, shown[index]) for index in chosen[self.samples :]],
+            "val": [(index, shown[index]) for index in chosen[self.samples :]],
             "new": [(len(shown) + index, new[index]) for index in draws.sample(range(len(new)), self.new)],
         }
         parameters = {k: v for k, v in asdict(self).items() if k != "num_workers"}
@@ -203,7 +203,7 @@ class CrittersSource:
             world_size=world_size,
         )
         if rank == 0:
-            asked = [(split, critter) for split in ("heldout", "new") for _, critter in splits[split][:SUITE]]
+            asked = [(split, critter) for split in ("val", "new") for _, critter in splits[split][:SUITE]]
             lines = ({"prompt": caption(critter), "tag": TAGS[split], **critter._asdict()} for split, critter in asked)
             write_text(Path(root) / "suite.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
         return written

@@ -34,14 +34,14 @@ class CrittersJudge:
     `<attribute>_accuracy`, and `pair_accuracy`, the share with color and hat right together. Prompts are of two kinds,
     by whether training shows that color with that hat: `attribute_accuracy_seen`, `attribute_accuracy_new`,
     `pair_accuracy_seen`, `pair_accuracy_new`. `critters_fid` is the Fréchet distance to the training pictures in the
-    judge's features, and `critters_fid_heldout` that of held-out ones, for scale. `judge_heldout_accuracy` is the
+    judge's features, and `critters_fid_val` that of held-out ones, for scale. `judge_val_accuracy` is the
     judge's own, on real held-out pictures: of the attribute that it reads worst.
 
     Args:
         prompts: what samples are asked for, by the numbers that `update` gets; those that tell no attribute are not
             judged.
         asked: in their place, the lines of a suite, each with its `prompt`.
-        train, heldout: the splits of data=critters_t2i.
+        train, val: the splits of data=critters_t2i.
         device: where the network runs.
         cache_dir: where the trained network is kept; None: it is trained each time, in a minute.
 
@@ -55,7 +55,7 @@ class CrittersJudge:
         self,
         *,
         train: Split,
-        heldout: Split,
+        val: Split,
         prompts: Sequence[str] = (),
         asked: Sequence[Mapping[str, Any]] | None = None,
         device: torch.device | str = "cpu",
@@ -69,16 +69,16 @@ class CrittersJudge:
         )
         for batch in images.split(250):
             real.update(self._read(batch)[1])
-        images, attributes = _whole(heldout, "held-out")
+        images, attributes = _whole(val, "held-out")
         read = []
         for batch in images.split(250):
             found, features = self._read(batch)
             own.update(features)
             read.append(found)
         right, told = torch.cat(read) == attributes, attributes != UNTOLD
-        self.heldout_accuracy = ((right & told).sum(dim=0) / told.sum(dim=0)).min().item()
+        self.val_accuracy = ((right & told).sum(dim=0) / told.sum(dim=0)).min().item()
         self.real = as_numpy(real.compute())
-        self.heldout_fid = frechet_distance(as_numpy(own.compute()), self.real)
+        self.val_fid = frechet_distance(as_numpy(own.compute()), self.real)
         # Of each prompt: pictures, right ones of each attribute, right pairs of color and hat.
         self.counts = Totals(2 + len(ATTRIBUTES), len(self.asked), dtype=torch.int64).to(device)
 
@@ -120,8 +120,8 @@ class CrittersJudge:
         scores = {name: sum(values) / len(values) for name, values in shares.items()}
         scores["critters_fid"] = frechet_distance(as_numpy(sums), self.real)
         return scores | {
-            "critters_fid_heldout": self.heldout_fid,
-            "judge_heldout_accuracy": self.heldout_accuracy,
+            "critters_fid_val": self.val_fid,
+            "judge_val_accuracy": self.val_accuracy,
         }
 
     def uncertainty(self) -> dict[str, float]:

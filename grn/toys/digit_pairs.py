@@ -34,32 +34,32 @@ class DigitPairsSource(Source):
     Args:
         size: height of the images, in pixels.
         copies: images of each training pair.
-        heldout_copies: images of each pair in the held-out split.
-        heldout: how many digits are held out.
+        val_copies: images of each pair in the held-out split.
+        val: how many digits are held out.
         seed: of the split, and of the choice of digits.
-        train_shards, heldout_shards: their numbers.
+        train_shards, val_shards: their numbers.
     """
 
     name: ClassVar[str] = "digits_t2i"
 
     size: int = 32
     copies: int = 40
-    heldout_copies: int = 2
-    heldout: int = 297
+    val_copies: int = 2
+    val: int = 297
     seed: int = 0
     train_shards: int = 10
-    heldout_shards: int = 4
+    val_shards: int = 4
 
     def content(self) -> dict[str, Any]:
-        for name in ("copies", "heldout_copies", "train_shards", "heldout_shards"):
+        for name in ("copies", "val_copies", "train_shards", "val_shards"):
             check_count(f"source.{name}", getattr(self, name))
         check_count("source.size", self.size, least=8, most=1024)
         digits, labels = load_digits(return_X_y=True)
-        train, heldout = split_digits(labels, self.heldout, self.seed)
+        train, val = split_digits(labels, self.val, self.seed)
         shown = [pair for pair in PAIRS if pair not in HELDOUT_PAIRS]
         shards = {
             "train": self._shards(labels, train, shown, self.copies, self.train_shards),
-            "heldout": self._shards(labels, heldout, PAIRS, self.heldout_copies, self.heldout_shards),
+            "val": self._shards(labels, val, PAIRS, self.val_copies, self.val_shards),
         }
 
         def samples(images: list[list[int]]) -> Iterator[dict]:

@@ -22,26 +22,26 @@ class DigitsSource(Source):
 
     Args:
         image_size: height and width of the images, in pixels.
-        heldout: how many are held out, each digit in proportion; the rest is for training.
+        val: how many are held out, each digit in proportion; the rest is for training.
         seed: of the split.
         train_shards: number of training shards; bounds ranks times workers in training.
-        heldout_shards: number of held-out shards.
+        val_shards: number of held-out shards.
     """
 
     name: ClassVar[str] = "digits"
 
     image_size: int = 32
-    heldout: int = 297
+    val: int = 297
     seed: int = 0
     train_shards: int = 10
-    heldout_shards: int = 4
+    val_shards: int = 4
 
     def content(self) -> dict[str, Any]:
         digits, labels = load_digits(return_X_y=True)
-        train, heldout = split_digits(labels, self.heldout, self.seed)
+        train, val = split_digits(labels, self.val, self.seed)
         check_count("source.image_size", self.image_size, least=8, most=1024)
         shards = {}
-        for split, indices, number in ("train", train, self.train_shards), ("heldout", heldout, self.heldout_shards):
+        for split, indices, number in ("train", train, self.train_shards), ("val", val, self.val_shards):
             check_count(f"source.{split}_shards", number, most=len(indices))
             shards[split] = [indices[i::number].tolist() for i in range(number)]
 
@@ -70,15 +70,15 @@ def digit_caption(label: int) -> str:
     return f"a handwritten {LABEL_NAMES[label]}"
 
 
-def split_digits(labels: np.ndarray, heldout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_digits(labels: np.ndarray, val: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the training digits and of the held-out ones, each label in proportion.
 
     Raises:
         UserError: a split would lack a digit.
     """
-    if not len(LABEL_NAMES) <= heldout <= len(labels) - len(LABEL_NAMES):
-        raise UserError(f"source.heldout={heldout} must leave every digit in both splits: give 10 to 1787")
-    return train_test_split(np.arange(len(labels)), test_size=heldout, random_state=seed, stratify=labels)
+    if not len(LABEL_NAMES) <= val <= len(labels) - len(LABEL_NAMES):
+        raise UserError(f"source.val={val} must leave every digit in both splits: give 10 to 1787")
+    return train_test_split(np.arange(len(labels)), test_size=val, random_state=seed, stratify=labels)
 
 
 def render(digit: np.ndarray, size: int) -> bytes:

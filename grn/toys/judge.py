@@ -20,11 +20,11 @@ class DigitsJudge:
 
     It shares nothing with the generator or the FID's extractor: an RBF-kernel SVC (scikit-learn, C = 10, gamma = scale)
     on the 8x8 cell means of the grey image. `compute` gives `judge_accuracy` (share of images read as the label they
-    were asked for), `judge_accuracy_<class>` for every class asked for, and `judge_heldout_accuracy` (the same on the
+    were asked for), `judge_accuracy_<class>` for every class asked for, and `judge_val_accuracy` (the same on the
     real held-out images: how far to trust it).
 
     Args:
-        train, heldout: the splits (`grn.metrics.splits`), with labels.
+        train, val: the splits (`grn.metrics.splits`), with labels.
         device: where the counts are kept for the reduction over ranks; the SVC runs on the CPU.
         cache_dir: not used.
 
@@ -36,7 +36,7 @@ class DigitsJudge:
         self,
         *,
         train: Split,
-        heldout: Split,
+        val: Split,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
     ):
@@ -45,8 +45,8 @@ class DigitsJudge:
             raise UserError("scores.judge: the training split must have at least two classes")
         self.classes = int(labels.max()) + 1
         self.svc = SVC(kernel="rbf", C=10.0, gamma="scale").fit(_cell_means(images), labels.numpy())
-        images, labels = labelled_images(heldout, name="held-out")
-        self.heldout_accuracy = (self.read(images) == labels).double().mean().item()
+        images, labels = labelled_images(val, name="held-out")
+        self.val_accuracy = (self.read(images) == labels).double().mean().item()
         self.counts = Totals(2, self.classes, dtype=torch.int64).to(device)  # asked for, and read as such
 
     def read(self, images: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class DigitsJudge:
             raise UserError("scores.judge: no images to judge: generate at least one")
         scores = {"judge_accuracy": sum(right) / sum(asked)}
         scores |= {f"judge_accuracy_{c}": right[c] / asked[c] for c in range(self.classes) if asked[c]}
-        return scores | {"judge_heldout_accuracy": self.heldout_accuracy}
+        return scores | {"judge_val_accuracy": self.val_accuracy}
 
     def uncertainty(self) -> dict[str, float]:
         """As in `grn.evaluation.scoring.uncertainties`."""

@@ -28,12 +28,12 @@ class MovingDigitsJudge:
     `compute` gives, of the samples that a motion was asked for: `frame_accuracy`, the share of frames with the right
     digit (of a crossing, both); `motion_accuracy`, the share of clips that move as asked for; `clip_accuracy`, of those
     that do and have the right digit in at least nine frames of ten; the same of crossings alone as `crossing_...`; and
-    `judge_heldout_accuracy`: how well the judge reads frames of real held-out clips.
+    `judge_val_accuracy`: how well the judge reads frames of real held-out clips.
 
     Args:
         prompts: what samples are asked for, by the numbers that `update` gets; those that ask for no motion are not
             judged.
-        train, heldout: the splits of data=digits_video.
+        train, val: the splits of data=digits_video.
         device: where the counts are kept for the reduction over ranks; the SVC runs on the CPU.
         cache_dir: not used.
 
@@ -48,12 +48,12 @@ class MovingDigitsJudge:
         *,
         prompts: Sequence[str],
         train: Split,
-        heldout: Split,
+        val: Split,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
     ):
         self.asked = self._asked_for(prompts)
-        self.judge = DigitsJudge(train=lambda: single_frames(train()), heldout=lambda: single_frames(heldout()))
+        self.judge = DigitsJudge(train=lambda: single_frames(train()), val=lambda: single_frames(val()))
         # Clips, their frames, right frames, right motions, right clips; of one digit and of two.
         self.counts = Totals(2, 5, dtype=torch.int64).to(device)
 
@@ -101,7 +101,7 @@ class MovingDigitsJudge:
                 scores[f"{prefix}clip_accuracy"] = good / clips
             elif not prefix:
                 raise UserError("scores.judge: no clips to judge: generate at least one")
-        return scores | {"judge_heldout_accuracy": self.judge.heldout_accuracy}
+        return scores | {"judge_val_accuracy": self.judge.val_accuracy}
 
     def reset(self) -> None:
         """Forgets the generated clips."""

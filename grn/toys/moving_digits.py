@@ -60,34 +60,34 @@ class MovingDigitsSource(Source):
     Args:
         digits: how many of scikit-learn's there are, the first ones; fewer is faster.
         copies: crossings of each training pair.
-        heldout_copies: crossings of each pair in the held-out split.
-        heldout: how many digits are held out.
+        val_copies: crossings of each pair in the held-out split.
+        val: how many digits are held out.
         seed: of the split, the places and the choice of digits.
-        train_shards, heldout_shards: their numbers.
+        train_shards, val_shards: their numbers.
     """
 
     name: ClassVar[str] = "digits_video"
 
     digits: int = 1797
     copies: int = 50
-    heldout_copies: int = 1
-    heldout: int = 297
+    val_copies: int = 1
+    val: int = 297
     seed: int = 0
     train_shards: int = 10
-    heldout_shards: int = 4
+    val_shards: int = 4
 
     def content(self) -> dict[str, Any]:
-        for name in ("train_shards", "heldout_shards"):
+        for name in ("train_shards", "val_shards"):
             check_count(f"source.{name}", getattr(self, name))
-        for name in ("copies", "heldout_copies"):
+        for name in ("copies", "val_copies"):
             check_count(f"source.{name}", getattr(self, name), least=0)
         check_count("source.digits", self.digits, least=100, most=1797)
         digits, labels = (part[: self.digits] for part in load_digits(return_X_y=True))
-        train, heldout = split_digits(labels, self.heldout, self.seed)
+        train, val = split_digits(labels, self.val, self.seed)
         shown = [pair for pair in PAIRS if pair not in HELDOUT_PAIRS]
         shards = {
             "train": self._shards(labels, train, shown, self.copies, self.train_shards),
-            "heldout": self._shards(labels, heldout, PAIRS, self.heldout_copies, self.heldout_shards),
+            "val": self._shards(labels, val, PAIRS, self.val_copies, self.val_shards),
         }
 
         def samples(clips: list[Clip]) -> Iterator[dict]:

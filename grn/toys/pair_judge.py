@@ -22,12 +22,12 @@ class DigitPairsJudge:
     `compute` gives, of the samples that a pair was asked for, the shares with both digits in their places:
     `pair_accuracy`, and apart `pair_accuracy_shown` and `pair_accuracy_heldout`, of the pairs that training shows and
     of those that it never does (`grn.toys.digit_pairs.HELDOUT_PAIRS`); `left_accuracy` and `right_accuracy` of one
-    digit alone; and `judge_heldout_accuracy`: how well the judge reads real held-out digits.
+    digit alone; and `judge_val_accuracy`: how well the judge reads real held-out digits.
 
     Args:
         prompts: what samples are asked for, by the numbers that `update` gets; those that ask for no pair are not
             judged.
-        train, heldout: the splits of data=digits_t2i.
+        train, val: the splits of data=digits_t2i.
         device: where the counts are kept for the reduction over ranks; the SVC runs on the CPU.
         cache_dir: not used.
 
@@ -40,12 +40,12 @@ class DigitPairsJudge:
         *,
         prompts: Sequence[str],
         train: Split,
-        heldout: Split,
+        val: Split,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
     ):
         self.pairs = self._asked_for(prompts)
-        self.judge = DigitsJudge(train=lambda: single_digits(train()), heldout=lambda: single_digits(heldout()))
+        self.judge = DigitsJudge(train=lambda: single_digits(train()), val=lambda: single_digits(val()))
         self.counts = Totals(4, len(prompts), dtype=torch.int64).to(device)  # asked for, left right, right right, both
 
     @classmethod
@@ -89,7 +89,7 @@ class DigitPairsJudge:
             asked, *_, both = counts[:, chosen].sum(dim=1).tolist()
             if asked:
                 scores[f"pair_accuracy_{name}"] = both / asked
-        return scores | {"judge_heldout_accuracy": self.judge.heldout_accuracy}
+        return scores | {"judge_val_accuracy": self.judge.val_accuracy}
 
     def reset(self) -> None:
         """Forgets the generated images."""

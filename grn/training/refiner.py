@@ -260,7 +260,7 @@ class RefinerModule(LightningModule):
         release_weights(self.network)  # before they take it out again
         samples, loss, accuracy = self._validated.compute()  # on every rank, whether it has held-out samples or not
         if not samples:
-            raise UserError("validation: no held-out sample could be used: check the data.heldout shards")
+            raise UserError("validation: no held-out sample could be used: check the data.val shards")
         self.log("val/loss", loss / samples, prog_bar=True)
         self.log("val/accuracy", accuracy / samples)
 

@@ -175,7 +175,7 @@ def test_no_step_is_waited_for_whose_data_do_not_come(tmp_path, monkeypatch, cap
     monkeypatch.setattr("grn.callbacks.preemption.SILENCE", 2)
     shard = write_tar(tmp_path / "x.tar", [(f"{i}.cls", b"%d" % i) for i in range(4)])
     url = f"pipe:cat {shlex.quote(shard)}; exec sleep 1000"
-    data = Labels(name="x", batch_size=1, train=url, heldout=shard, num_workers=workers, shuffle_buffer=0)
+    data = Labels(name="x", batch_size=1, train=url, val=shard, num_workers=workers, shuffle_buffer=0)
     trainer = lightning.Trainer(
         accelerator="cpu", max_steps=8, max_epochs=-1, accumulate_grad_batches=accumulated, limit_val_batches=0,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -52,7 +52,7 @@ def run(monkeypatch, tmp_path):
             seen.append(OmegaConf.to_container(config))
 
         (tmp_path / "tokenizer.ckpt").touch()
-        for split in ("train", "heldout"):
+        for split in ("train", "val"):
             (tmp_path / f"{split}-0.tar").touch()
         given = [f"tokenizer.ckpt={tmp_path}/tokenizer.ckpt", f"data.root={tmp_path}", f"paths.runs={tmp_path}"]
         monkeypatch.setattr(sys, "argv", ["train", "+experiment=digits_c2i", *given, *arguments])

@@ -16,28 +16,28 @@ TRAIN = (
     "scores=none logger=none training.warmup_steps=1 trainer.max_steps=2"
 )
 CASES = [  # command, its arguments, what the line says
-    (train, f"{TRAIN} data.train=s9://b/a.tar data.heldout=good.tar", "data.train: shards are not read from s9://"),
-    (train, f"{TRAIN} data.train=good.tar data.heldout=ais://b/a.tar", "data.heldout: shards are not read from ais://"),
+    (train, f"{TRAIN} data.train=s9://b/a.tar data.val=good.tar", "data.train: shards are not read from s9://"),
+    (train, f"{TRAIN} data.train=good.tar data.val=ais://b/a.tar", "data.val: shards are not read from ais://"),
     (
         train,
-        f"{TRAIN} data.train=http://127.0.0.1:9/a.tar data.heldout=good.tar",
+        f"{TRAIN} data.train=http://127.0.0.1:9/a.tar data.val=good.tar",
         "data.train: the shard http://127.0.0.1:9/a.tar cannot be reached (ClientConnectorError",
     ),
-    (train, f"{TRAIN} data.train=memory://b/a.tar data.heldout=good.tar", "cannot be reached (there is no such file)"),
-    (train, f"{TRAIN} data.train=dots.tar data.heldout=dots.tar", "keys end at the first dot of a name"),
-    (train, f"{TRAIN} data.train=videos.tar data.heldout=videos.tar", "videos are read by data=video"),
+    (train, f"{TRAIN} data.train=memory://b/a.tar data.val=good.tar", "cannot be reached (there is no such file)"),
+    (train, f"{TRAIN} data.train=dots.tar data.val=dots.tar", "keys end at the first dot of a name"),
+    (train, f"{TRAIN} data.train=videos.tar data.val=videos.tar", "videos are read by data=video"),
     (
         prepare,
         "data=captioned_image root=heic",
         "holds no files *.{png,jpg,jpeg,webp} or the like; it has .heic 3, .txt 3",
     ),
     (prepare, "data=video root=heic", "holds no files *.{mp4,webm,mkv,mov} or the like; it has .heic 3, .txt 3"),
-    (encode, "ckpt=tokenizer data=captioned_image data.root=null data.train=s9://b/a.tar data.heldout=x", "s9://"),
+    (encode, "ckpt=tokenizer data=captioned_image data.root=null data.train=s9://b/a.tar data.val=x", "s9://"),
     (
         evaluate,
         "ckpt=tokenizer data=imagenet data.num_labels=null scores=none data.image_size=32 data.batch_size=1 "
-        "data.num_workers=0 data.train=good.tar data.heldout=dots.tar out=results device=cpu",
-        "data.heldout: the held-out shards have no usable sample (no image: 1); keys end at the first dot of a name",
+        "data.num_workers=0 data.train=good.tar data.val=dots.tar out=results device=cpu",
+        "data.val: the held-out shards have no usable sample (no image: 1); keys end at the first dot of a name",
     ),
 ]
 

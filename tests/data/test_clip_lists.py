@@ -43,11 +43,11 @@ def jsonl(path, lines):
 
 
 def source(root, **changes):
-    return ClipList(**({"root": root, "name": "clips", "heldout": 1, "shard_size": 3, "num_workers": 0} | changes))
+    return ClipList(**({"root": root, "name": "clips", "val": 1, "shard_size": 3, "num_workers": 0} | changes))
 
 
 def all_of(root):
-    return read(root, "train") | read(root, "heldout")
+    return read(root, "train") | read(root, "val")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_parts_of_a_video_are_those_of_the_whole_file(videos, tmp_path):
             found, expected = (
                 next(
                     module.decoder(training=True)(raw, draw)
-                    for raw in module._stream("heldout").shard(module.urls("train")[0])
+                    for raw in module._stream("val").shard(module.urls("train")[0])
                     if raw["__key__"] == key
                 )
                 for module in (cut, whole)
@@ -116,18 +116,18 @@ def test_tokenizers_see_the_parts_alone(videos, tmp_path):
     assert caught.value.reason is Reason.CLIP_TOO_SHORT
 
 
-@pytest.mark.parametrize("heldout", [1, 2, 3, 4])
-def test_the_parts_of_a_video_stay_in_one_split(videos, tmp_path, heldout):
+@pytest.mark.parametrize("val", [1, 2, 3, 4])
+def test_the_parts_of_a_video_stay_in_one_split(videos, tmp_path, val):
     names = ["long.mp4", "second.mp4", "deep/../long.mp4", "third.mp4", str(videos / "second.mp4"), "third.mp4"]
     path = jsonl(videos / "list.jsonl", [line(name, 9 * i, 9 * i + 9) for i, name in enumerate(names)])
     splits = {}
     for seed in range(4):
-        source(path, heldout=heldout, seed=seed).write(tmp_path / str(seed))
-        keys = {split: {int(key) for key in read(tmp_path / str(seed), split)} for split in ("train", "heldout")}
-        assert len(keys["heldout"]) == (2 if heldout <= 2 else 4)
+        source(path, val=val, seed=seed).write(tmp_path / str(seed))
+        keys = {split: {int(key) for key in read(tmp_path / str(seed), split)} for split in ("train", "val")}
+        assert len(keys["val"]) == (2 if val <= 2 else 4)
         for parts in ({1, 3}, {2, 5}, {4, 6}):
-            assert parts <= keys["train"] or parts <= keys["heldout"]
-        splits[seed] = frozenset(keys["heldout"])
+            assert parts <= keys["train"] or parts <= keys["val"]
+        splits[seed] = frozenset(keys["val"])
     assert len(set(splits.values())) > 1
 
 
@@ -238,13 +238,13 @@ def hostile(videos, tmp_path):
 def test_bad_lines_are_rejected_with_their_reason(videos, tmp_path):
     bad = hostile(videos, tmp_path)
     path = jsonl(videos / "list.jsonl", [line("long.mp4", 0, 20), b"", b"  \r", *(it for it, _ in bad)])
-    jsonl(videos / "heldout.jsonl", [line("long.mp4", 20, 40)])
-    source(path, heldout=str(videos / "heldout.jsonl")).write(tmp_path / "d")
+    jsonl(videos / "val.jsonl", [line("long.mp4", 20, 40)])
+    source(path, val=str(videos / "val.jsonl")).write(tmp_path / "d")
     expected = {f"list.jsonl:{number}": getattr(it, "value", it) for number, (_, it) in enumerate(bad, 4) if it}
     assert rejected(tmp_path / "d") == expected
     good = {number for number, (_, it) in enumerate(bad, 4) if not it} | {1}
     assert set(read(tmp_path / "d", "train")) == {f"{number:09d}" for number in good}
-    assert len(read(tmp_path / "d", "heldout")) == 1
+    assert len(read(tmp_path / "d", "val")) == 1
 
 
 def test_links_of_the_folder_are_followed_and_videos_may_lie_elsewhere(videos, tmp_path):
@@ -260,7 +260,7 @@ def test_links_of_the_folder_are_followed_and_videos_may_lie_elsewhere(videos, t
 
 def test_captions_may_be_optional(videos, tmp_path):
     path = jsonl(videos / "list.jsonl", [{"video_path": "long.mp4"}, {"video_path": "second.mp4"}])
-    with pytest.raises(UserError, match=r"no sample of the (train|heldout) split can be used \(no caption: 1\)"):
+    with pytest.raises(UserError, match=r"no sample of the (train|val) split can be used \(no caption: 1\)"):
         source(path).write(tmp_path / "d")
     source(path, captioned=False).write(tmp_path / "e")
     assert [sample.keys() & {"mp4", "txt"} for sample in all_of(tmp_path / "e").values()] == [{"mp4"}, {"mp4"}]
@@ -288,15 +288,15 @@ def test_the_shards_depend_on_the_lines_and_the_seed_alone(videos, tmp_path):
     [
         ([], {}, r"^root: .*list\.jsonl has no lines; one a file is needed"),
         ([b" ", b""], {}, r"^root: .*list\.jsonl has no lines"),
-        ([line("long.mp4")], {}, r"^source\.heldout=1 must be in 1 to 0, as root=.* has 1 lines, or be the path of"),
+        ([line("long.mp4")], {}, r"^source\.val=1 must be in 1 to 0, as root=.* has 1 lines, or be the path of"),
         (
             [line("long.mp4")] * 3,
-            {"heldout": 2},
-            r"^source\.heldout=2 of the 3 lines of root=.* leaves no file for training, as the parts of a file stay",
+            {"val": 2},
+            r"^source\.val=2 of the 3 lines of root=.* leaves no file for training, as the parts of a file stay",
         ),
         ([b"x"] * 3, {}, r"^source: no sample of the train split can be used \(metadata is not a JSON object: 2\)"),
-        ([line("long.mp4")] * 3, {"heldout": "/no/where"}, r"^source\.heldout: no file /no/where"),
-        ([line("long.mp4")] * 3, {"heldout": "/dev/zero"}, r"^source\.heldout: no file /dev/zero"),
+        ([line("long.mp4")] * 3, {"val": "/no/where"}, r"^source\.val: no file /no/where"),
+        ([line("long.mp4")] * 3, {"val": "/dev/zero"}, r"^source\.val: no file /dev/zero"),
         ([line("long.mp4")] * 3, {"folder": "/no/where"}, r"^source\.folder=/no/where is not a folder"),
         ([line("long.mp4"), line("second.mp4")], {"shard_size": 0}, r"^source\.shard_size=0"),
     ],
@@ -311,11 +311,11 @@ def test_lists_without_anything_to_use(videos, tmp_path, lines, changes, said):
 
 def test_the_root_tells_a_folder_from_a_list(videos, tmp_path):
     path = jsonl(videos / "list.jsonl", [line("long.mp4")])
-    keys = {"name": "clips", "heldout": 1}
+    keys = {"name": "clips", "val": 1}
     assert video_source(root=path, captioned=True, **keys) == ClipList(root=path, **keys)
     assert type(video_source(root=str(videos), captioned=True, **keys)) is CaptionedClips
     assert type(video_source(root=str(videos), captioned=False, **keys)) is Clips
-    for changes in ({"heldout": path}, {"folder": str(videos)}):
+    for changes in ({"val": path}, {"folder": str(videos)}):
         with pytest.raises(UserError, match=rf"source\.{next(iter(changes))} names a file or folder .*root=.* is none"):
             video_source(**({"root": str(videos), "captioned": True} | keys | changes))
 
@@ -326,11 +326,11 @@ def test_a_folder_with_captions_beside_the_videos(moving_digits, tmp_path):
     (folder / "000.txt").unlink()
     (folder / "001.txt").unlink()
     (folder / "001.json").write_text('{"caption": "in JSON", "begin_frame_id": 24, "end_frame_id": 40, "fps": 24}')
-    keys = {"root": str(folder), "name": "clips", "captioned": True, "heldout": 1, "num_workers": 0}
+    keys = {"root": str(folder), "name": "clips", "captioned": True, "val": 1, "num_workers": 0}
     video_source(**keys).write(tmp_path / "d")
     assert rejected(tmp_path / "d") == {"000.mp4": Reason.NO_CAPTION.value}
     found = {}
-    for split in ("train", "heldout"):
+    for split in ("train", "val"):
         for shard in shard_paths(tmp_path / "d", read_manifest(tmp_path / "d"), split):
             for batch in make(shard, resolutions=[[32, 48]], max_frames=33).val_dataloader():
                 found |= dict(zip(batch["caption"], batch["pixels"]))
@@ -351,7 +351,7 @@ def test_captions_by_kind(videos, tmp_path):
         line("third.mp4", caption=[{"type": "A kind!", "content": "x"}]),
         line("third.mp4", caption=[{"type": "short", "content": " "}]),
     ]
-    source(jsonl(videos / "list.jsonl", lines), heldout=1).write(tmp_path / "d")
+    source(jsonl(videos / "list.jsonl", lines), val=1).write(tmp_path / "d")
     samples = all_of(tmp_path / "d")
     assert sorted(samples) == ["000000001", "000000002"]
     assert {*rejected(tmp_path / "d").values()} == {Reason.BAD_CAPTION.value, Reason.NO_CAPTION.value}
@@ -376,8 +376,8 @@ def test_images(tmp_path):
         {"image_path": "two.png", "text": ["x"]},
     ]
     keys = {"root": jsonl(tmp_path / "list.jsonl", lines), "name": "images", "num_workers": 0}
-    heldout = jsonl(tmp_path / "heldout.jsonl", lines[:1])
-    image_source(**keys, heldout=heldout).write(tmp_path / "d")
+    val = jsonl(tmp_path / "val.jsonl", lines[:1])
+    image_source(**keys, val=val).write(tmp_path / "d")
     samples = read(tmp_path / "d", "train")
     assert {key: it["txt"] for key, it in samples.items()} == {"000000001": b"One. Long.", "000000002": b"two"}
     assert samples["000000001"]["png"] == png((40, 30))
@@ -396,21 +396,21 @@ def test_images(tmp_path):
             3,
         )
     }
-    image_source(**keys, heldout=heldout, image_size=16, format="jpg").write(tmp_path / "e")
+    image_source(**keys, val=val, image_size=16, format="jpg").write(tmp_path / "e")
     assert read_manifest(tmp_path / "e")["image_size"] == 16
     with pytest.raises(UserError, match=r"^source\.folder names"):
-        image_source(**(keys | {"root": str(tmp_path)}), heldout=1, folder=str(tmp_path))
+        image_source(**(keys | {"root": str(tmp_path)}), val=1, folder=str(tmp_path))
 
 
 def test_the_command(videos, tmp_path, monkeypatch):
     path = jsonl(videos / "list.jsonl", [line("long.mp4", 0, 20), line("second.mp4", 20, 60), line("gone.mp4")])
-    heldout = jsonl(videos / "heldout.jsonl", [line("long.mp4", 60, 80)])
-    here(tmp_path, monkeypatch, f"data=captioned_video root={path} source.heldout={heldout} num_workers=0")
+    val = jsonl(videos / "val.jsonl", [line("long.mp4", 60, 80)])
+    here(tmp_path, monkeypatch, f"data=captioned_video root={path} source.val={val} num_workers=0")
     root = tmp_path / "data" / "captioned_video"
     assert read_manifest(root)["name"] == "captioned_video"
     assert rejected(root) == {"list.jsonl:3": Reason.UNREADABLE_FILE.value}
-    assert [len(read(root, split)) for split in ("train", "heldout")] == [2, 1]
-    here(tmp_path, monkeypatch, f"data=video root={path} source.heldout=1 num_workers=0")
-    assert read_manifest(tmp_path / "data" / "video")["splits"]["heldout"]["samples"] == 1
-    with pytest.raises(SystemExit, match=r"^error: source\.heldout: no file /no/where; give a JSON-lines file"):
-        here(tmp_path, monkeypatch, f"data=captioned_video root={path} source.heldout=/no/where overwrite=true")
+    assert [len(read(root, split)) for split in ("train", "val")] == [2, 1]
+    here(tmp_path, monkeypatch, f"data=video root={path} source.val=1 num_workers=0")
+    assert read_manifest(tmp_path / "data" / "video")["splits"]["val"]["samples"] == 1
+    with pytest.raises(SystemExit, match=r"^error: source\.val: no file /no/where; give a JSON-lines file"):
+        here(tmp_path, monkeypatch, f"data=captioned_video root={path} source.val=/no/where overwrite=true")

@@ -83,11 +83,11 @@ def class_folders(folder, **changes):
 
 
 def captioned(folder, **changes):
-    return CaptionedImages(**({"root": str(folder), "heldout": 2, "shard_size": 3, "num_workers": 0} | changes))
+    return CaptionedImages(**({"root": str(folder), "val": 2, "shard_size": 3, "num_workers": 0} | changes))
 
 
 def clips(folder, **changes):
-    return Clips(**({"root": str(folder), "heldout": 1, "num_workers": 0} | changes))
+    return Clips(**({"root": str(folder), "val": 1, "num_workers": 0} | changes))
 
 
 def read(root, split):
@@ -113,15 +113,15 @@ def test_classes_are_sorted_cropped_and_lossless(classes, tmp_path):
     manifest = read_manifest(tmp_path / "d")
     assert (manifest["name"], manifest["image_size"], manifest["num_labels"]) == ("imagenet", 16, 3)
     assert manifest["label_names"] == ["n01", "n02", "n03"]
-    train, heldout = read(tmp_path / "d", "train"), read(tmp_path / "d", "heldout")
-    assert (len(train), len(heldout)) == (21, 6)
+    train, val = read(tmp_path / "d", "train"), read(tmp_path / "d", "val")
+    assert (len(train), len(val)) == (21, 6)
     for key, sample in train.items():
         name = key.partition("/")[0]
         assert sample["cls"] == str(manifest["label_names"].index(name)).encode()
         original = decode_image((classes / "train" / f"{key}.JPEG").read_bytes())
         written = Image.open(io.BytesIO(sample["png"]))
         assert np.array_equal(np.asarray(written), np.asarray(center_crop(original, 16)))
-    assert set(heldout) == {f"{name}/val%2E{i}" for name in ("n01", "n02", "n03") for i in range(2)}
+    assert set(val) == {f"{name}/val%2E{i}" for name in ("n01", "n02", "n03") for i in range(2)}
     assert rejected(tmp_path / "d") == {}
 
 
@@ -237,15 +237,15 @@ def test_a_folder_of_classes_is_split_by_itself(tmp_path, under):
     manifest = read_manifest(tmp_path / "d0")
     assert manifest["splits"] == read_manifest(tmp_path / "d1")["splits"]
     assert (manifest["num_labels"], manifest["label_names"]) == (3, ["cats", "dogs", "one"])
-    train, heldout = (read(tmp_path / "d0", split) for split in ("train", "heldout"))
-    assert (len(train), len(heldout)) == (21, 2)
-    assert {key.partition("/")[0] for key in heldout} == {"cats", "dogs"}
-    assert not train.keys() & heldout.keys()
+    train, val = (read(tmp_path / "d0", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (21, 2)
+    assert {key.partition("/")[0] for key in val} == {"cats", "dogs"}
+    assert not train.keys() & val.keys()
     assert len(manifest["splits"]["train"]["shards"]) == 8
-    class_folders(tmp_path / "photos", heldout=20).write(tmp_path / "most")
+    class_folders(tmp_path / "photos", val=20).write(tmp_path / "most")
     assert len(read(tmp_path / "most", "train")) == 3
-    with pytest.raises(UserError, match=r"^source\.heldout=21 must be at most 20: each class trains from one image"):
-        class_folders(tmp_path / "photos", heldout=21).write(tmp_path / "more")
+    with pytest.raises(UserError, match=r"^source\.val=21 must be at most 20: each class trains from one image"):
+        class_folders(tmp_path / "photos", val=21).write(tmp_path / "more")
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,9 @@ def test_captioned_images_keep_their_bytes(tmp_path):
     files |= {"b/two.png": picture(8, format="PNG"), "b/two.jpeg": picture(9), "b/two.txt": "both"}
     put(tmp_path / "images", files)
     captioned(tmp_path / "images").write(tmp_path / "d")
-    train, heldout = read(tmp_path / "d", "train"), read(tmp_path / "d", "heldout")
-    assert (len(train), len(heldout)) == (7, 2)
-    samples = train | heldout
+    train, val = read(tmp_path / "d", "train"), read(tmp_path / "d", "val")
+    assert (len(train), len(val)) == (7, 2)
+    samples = train | val
     assert set(samples) == {*(f"a/{i}" for i in range(6)), "b/x%2Ey", "b/two+png", "b/two+jpeg"}
     assert samples["a/3"]["jpg"] == files["a/3.jpg"]
     assert samples["a/3"]["txt"] == b"number 3\n"
@@ -343,7 +343,7 @@ def test_captioned_images_keep_their_bytes(tmp_path):
 def test_captioned_images_can_be_cropped(tmp_path):
     put(tmp_path / "images", {f"{i}.jpg": picture(i) for i in range(4)} | {f"{i}.txt": "x" for i in range(4)})
     captioned(tmp_path / "images", image_size=16, format="png").write(tmp_path / "d")
-    for key, sample in (read(tmp_path / "d", "train") | read(tmp_path / "d", "heldout")).items():
+    for key, sample in (read(tmp_path / "d", "train") | read(tmp_path / "d", "val")).items():
         original = decode_image((tmp_path / "images" / f"{key}.jpg").read_bytes())
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), np.asarray(center_crop(original, 16)))
     assert read_manifest(tmp_path / "d")["image_size"] == 16
@@ -352,8 +352,8 @@ def test_captioned_images_can_be_cropped(tmp_path):
 def test_train_and_val_are_the_splits_where_both_are_there(tmp_path):
     files = {f"{part}/{i}.jpg": picture(i) for part in ("train", "val") for i in range(3)}
     put(tmp_path / "images", files | {path.replace("jpg", "txt"): path for path in files})
-    captioned(tmp_path / "images", heldout=99).write(tmp_path / "d")
-    assert {sample["txt"] for sample in read(tmp_path / "d", "heldout").values()} == {
+    captioned(tmp_path / "images", val=99).write(tmp_path / "d")
+    assert {sample["txt"] for sample in read(tmp_path / "d", "val").values()} == {
         f"val/{i}.jpg".encode() for i in range(3)
     }
     assert set(read(tmp_path / "d", "train")) == {"0", "1", "2"}
@@ -395,7 +395,7 @@ def test_bad_captions_and_images_are_rejected_with_their_reason(tmp_path):
 def test_images_without_captions_are_not_held_out(tmp_path):
     put(tmp_path / "images", {f"{i}.jpg": picture(i) for i in range(30)} | {f"{i}.txt": "x" for i in range(3)})
     captioned(tmp_path / "images").write(tmp_path / "d")
-    assert len(read(tmp_path / "d", "heldout")) == 2
+    assert len(read(tmp_path / "d", "val")) == 2
     assert len(rejected(tmp_path / "d")) == 27
 
 
@@ -406,7 +406,7 @@ def test_images_without_captions_are_not_held_out(tmp_path):
         ({"x.txt": "only text"}, r"^root=.* holds no files .*; it has \.txt 1$"),
         ({f"{i}.heic": b"" for i in range(3)}, r"^root=.* holds no files .*; it has \.heic 3$"),
         ({"train/a.jpg": b"", "val/a.txt": b""}, r"^root=.*/val holds no files"),
-        ({f"{i}.jpg": b"" for i in range(2)}, r"source\.heldout=2 must be in 1 to 1: root has 2 files"),
+        ({f"{i}.jpg": b"" for i in range(2)}, r"source\.val=2 must be in 1 to 1: root has 2 files"),
         (
             {f"{i}.jpg": b"" for i in range(5)} | {"0.txt": "x"},
             r"no sample of the train split can be used \((no caption|image cannot be decoded): \d",
@@ -475,7 +475,7 @@ def test_pictures_of_every_kind_are_read_and_other_files_are_told(tmp_path, capl
     put(tmp_path / "images", files | others | clutter | {"a/x0.txt": b"of what is left out"})
     caplog.set_level("INFO")
     captioned(tmp_path / "images").write(tmp_path / "d")
-    samples = read(tmp_path / "d", "train") | read(tmp_path / "d", "heldout")
+    samples = read(tmp_path / "d", "train") | read(tmp_path / "d", "val")
     assert len(samples) == 3 * len(kinds)
     assert all(suffix.lower() in samples[f"{suffix}_0"] for suffix in kinds)
     assert rejected(tmp_path / "d") == {
@@ -568,8 +568,8 @@ def test_the_command_goes_on_after_being_killed(tmp_path, monkeypatch):
         ("data=imagenet root=images data.num_labels=5", r"^error: root=.* data\.num_labels=5: give data\.num_labels=2"),
         ("data=imagenet root=images data.root=null", r"^error: data\.root must be given"),
         (
-            "data=captioned_image root=images/train source.heldout=1000",
-            r"^error: source\.heldout=1000 must be in 1 to 1: root has 2 files",
+            "data=captioned_image root=images/train source.val=1000",
+            r"^error: source\.val=1000 must be in 1 to 1: root has 2 files",
         ),
         (
             "data=captioned_image root=images",

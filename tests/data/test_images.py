@@ -50,7 +50,7 @@ def test_batches_are_as_agreed(root):
     assert data.skipped() == {}
 
 
-@pytest.mark.parametrize(("split", "samples"), [("train", 1500), ("heldout", 297)])
+@pytest.mark.parametrize(("split", "samples"), [("train", 1500), ("val", 297)])
 def test_a_split_is_read_whole_in_one_order(root, split, samples, monkeypatch):
     as_rank(monkeypatch, 1, 2)
     data = datamodule(root, eval_batch_size=100)
@@ -74,7 +74,7 @@ def test_a_split_is_shared_by_the_ranks(root, monkeypatch, num_workers):
     for rank in range(3):
         as_rank(monkeypatch, rank, 3)
         data = datamodule(root, eval_batch_size=100, num_workers=num_workers)
-        own = [key for batch in data.split_dataloader("heldout", share=True) for key in batch["key"]]
+        own = [key for batch in data.split_dataloader("val", share=True) for key in batch["key"]]
         assert 0 < len(own) < 297
         keys += own
     assert len(keys) == len(set(keys)) == 297
@@ -153,7 +153,7 @@ def foreign(tmp_path):
 
 
 def test_somebody_elses_shards(foreign):
-    data = datamodule(root=foreign, heldout=str(foreign / "train-0.tar"), image_size=8, center_crop=True, batch_size=6)
+    data = datamodule(root=foreign, val=str(foreign / "train-0.tar"), image_size=8, center_crop=True, batch_size=6)
     data.setup("fit")
     assert data.label_names is None
     batch = next(iter(data.train_dataloader()))

@@ -77,25 +77,25 @@ def test_a_part_of_no_weight_is_validated_alone(root):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_split_goes_through_the_parts_that_are_drawn_one_after_the_other(root, monkeypatch, ranks):
     small, large = (
-        [key for batch in mixture(root).parts[name].split_dataloader("heldout") for key in batch["key"]]
+        [key for batch in mixture(root).parts[name].split_dataloader("val") for key in batch["key"]]
         for name in ("small", "large")
     )
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(streaming, "rank_and_world_size", lambda rank=rank: (rank, ranks))
-        loader = mixture(root).split_dataloader("heldout", share=ranks > 1)
+        loader = mixture(root).split_dataloader("val", share=ranks > 1)
         shares.append([key for batch in loader for key in batch["key"]])
     if ranks == 1:
         assert shares == [small + large]
     assert all(shares)
     assert Counter(key for share in shares for key in share) == Counter(small + large)
     data = mixture(root, weights={"small": 0, "large": 1})
-    assert [key for batch in data.split_dataloader("heldout") for key in batch["key"]] == large
+    assert [key for batch in data.split_dataloader("val") for key in batch["key"]] == large
 
 
 def test_a_part_of_no_weight_needs_no_training_shards(root, tmp_path):
     (tmp_path / "some").mkdir()
-    for shard in root.glob("heldout-*.tar"):
+    for shard in root.glob("val-*.tar"):
         (tmp_path / "some" / shard.name).write_bytes(shard.read_bytes())
     data = mixture(root, weights={"small": 0, "large": 1})
     data.parts["small"].root = tmp_path / "some"

@@ -59,18 +59,18 @@ def test_scores_of_clips_and_of_images_read_what_is_like_them(shards):
     data = mixture(shards)
 
     class Score:
-        def __init__(self, *, train, heldout, device, cache_dir):
+        def __init__(self, *, train, val, device, cache_dir):
             self.images = [len(batch) for batch in image_batches(train, name="training")]
 
     clips = real_splits(data, clips=True)
-    found = list(clip_batches(clips["heldout"], 9, name="held-out"))
+    found = list(clip_batches(clips["val"], 9, name="held-out"))
     assert sum(map(len, found)) == 5
     assert {tuple(batch.shape[1:]) for batch in found} == {(3, 9, 32, 48)}
     for of_clips, images in ((False, 12), (True, 4 * 9 + 13)):
         scores = build_scores({"x": Score}, real_splits(data, clips=of_clips), device=None, cache_dir=None)
         assert sum(scores["x"].images) == images
     with pytest.raises(UserError, match=r"^scores: samples are clips, and the held-out split has only images to comp"):
-        list(real_splits(data.parts["images"], clips=True)["heldout"]())
+        list(real_splits(data.parts["images"], clips=True)["val"]())
     with pytest.raises(UserError, match=r"^scores: samples are images, and the training split has only clips to comp"):
         list(real_splits(data.parts["clips"], clips=False)["train"]())
 

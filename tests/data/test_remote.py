@@ -243,7 +243,7 @@ def test_hf_is_known():
 
 
 def test_it_is_told_at_the_start(server, tmp_path):
-    heldout = write_tar(tmp_path / "h.tar", [])
+    val = write_tar(tmp_path / "h.tar", [])
     for url, said in (
         (
             server.url("gone.tar"),
@@ -251,10 +251,10 @@ def test_it_is_told_at_the_start(server, tmp_path):
         ),
         (server.url("*.tar"), r"wildcards are for local shards: use braces\)$"),
     ):
-        data = ImageShardsDataModule(name="x", batch_size=1, image_size=8, train=url, heldout=heldout)
+        data = ImageShardsDataModule(name="x", batch_size=1, image_size=8, train=url, val=val)
         with pytest.raises(UserError, match=said):
             data.setup()
-    data = ImageShardsDataModule(name="x", batch_size=1, image_size=8, train=server.url("s.tar"), heldout=heldout)
+    data = ImageShardsDataModule(name="x", batch_size=1, image_size=8, train=server.url("s.tar"), val=val)
     data.setup()
 
 

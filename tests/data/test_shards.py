@@ -59,7 +59,7 @@ def write(root, **changes):
     arguments = {
         "name": "few",
         "parameters": {"a": 1},
-        "shards": {"train": [(0, 2, 4), (1, 3, 5)], "heldout": [(0, 1, 2)]},
+        "shards": {"train": [(0, 2, 4), (1, 3, 5)], "val": [(0, 1, 2)]},
         "write": Few(),
         "facts": {"image_size": 8},
     }
@@ -71,19 +71,19 @@ def contents(root):
 
 
 def test_digits_are_plain_webdataset_stratified_and_disjoint(digits):
-    train, heldout = read_plainly(digits, "train"), read_plainly(digits, "heldout")
-    assert (len(train), len(heldout)) == (1500, 297)
-    assert len({sample["__key__"] for sample in train + heldout}) == 1797
-    for samples in (train, heldout):
+    train, val = read_plainly(digits, "train"), read_plainly(digits, "val")
+    assert (len(train), len(val)) == (1500, 297)
+    assert len({sample["__key__"] for sample in train + val}) == 1797
+    for samples in (train, val):
         counts = np.bincount([int(sample["cls"]) for sample in samples], minlength=10)
-        whole = np.bincount([int(sample["cls"]) for sample in train + heldout], minlength=10)
+        whole = np.bincount([int(sample["cls"]) for sample in train + val], minlength=10)
         assert np.abs(counts - whole * len(samples) / 1797).max() < 1
-    for sample in heldout:
+    for sample in val:
         assert sample["txt"].decode() == f"a handwritten {LABEL_NAMES[int(sample['cls'])]}"
         image = Image.open(io.BytesIO(sample["png"]))
         assert (image.mode, image.size, image.format) == ("RGB", (32, 32), "PNG")
     assert len(list(digits.glob("train-*.tar"))) == 10
-    assert len(list(digits.glob("heldout-*.tar"))) == 4
+    assert len(list(digits.glob("val-*.tar"))) == 4
 
 
 def test_digits_render_spans_the_range_and_keeps_the_picture():
@@ -100,7 +100,7 @@ def test_manifest_tells_what_lies_there(digits):
     manifest = read_manifest(digits)
     assert manifest["label_names"] == list(LABEL_NAMES)
     assert (manifest["num_labels"], manifest["image_size"]) == (10, 32)
-    for split, samples in (("train", 1500), ("heldout", 297)):
+    for split, samples in (("train", 1500), ("val", 297)):
         shards = manifest["splits"][split]["shards"]
         assert sum(shard["samples"] for shard in shards) == manifest["splits"][split]["samples"] == samples
         for shard in shards:
@@ -118,11 +118,11 @@ def test_bytes_are_the_same_twice(digits, tmp_path):
 
 def test_other_seed_splits_otherwise(digits, tmp_path):
     DigitsSource(seed=1).write(tmp_path / "other")
-    keys = [{sample["__key__"] for sample in read_plainly(root, "heldout")} for root in (digits, tmp_path / "other")]
+    keys = [{sample["__key__"] for sample in read_plainly(root, "val")} for root in (digits, tmp_path / "other")]
     assert keys[0] != keys[1]
 
 
-@pytest.mark.parametrize("keys", [{"heldout": 3}, {"heldout": 1797}, {"image_size": 0}, {"train_shards": 0}])
+@pytest.mark.parametrize("keys", [{"val": 3}, {"val": 1797}, {"image_size": 0}, {"train_shards": 0}])
 def test_digits_keys_out_of_range(tmp_path, keys):
     with pytest.raises(UserError, match="source"):
         DigitsSource(**keys).write(tmp_path / "digits")
@@ -144,9 +144,9 @@ def test_other_parameters_need_overwrite(tmp_path):
     with pytest.raises(UserError, match=r"data\.root=.* a=1, not 2: .*overwrite=true"):
         write(root, parameters={"a": 2})
     assert read_manifest(root)["parameters"] == {"a": 1}
-    assert write(root, parameters={"a": 2}, shards={"train": [(0, 1)], "heldout": [(2,)]}, overwrite=True)
+    assert write(root, parameters={"a": 2}, shards={"train": [(0, 1)], "val": [(2,)]}, overwrite=True)
     assert read_manifest(root)["parameters"] == {"a": 2}
-    assert sorted(path.name for path in root.iterdir()) == ["heldout-000000.tar", "manifest.json", "train-000000.tar"]
+    assert {path.name for path in root.iterdir()} == {"manifest.json", "train-000000.tar", "val-000000.tar"}
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
@@ -164,8 +164,8 @@ def test_damaged_shards_are_told_and_mended_by_overwrite(tmp_path):
     assert not write(root)
 
 
-CRASHING = {"train": [(0, 2, 4), ("crash",), (6,)], "heldout": [(0, 1, 2)]}
-ROUGH = {"train": [(0, -1, 2), (-2, -4), (1, 3)], "heldout": [(5, -3)]}
+CRASHING = {"train": [(0, 2, 4), ("crash",), (6,)], "val": [(0, 1, 2)]}
+ROUGH = {"train": [(0, -1, 2), (-2, -4), (1, 3)], "val": [(5, -3)]}
 
 
 def test_a_crash_leaves_root_alone_and_what_is_finished(tmp_path):
@@ -184,7 +184,7 @@ def test_a_crash_leaves_root_alone_and_what_is_finished(tmp_path):
 
 def interrupted(root, log, **changes):
     """The first of three shards is written, then something kills the run."""
-    shards = {"train": [(0, 2, 4), (1, 3, 5)], "heldout": [(0, 1, 2)]}
+    shards = {"train": [(0, 2, 4), (1, 3, 5)], "val": [(0, 1, 2)]}
 
     class Killed(Few):
         def __call__(self, numbers):
@@ -238,7 +238,7 @@ def test_what_is_damaged_is_written_again(tmp_path, damage):
         ({"parameters": {"a": 2}}, "a=1, not 2"),
         ({"name": "others"}, "name=few, not others"),
         ({"facts": {"image_size": 16}}, "image_size=8, not 16"),
-        ({"shards": {"train": [(0, 2, 4), (1, 3, 7)], "heldout": [(0, 1, 2)]}}, "shards=3 of digest"),
+        ({"shards": {"train": [(0, 2, 4), (1, 3, 7)], "val": [(0, 1, 2)]}}, "shards=3 of digest"),
     ],
 )
 def test_a_beginning_of_other_arguments_needs_overwrite(tmp_path, changes, said):
@@ -286,7 +286,7 @@ def test_workers_write_the_same_bytes(tmp_path):
     [("mistake", "^data.root: no such thing$"), ("full", "train-000001.tar: no space is left.*again")],
 )
 def test_trouble_is_one_line_and_what_is_finished_stays(tmp_path, num_workers, trouble, said):
-    shards = {"train": [(0, 2, 4), (1, trouble)], "heldout": [(0, 1, 2)]}
+    shards = {"train": [(0, 2, 4), (1, trouble)], "val": [(0, 1, 2)]}
     with pytest.raises(UserError, match=said):
         write(tmp_path / "d", shards=shards, num_workers=num_workers)
     names = {path.name for path in (tmp_path / ".d.partial" / "shards").iterdir()}
@@ -303,12 +303,12 @@ def test_rejected_samples_are_listed_counted_and_told(tmp_path, caplog):
         {"split": "train", "shard": "train-000000.tar", "item": "number -1", "reason": "label is not an integer"},
         {"split": "train", "shard": "train-000001.tar", "item": "number -2", "reason": "no label"},
         {"split": "train", "shard": "train-000001.tar", "item": "number -4", "reason": "no label"},
-        {"split": "heldout", "shard": "heldout-000000.tar", "item": "number -3", "reason": "label is not an integer"},
+        {"split": "val", "shard": "val-000000.tar", "item": "number -3", "reason": "label is not an integer"},
     ]
     splits = read_manifest(root)["splits"]
     assert {name: (split["samples"], split["rejected"]) for name, split in splits.items()} == {
         "train": (4, 3),
-        "heldout": (1, 1),
+        "val": (1, 1),
     }
     assert "rejected 4 (label is not an integer: 2, no label: 2)" in caplog.text
 
@@ -318,7 +318,7 @@ def test_a_shard_without_usable_samples_has_no_tar_and_breaks_no_reader(tmp_path
     write(root, shards=ROUGH)
     paths = shard_paths(root, read_manifest(root), "train")
     assert [Path(path).name for path in paths] == ["train-000000.tar", "train-000002.tar"]
-    assert sorted(root.glob("*.tar")) == [root / "heldout-000000.tar", *map(Path, paths)]
+    assert sorted(root.glob("*.tar")) == [*map(Path, paths), root / "val-000000.tar"]
     urls = resolve_urls(f"{root}/train-*.tar", key="data.train", remedy="")
     keys = [raw["__key__"] for raw in ShardStream(urls, lambda raw, _: raw)]
     assert keys == ["0", "2", "1", "3"]
@@ -326,9 +326,9 @@ def test_a_shard_without_usable_samples_has_no_tar_and_breaks_no_reader(tmp_path
 
 
 def test_a_split_without_usable_samples_is_refused_and_tried_again(tmp_path):
-    shards = {"train": [(0, 1)], "heldout": [(-1, -2), (-3,)]}
+    shards = {"train": [(0, 1)], "val": [(-1, -2), (-3,)]}
     for _ in range(2):
-        with pytest.raises(UserError, match=r"heldout split .*\(label is not an integer: 2, no label: 1\)"):
+        with pytest.raises(UserError, match=r"val split .*\(label is not an integer: 2, no label: 1\)"):
             write(tmp_path / "d", shards=shards)
     assert not (tmp_path / "d").exists()
 
@@ -337,7 +337,7 @@ def test_a_split_without_usable_samples_is_refused_and_tried_again(tmp_path):
             return super().__call__([abs(number) for number in numbers])
 
     assert write(tmp_path / "d", shards=shards, write=Mended())
-    assert [sample["cls"] for sample in read_plainly(tmp_path / "d", "heldout")] == [b"1", b"2", b"3"]
+    assert [sample["cls"] for sample in read_plainly(tmp_path / "d", "val")] == [b"1", b"2", b"3"]
 
 
 def test_ranks_share_the_work_and_the_last_one_publishes(tmp_path, caplog):
@@ -380,7 +380,7 @@ def write_as_rank(rank, folder, trials, shards):
 @pytest.mark.slow
 def test_ranks_at_the_same_time(tmp_path):
     """Every shard is finished as both look, and one of them publishes."""
-    shards = {"train": [(i, i + 1) for i in range(40)], "heldout": [(0,)]}
+    shards = {"train": [(i, i + 1) for i in range(40)], "val": [(0,)]}
     commands.spawn(write_as_rank, (tmp_path, 5, shards), nprocs=2)
     write(tmp_path / "alone", shards=shards)
     assert contents(tmp_path / "0") == contents(tmp_path / "alone")
@@ -409,7 +409,7 @@ def test_a_publication_that_lost_the_race_is_fine(tmp_path, monkeypatch):
     [
         ({"rank": 2, "world_size": 2}, "rank=2"),
         ({"num_workers": -1}, "num_workers=-1"),
-        ({"shards": {"train": [(1,)], "heldout": []}}, "heldout split has no samples"),
+        ({"shards": {"train": [(1,)], "val": []}}, "val split has no samples"),
     ],
 )
 def test_arguments_out_of_range(tmp_path, changes, said):

@@ -245,8 +245,8 @@ def test_a_file_is_no_command_whatever_it_is_called(tmp_path, monkeypatch):
         assert resolve_urls(pattern, key="data.train", remedy="make them") == [str(tmp_path / odd)]
     named = {"splits": {"train": {"shards": [{"name": odd, "bytes": Path(odd).stat().st_size}]}}}
     root = Path("{pipe:touch run,x}")
-    with pytest.raises(UserError, match=r"^data\.heldout: no shards at"):
-        ImageShardsDataModule(name="x", batch_size=1, image_size=8, root=root).urls("heldout")
+    with pytest.raises(UserError, match=r"^data\.val: no shards at"):
+        ImageShardsDataModule(name="x", batch_size=1, image_size=8, root=root).urls("val")
     for url in (*shard_paths(".", named, "train"), *resolve_urls("*.tar", key="data.train", remedy="make them")):
         assert len(list(read_shard(url, MAX_ENTRY_BYTES))) == 1
     assert not list(tmp_path.glob("run*"))
@@ -259,7 +259,7 @@ def test_commands_out_of_a_file_are_not_run(url, monkeypatch):
     with pytest.raises(
         UserError, match=r"^x\.json has shards read by a command.* give data\.train=\.\.\. here,"
     ) as told:
-        check_foreign_urls("x.json", {"data.train": url, "data.heldout": None})
+        check_foreign_urls("x.json", {"data.train": url, "data.val": None})
     assert "\n" not in str(told.value)
     monkeypatch.setenv("GRN_TRUST", f"mine,{str(told.value).rpartition('=')[2]}")  # as it says
     check_foreign_urls("x.json", {"data.train": url})

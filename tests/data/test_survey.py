@@ -51,9 +51,9 @@ SAID = {
 }
 
 
-def text_images(train, heldout, **changes):
+def text_images(train, val, **changes):
     data = TextImageDataModule(
-        name="captioned_image", batch_size=1, resolutions=[[32, 48]], max_tokens=100, train=train, heldout=heldout,
+        name="captioned_image", batch_size=1, resolutions=[[32, 48]], max_tokens=100, train=train, val=val,
         shuffle_buffer=4, lookahead=4, **changes,
     )  # fmt: skip
     data.packed_by(PackedTokens(8, 1, lambda captions: [[1] for _ in captions]))
@@ -98,12 +98,12 @@ def test_what_macs_add_is_passed_over(tmp_path):
 
 def test_classes(tmp_path):
     url = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", JPEG) for i in range(4)])
-    data = ImageShardsDataModule(name="x", batch_size=2, image_size=8, num_labels=10, train=url, heldout=url)
+    data = ImageShardsDataModule(name="x", batch_size=2, image_size=8, num_labels=10, train=url, val=url)
     with pytest.raises(
         UserError, match=r'labels are key\.cls, or "label" of key\.json; without labels, data\.num_labels'
     ):
         next(iter(data.train_dataloader()))
-    data = ImageShardsDataModule(name="x", batch_size=2, image_size=8, train=url, heldout=url)
+    data = ImageShardsDataModule(name="x", batch_size=2, image_size=8, train=url, val=url)
     with pytest.raises(UserError, match=r"image of another size: \d+.* cropped by data\.center_crop=true"):
         next(iter(data.train_dataloader()))
 

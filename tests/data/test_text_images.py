@@ -27,7 +27,7 @@ def encoded(size, kind="JPEG", mode="RGB", color=None):
 def make(shard, **arguments):
     sizes = {} if "resolutions" in arguments else {"pixels": "0.06M"}
     defaults = {"name": "captioned_image", "max_tokens": 2048, "batch_size": 1, "lookahead": 8, "caption_dropout": 0.0}
-    module = TextImageDataModule(**(defaults | sizes | {"train": shard, "heldout": shard} | arguments))
+    module = TextImageDataModule(**(defaults | sizes | {"train": shard, "val": shard} | arguments))
     module.packed_by(PackedTokens(16, 4, lambda captions: [[*c.encode()[:64], 1] for c in captions]))
     return module
 
@@ -82,7 +82,7 @@ def test_captions_are_drawn_by_weight_among_those_that_are_there(cc12m):
     captions = {"txt": 1.0, "long": 3.0, "not there": 100.0}
     module = make(cc12m, captions=captions)
     decode = module.decoder(training=True)
-    raws = list(module._stream("heldout").shard(cc12m))
+    raws = list(module._stream("val").shard(cc12m))
     drawn = [decode(raw, number)["caption"] for raw in raws for number in range(40)]
     share = sum("number" in caption for caption in drawn) / len(drawn)
     assert 0.65 < share < 0.85
@@ -91,7 +91,7 @@ def test_captions_are_drawn_by_weight_among_those_that_are_there(cc12m):
 
 def test_captions_are_dropped_in_training_alone(cc12m):
     module = make(cc12m, caption_dropout=0.5)
-    raws = list(module._stream("heldout").shard(cc12m))
+    raws = list(module._stream("val").shard(cc12m))
     drawn = [module.decoder(training=True)(raw, number)["caption"] for raw in raws for number in range(40)]
     assert 0.4 < drawn.count("") / len(drawn) < 0.6
     assert set(drawn) == {"", CAPTION}
@@ -107,7 +107,7 @@ def test_captions_are_worded_and_lose_sentences_in_training_alone(tmp_path):
     worded = {"caption_prefix": "<T2V>", "caption_suffix": " {quality_prompt} {number}"}
     module = make(shard, **worded, sentence_dropout=0.5, caption_dropout=0.2)
     assert {key: it for key, (it, _) in held_out(module).items()} == {"a": f"<T2V>{long} sharp.", "b": "<T2V>b"}
-    raw = next(iter(module._stream("heldout").shard(shard)))
+    raw = next(iter(module._stream("val").shard(shard)))
     drawn = [module.decoder(training=True)(raw, number)["caption"] for number in range(400)]
     parts = ["A dog runs.", "A dog runs. It is brown!", "A dog runs. It is brown! Is it?", long]
     assert set(drawn) == {"", *(f"<T2V>{part} sharp." for part in parts)}
@@ -117,7 +117,7 @@ def test_captions_are_worded_and_lose_sentences_in_training_alone(tmp_path):
 
 def test_sizes_that_a_source_hardly_has_are_not_drawn(tmp_path):
     shard = write_tar(tmp_path / "0.tar", [("a.jpg", encoded((450, 450))), ("a.txt", b"a")])
-    raw = next(iter(make(shard)._stream("heldout").shard(shard)))
+    raw = next(iter(make(shard)._stream("val").shard(shard)))
 
     def drawn(**changes):
         decode = make(shard, pixels={"0.06M": 1, "0.25M": 1, "1M": 1}, max_tokens=8192, **changes).decoder(

@@ -217,12 +217,12 @@ def test_packs_go_on_exactly(folder):
 @pytest.mark.parametrize(("kind", "name"), [(images, "captioned_image_tokens"), (clips, "captioned_video_tokens")])
 def test_scores_see_the_pixels_that_were_encoded(folder, kind, name):
     from_pixels, from_tokens = data(folder, kind(folder)), data(folder, tokens(folder, name))
-    for real, found in zip(*(d.split_dataloader("heldout") for d in (from_pixels, from_tokens)), strict=True):
+    for real, found in zip(*(d.split_dataloader("val") for d in (from_pixels, from_tokens)), strict=True):
         assert (real["key"], real["caption"]) == (found["key"], found["caption"])
         assert all(map(torch.equal, real["pixels"], found["pixels"]))
     from_tokens.pixels = "/nowhere"
-    with pytest.raises(UserError, match=r"data\.pixels: .*/nowhere has not their heldout shards"):
-        from_tokens.split_dataloader("heldout")
+    with pytest.raises(UserError, match=r"data\.pixels: .*/nowhere has not their val shards"):
+        from_tokens.split_dataloader("val")
 
 
 def mixture(folder, **images_differ):
@@ -431,12 +431,12 @@ def test_samples_that_cannot_be_encoded_are_listed(folder, tmp_path):
     """And those that can keep their captions unchanged, whatever else stands beside them."""
     module = data(folder, images(folder))
     assert isinstance(module, TextImageDataModule)
-    (shard,) = module.urls("heldout")
-    first, second, *_ = module._stream("heldout").shard(shard)
+    (shard,) = module.urls("val")
+    first, second, *_ = module._stream("val").shard(shard)
     suffixes = ("png", "txt", "json")
     entries = [(f"{r['__key__']}.{suffix}", r[suffix]) for r in (first, second) for suffix in suffixes]
     entries += [("torn.png", first["png"][:60]), ("torn.txt", b"torn"), ("mute.png", first["png"])]
-    for split in ("train", "heldout"):
+    for split in ("train", "val"):
         write_tar(tmp_path / f"{split}-0.tar", entries)
     assert encode(
         config("encode", folder, *images(folder), f"data.root={tmp_path}", f"out={tmp_path}/tokens", *frozen(folder))
@@ -457,17 +457,17 @@ def test_a_manifest_runs_no_command(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "captioned_image_tokens", tmp_path / "tokens")
     path = tmp_path / "tokens" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["source"]["heldout"] = f"pipe:touch {tmp_path}/ran; cat {folder}/images/heldout-0.tar"
+    manifest["source"]["val"] = f"pipe:touch {tmp_path}/ran; cat {folder}/images/val-0.tar"
     path.write_text(json.dumps(manifest))
     datamodule = data(tmp_path, tokens(tmp_path, "tokens"))
     with pytest.raises(
         UserError, match=r"manifest\.json has shards read by a command.*give data\.pixels=.*GRN_TRUST=pipe$"
     ):
-        list(datamodule.split_dataloader("heldout"))
+        list(datamodule.split_dataloader("val"))
     assert not (tmp_path / "ran").exists()
     given = data(tmp_path, tokens(tmp_path, "tokens", pixels=folder / "images"))
     monkeypatch.setenv("GRN_TRUST", "pipe")
     for trusted in (given, datamodule):
         assert not (tmp_path / "ran").exists()
-        assert sum(len(batch["key"]) for batch in trusted.split_dataloader("heldout")) == 10
+        assert sum(len(batch["key"]) for batch in trusted.split_dataloader("val")) == 10
     assert (tmp_path / "ran").exists()

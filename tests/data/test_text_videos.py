@@ -44,7 +44,7 @@ def write(path, samples):
 
 def make(shard, **arguments):
     defaults = {"name": "clips", "resolutions": [[32, 32], [32, 48]], "max_frames": 17, "max_tokens": 256}
-    defaults |= {"batch_size": 1, "lookahead": 4, "caption_dropout": 0.0, "train": shard, "heldout": shard}
+    defaults |= {"batch_size": 1, "lookahead": 4, "caption_dropout": 0.0, "train": shard, "val": shard}
     module = TextVideoDataModule(**(defaults | arguments))
     module.packed_by(PackedTokens(8, 4, lambda captions: [list(c.encode()) for c in captions]))
     return module
@@ -94,7 +94,7 @@ def test_training_takes_clips_from_anywhere(shard):
     module = make(shard)
     decode, (raw,) = (
         module.decoder(training=True),
-        [r for r in module._stream("heldout").shard(shard) if "long" in r["__key__"]],
+        [r for r in module._stream("val").shard(shard) if "long" in r["__key__"]],
     )
     starts = [numbers(decode(raw, number)["pixels"])[0] for number in range(30)]
     assert min(starts) < 15
@@ -178,7 +178,7 @@ def test_clips_of_a_large_share_of_a_pack_are_left_out(shard):
     """Of 256 tokens, a clip of 17 frames and 4x6 has 5 * 24 + 1 + its text, one of 13 has 4 * 24."""
     module = make(shard, max_share=0.4)
     loader = module.train_dataloader().dataset
-    raws = module._stream("heldout").shard(shard)
+    raws = module._stream("val").shard(shard)
     kept = [raw["__key__"] for raw in raws if loader.decoded(raw | {"__url__": shard}, 0) is not None]
     assert kept == ["short", "fast", "image"]
 

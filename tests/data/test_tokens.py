@@ -161,11 +161,11 @@ def test_what_does_not_fit_is_refused(folder):
 
 def test_scores_see_pixels(folder):
     data = tokens(folder)
-    batch = next(iter(data.split_dataloader("heldout")))
-    assert torch.equal(batch["pixels"], next(iter(pixels(folder).split_dataloader("heldout")))["pixels"])
+    batch = next(iter(data.split_dataloader("val")))
+    assert torch.equal(batch["pixels"], next(iter(pixels(folder).split_dataloader("val")))["pixels"])
     data.pixels = "/nowhere"
-    with pytest.raises(UserError, match=r"data\.pixels: .*/nowhere has not their heldout shards"):
-        data.split_dataloader("heldout")
+    with pytest.raises(UserError, match=r"data\.pixels: .*/nowhere has not their val shards"):
+        data.split_dataloader("val")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -274,7 +274,7 @@ def test_a_missing_view_is_noticed():
 
 
 def test_shards_without_a_usable_sample_are_described(folder, tmp_path):
-    for split in ("train", "heldout"):
+    for split in ("train", "val"):
         write_tar(
             tmp_path / f"{split}-0.tar", [(f"a.{i}.{suffix}", b"3") for i in range(3) for suffix in ("png", "cls")]
         )
@@ -290,7 +290,7 @@ def test_bad_samples_and_broken_shards_are_listed(folder, tmp_path):
     with tarfile.open(good) as tar:
         entries = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()[:9]]  # three samples
     entries[0] = (entries[0][0].replace(".cls", ".json"), b"[]")  # of the first, in whatever order
-    for name in ("train-0.tar", "heldout-0.tar"):
+    for name in ("train-0.tar", "val-0.tar"):
         with tarfile.open(tmp_path / name, "w") as tar:
             for entry, data in [*entries, ("broken.png", b"no picture"), ("broken.cls", b"3")]:
                 info = tarfile.TarInfo(entry)
@@ -308,4 +308,4 @@ def test_bad_samples_and_broken_shards_are_listed(folder, tmp_path):
     batches = list(data.val_dataloader())
     kept = [key for batch in batches for key in batch["key"]]
     assert kept == [entries[3][0].split(".")[0], entries[6][0].split(".")[0]]
-    assert data.manifest["splits"]["heldout"] == data.manifest["splits"]["heldout"] | {"samples": 2, "rejected": 2}
+    assert data.manifest["splits"]["val"] == data.manifest["splits"]["val"] | {"samples": 2, "rejected": 2}

@@ -16,7 +16,7 @@ def root(tmp_path_factory, moving_digits):
     """Two training shards and a held-out one, as somebody else would write them; one video in each is broken."""
     root = tmp_path_factory.mktemp("data")
     files = sorted(moving_digits(root / "files", 9).glob("*.mp4"))
-    for i, name in enumerate(("train-000000", "train-000001", "heldout-000000")):
+    for i, name in enumerate(("train-000000", "train-000001", "val-000000")):
         with wds.TarWriter(str(root / f"{name}.tar"), encoder=False) as tar:
             for path in files[3 * i : 3 * i + 3]:
                 caption = path.with_suffix(".txt").read_bytes()
@@ -42,9 +42,9 @@ def test_batches_are_clips(root):
     assert (movement > 1).all()
 
 
-def test_the_heldout_split_is_the_same_every_time(root):
+def test_the_val_split_is_the_same_every_time(root):
     data = clips(root)
-    first, second = ([batch["pixels"] for batch in data.split_dataloader("heldout")] for _ in range(2))
+    first, second = ([batch["pixels"] for batch in data.split_dataloader("val")] for _ in range(2))
     assert [len(pixels) for pixels in first] == [2, 1]
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert sum(data.skipped().values()) == 1

@@ -25,7 +25,7 @@ def picture(size, seed):
 
 def write_images(root):
     """Forty images of two shapes, each with two captions."""
-    for split, count in {"train": 30, "heldout": 10}.items():
+    for split, count in {"train": 30, "val": 10}.items():
         entries = []
         for number in range(count):
             entries += [
@@ -38,7 +38,7 @@ def write_images(root):
 
 def write_clips(root):
     """Of 5 to 17 frames, which are all of a video, so that training draws what evaluation takes."""
-    for split in ("train", "heldout"):
+    for split in ("train", "val"):
         entries = []
         for number in range(8):
             frames = 1 + 4 * (1 + number % 4)

@@ -26,7 +26,7 @@ def images():
 @pytest.fixture
 def make(folder):
     def make(**keys):
-        return CLIPScore(**{"path": folder, "train": tuple, "heldout": tuple, "prompts": PROMPTS} | keys)
+        return CLIPScore(**{"path": folder, "train": tuple, "val": tuple, "prompts": PROMPTS} | keys)
 
     return make
 
@@ -76,7 +76,7 @@ def test_images_of_any_size_are_prepared_as_clip_was_trained(folder, images):
 
 
 def test_against_images_of_a_split(folder, images, make):
-    score = make(heldout=lambda: [{"pixels": images[:8]}], against="heldout", prompts=None)
+    score = make(val=lambda: [{"pixels": images[:8]}], against="val", prompts=None)
     score.update(images[8:])
     _, features = by_hand(folder, images, PROMPTS[:1])
     direction = features[:8].sum(dim=0)

@@ -44,7 +44,7 @@ def test_statistics_made_in_inference_mode_go_on_outside(features):
 def test_extractor_gives_the_named_features_in_float32_under_autocast(classifier_weights, digits):
     extractor = build_extractor("digits-classifier", ["logits", "64"], weights=classifier_weights)
     assert widths(extractor) == {"logits": 10, "64": 64}
-    images = digits["heldout"][0][:8]
+    images = digits["val"][0][:8]
     plain = extract(extractor, images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(extract(extractor, images), plain, rtol=0, atol=0)

@@ -25,7 +25,7 @@ class Images(Dataset):
 @pytest.fixture(scope="module")
 def generated(digits):
     """Noisy held-out digits, uint8 [297, 3, 32, 32]."""
-    return noisy(digits["heldout"][0])
+    return noisy(digits["val"][0])
 
 
 def noisy(images, size=40):
@@ -37,7 +37,7 @@ def noisy(images, size=40):
 def make_scores(splits, classifier_weights):
     def make(**keys):
         keys = {"reference": "train", "extractor": "digits-classifier", "weights": classifier_weights} | keys
-        return GenerationScores(**({"train": splits["train"], "heldout": splits["heldout"]} | keys))
+        return GenerationScores(**({"train": splits["train"], "val": splits["val"]} | keys))
 
     return make
 
@@ -99,7 +99,7 @@ def test_kid_precision_and_recall_equal_torch_fidelity(make_scores, generated, d
 
 @pytest.mark.parametrize("key", ["kid", "prc"])
 def test_statistics_alone_hold_no_real_images(make_scores, key):
-    with pytest.raises(UserError, match=rf"scores\.fid\.{key} .*reference=stats\.npz .*train, heldout"):
+    with pytest.raises(UserError, match=rf"scores\.fid\.{key} .*reference=stats\.npz .*train, val"):
         make_scores(reference="stats.npz", **{key: True})
 
 
@@ -144,12 +144,12 @@ def test_reset_forgets_the_images_and_keeps_the_reference(make_scores, generated
     assert scores.compute() == first
 
 
-def test_heldout_fid_is_that_of_the_heldout_images(make_scores, digits):
-    scores = make_scores(heldout_fid=True)
-    scores.update(digits["heldout"][0])
+def test_val_fid_is_that_of_the_val_images(make_scores, digits):
+    scores = make_scores(val_fid=True)
+    scores.update(digits["val"][0])
     values = scores.compute()
-    assert values["fid_heldout"] == pytest.approx(values["fid"], rel=1e-6)
-    assert make_scores(reference="heldout", heldout_fid=True).heldout_fid == pytest.approx(0, abs=1e-3)
+    assert values["fid_val"] == pytest.approx(values["fid"], rel=1e-6)
+    assert make_scores(reference="val", val_fid=True).val_fid == pytest.approx(0, abs=1e-3)
 
 
 def test_no_inception_score_unless_asked(make_scores, generated):
@@ -247,11 +247,11 @@ def test_missing_reference(make_scores, reference):
 
 def test_too_few_images(make_scores, digits):
     scores = make_scores(isc=False)
-    scores.update(digits["heldout"][0][:1])
+    scores.update(digits["val"][0][:1])
     with pytest.raises(UserError, match="at least 2 images"):
         scores.compute()
     scores = make_scores(isc_splits=10)
-    scores.update(digits["heldout"][0][:9])
+    scores.update(digits["val"][0][:9])
     with pytest.raises(UserError, match="at least 10 images"):
         scores.compute()
     with pytest.raises(UserError, match=r"scores\.fid\.isc_splits"):
@@ -259,11 +259,9 @@ def test_too_few_images(make_scores, digits):
 
 
 def test_of_clips_every_frame_counts(make_scores, digits):
-    pixels, labels = digits["heldout"]
+    pixels, labels = digits["val"]
     images, clips = pixels[:40], pixels[:40].view(8, 5, *pixels.shape[1:]).transpose(1, 2)
-    as_images, as_clips = (
-        make_scores(reference="heldout", heldout=lambda x=x: [{"pixels": x}]) for x in (images, clips)
-    )
+    as_images, as_clips = (make_scores(reference="val", val=lambda x=x: [{"pixels": x}]) for x in (images, clips))
     for scores in (as_images, as_clips):
         scores.update(pixels[40:80])
     assert as_images.compute() == as_clips.compute()

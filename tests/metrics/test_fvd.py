@@ -58,7 +58,7 @@ def split(pixels, batch=7):
 
 
 def make(path, *, real=REAL, **changes):
-    arguments = {"train": split(real), "heldout": split(GENERATED), "network": lambda: video_network("i3d", str(path))}
+    arguments = {"train": split(real), "val": split(GENERATED), "network": lambda: video_network("i3d", str(path))}
     return FrechetVideoDistance(**(arguments | {"frames": 12} | changes))
 
 
@@ -127,7 +127,7 @@ def test_statistics_of_a_split_are_cached(i3d, tmp_path):
     again._features = None  # read from the cache, not computed
     assert again.reference["mu"].shape == (WIDTH,)
     assert fvd(make(i3d, cache_dir=tmp_path), GENERATED) == first
-    for changes in ({"real": REAL[1:]}, {"frames": 10}, {"reference": "heldout"}):
+    for changes in ({"real": REAL[1:]}, {"frames": 10}, {"reference": "val"}):
         fvd(make(i3d, cache_dir=tmp_path, **changes), GENERATED)
     assert len(list(tmp_path.iterdir())) == 4
     assert fvd(make(i3d, reference=str(cached)), GENERATED) == pytest.approx(first, rel=1e-9)

@@ -54,8 +54,8 @@ def build(weights, data):
         images, labels = data[name]
         return lambda: [{"pixels": images, "label": labels}]
 
-    splits = {"train": split("train"), "heldout": split("heldout")}
-    options = {"kid": True, "kid_subset_size": 50, "prc": True, "heldout_fid": True}
+    splits = {"train": split("train"), "val": split("val")}
+    options = {"kid": True, "kid_subset_size": 50, "prc": True, "val_fid": True}
     fid = GenerationScores(**splits, reference="train", extractor="digits-classifier", weights=weights, **options)
     return {"fid": fid, "judge": DigitsJudge(**splits), "nearest": NearestTrainingDistance(**splits)}
 
@@ -97,7 +97,7 @@ def flat(results):
 @pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(digits, classifier_weights, tmp_path):
     data = {name: (images[:200], labels[:200]) for name, (images, labels) in digits.items()}
-    real, labels = (values[200:297] for values in digits["heldout"])  # 97: the ranks get 49 and 48
+    real, labels = (values[200:297] for values in digits["val"])  # 97: the ranks get 49 and 48
     noise = torch.randint(0, 60, real.shape, generator=torch.Generator().manual_seed(0))
     images = (real.int() + noise).clamp(max=255).to(torch.uint8)
     arguments = (2, tmp_path, classifier_weights, data, images, labels, real)

@@ -12,7 +12,7 @@ from grn.runtime.errors import UserError
 @pytest.fixture
 def pairs(digits):
     """Real images and reconstructions of very different quality, uint8 [30, 3, 32, 32]."""
-    real = digits["heldout"][0][:30]
+    real = digits["val"][0][:30]
     size = torch.linspace(2, 40, 30).view(-1, 1, 1, 1)
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0)) * size
     return real, (real + noise).round().clamp(0, 255).to(torch.uint8)
@@ -48,7 +48,7 @@ def test_psnr_of_a_known_error():
 
 
 def test_an_exact_copy_is_finite(digits):
-    real = digits["heldout"][0][:4]
+    real = digits["val"][0][:4]
     scores = ReconstructionScores()
     scores.update(real, real)
     values = scores.compute()

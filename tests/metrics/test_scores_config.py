@@ -29,19 +29,19 @@ def test_digits(load, splits, digits, tmp_path, monkeypatch):
     assert set(scores) == {"fid", "judge", "nearest"}
     values = {}
     for score in scores.values():
-        score.update(*digits["heldout"])
+        score.update(*digits["val"])
         new = score.compute()
         assert not values.keys() & new.keys()
         values |= new
     assert all(type(value) in (int, float) and np.isfinite(value) for value in values.values())
-    assert {"fid", "fid_heldout", "isc_mean", "isc_std", "judge_accuracy", "nn_median_ratio"} <= values.keys()
+    assert {"fid", "fid_val", "isc_mean", "isc_std", "judge_accuracy", "nn_median_ratio"} <= values.keys()
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".npz", ".safetensors"}
 
 
-def test_digits_reconstruction_is_against_the_heldout_images(load, splits, digits, classifier_weights):
+def test_digits_reconstruction_is_against_the_val_images(load, splits, digits, classifier_weights):
     score = load("digits_reconstruction")["fid"](**splits, device="cpu", cache_dir=classifier_weights.parent)
-    score.update(digits["heldout"][0])
-    assert score.compute() == {"fid": pytest.approx(0, abs=1e-3), "fid_samples": len(digits["heldout"][0])}
+    score.update(digits["val"][0])
+    assert score.compute() == {"fid": pytest.approx(0, abs=1e-3), "fid_samples": len(digits["val"][0])}
 
 
 def test_imagenet_reads_its_statistics(load, splits, tmp_path, monkeypatch):

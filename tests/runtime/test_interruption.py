@@ -83,7 +83,7 @@ def test_finished_shards_stay(tmp_path, workers):
     for number in range(120):
         Image.effect_noise((320, 320), 90).save(tmp_path / "pictures" / f"{number:03d}.png")
         (tmp_path / "pictures" / f"{number:03d}.txt").write_text(f"noise {number}")
-    arguments = ("data=captioned_image", "root=pictures", "source.shard_size=5", "source.heldout=10")
+    arguments = ("data=captioned_image", "root=pictures", "source.shard_size=5", "source.val=10")
     arguments += (f"source.num_workers={workers}", "data.root=data/pictures")
     command = commands.Command("grn.prepare", *arguments, env=environment(tmp_path), cwd=tmp_path)
     shards = tmp_path / "data" / ".pictures.partial" / "shards"

@@ -61,7 +61,7 @@ def points(argument):
 )
 @pytest.mark.parametrize(
     "key",
-    ["data.train", "++data.parts.a.heldout", "ckpt_path", "out", "negative_prompt", "tokenizer.ckpt", "name"],
+    ["data.train", "++data.parts.a.val", "ckpt_path", "out", "negative_prompt", "tokenizer.ckpt", "name"],
 )
 def test_a_value_as_it_stands(key, typed):
     assert read(f"{key}={typed}") == typed
@@ -97,8 +97,8 @@ def test_any_text(typed):
         ("negative_prompt='it is'", "it is"),
         ("data.train=[a.tar, b-{0,1}.tar,https://c/d?e=f]", ["a.tar", "b-{0,1}.tar", "https://c/d?e=f"]),
         ('data.train="a,b"', "a,b"),
-        ("source.heldout=1000", 1000),
-        ("source.heldout=a=b.jsonl", "a=b.jsonl"),
+        ("source.val=1000", 1000),
+        ("source.val=a=b.jsonl", "a=b.jsonl"),
         ("data.pixels={0.25M:1,1M:3}", {"0.25M": 1, "1M": 3}),
         ("data.weights={images:0.5,clips:0.5}", {"images": 0.5, "clips": 0.5}),
         ("model.depth=3", 3),

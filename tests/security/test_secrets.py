@@ -53,7 +53,7 @@ def test_lines_and_containers():
 
 def test_a_run_folder_has_none(tmp_path, monkeypatch):
     urls = ["https://h/a.tar?X=AKIA", "pipe:curl -u me:hunter2 https://h/b.tar"]
-    monkeypatch.setattr("sys.argv", ["grn.train", f"data.train=[{urls[0]}]", f"data.heldout={urls[1]}"])
+    monkeypatch.setattr("sys.argv", ["grn.train", f"data.train=[{urls[0]}]", f"data.val={urls[1]}"])
     record(tmp_path, OmegaConf.create({"data": {"train": urls}, "again": "${data.train}"}))
     for path in tmp_path.iterdir():
         assert not [secret for secret in SECRETS if secret in path.read_text()]
@@ -65,4 +65,4 @@ def test_a_run_folder_has_none(tmp_path, monkeypatch):
 def test_what_was_cut_is_asked_for(url, monkeypatch):
     monkeypatch.setenv("GRN_TRUST", "pipe")
     with pytest.raises(UserError, match=r"^ckpt=x has .* were removed; give data\.train=\.\.\. here$"):
-        check_foreign_urls("ckpt=x", {"data.train": [url], "data.heldout": None})
+        check_foreign_urls("ckpt=x", {"data.train": [url], "data.val": None})

@@ -111,7 +111,7 @@ HOSTILE = {"_target_": "grn.runtime.files.write_text", "_partial_": True, "path"
 EVIL = {
     "_target_": "grn.metrics.fvd.FrechetVideoDistance",
     "train": None,
-    "heldout": None,
+    "val": None,
     "network": HOSTILE,
 }
 

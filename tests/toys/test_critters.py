@@ -49,7 +49,7 @@ def split_of(root, name):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("critters") / "critters"
-    assert CrittersSource(samples=120, heldout=40, new=30, shard_size=60, num_workers=0).write(root)
+    assert CrittersSource(samples=120, val=40, new=30, shard_size=60, num_workers=0).write(root)
     return root
 
 
@@ -80,10 +80,8 @@ def test_every_attribute_shows():
 
 
 def test_training_never_shows_new_pairs(folder):
-    facts = {
-        split: [json.loads(raw["json"]) for raw in samples(folder, split)] for split in ("train", "heldout", "new")
-    }
-    assert {split: len(own) for split, own in facts.items()} == {"train": 120, "heldout": 40, "new": 30}
+    facts = {split: [json.loads(raw["json"]) for raw in samples(folder, split)] for split in ("train", "val", "new")}
+    assert {split: len(own) for split, own in facts.items()} == {"train": 120, "val": 40, "new": 30}
     for split, own in facts.items():
         assert all(((it["color"], it["hat"]) in HELDOUT_PAIRS) == (split == "new") for it in own)
     every = [json.dumps(it) for own in facts.values() for it in own]
@@ -118,10 +116,10 @@ def test_the_judge_counts_what_was_told(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(critters_judge, "EPOCHS", 1)
     prompts = [caption(SOME), "a blue critter with horns", "a dog"]
     judge = CrittersJudge(
-        train=split_of(folder, "train"), heldout=split_of(folder, "heldout"), prompts=prompts, cache_dir=tmp_path
+        train=split_of(folder, "train"), val=split_of(folder, "val"), prompts=prompts, cache_dir=tmp_path
     )
     (cached,) = tmp_path.glob("critters-judge-*.safetensors")
-    assert 0 <= judge.heldout_accuracy <= 1
+    assert 0 <= judge.val_accuracy <= 1
     orange, blue = read_caption(prompts[0]), read_caption(prompts[1])
     wrong = [*orange[:4], ATTRIBUTES["hat"].index("horns"), orange[5]]
     read = torch.tensor([orange, wrong, [*blue[:4], blue[4], 0], [0] * 6])
@@ -139,9 +137,7 @@ def test_the_judge_counts_what_was_told(folder, monkeypatch, tmp_path):
         judge.compute()
     cached.write_bytes(b"x")
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        CrittersJudge(
-            train=split_of(folder, "train"), heldout=split_of(folder, "heldout"), prompts=prompts, cache_dir=tmp_path
-        )
+        CrittersJudge(train=split_of(folder, "train"), val=split_of(folder, "val"), prompts=prompts, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -153,4 +149,4 @@ def test_the_judge_counts_what_was_told(folder, monkeypatch, tmp_path):
 )
 def test_what_cannot_be_judged(folder, prompts, train, expected):
     with pytest.raises(UserError, match=expected):
-        CrittersJudge(train=split_of(folder, train) if train else tuple, heldout=tuple, prompts=prompts)
+        CrittersJudge(train=split_of(folder, train) if train else tuple, val=tuple, prompts=prompts)

@@ -18,7 +18,7 @@ from grn.toys.digits import digit_caption, render
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("digits") / "t2i"
-    assert DigitPairsSource(copies=2, heldout_copies=1).write(root)
+    assert DigitPairsSource(copies=2, val_copies=1).write(root)
     return root
 
 
@@ -34,28 +34,26 @@ def test_captions():
 
 
 def test_training_never_shows_the_heldout_pairs(folder):
-    train, heldout = (Counter(raw["txt"].decode() for raw in samples(folder, split)) for split in ("train", "heldout"))
+    train, val = (Counter(raw["txt"].decode() for raw in samples(folder, split)) for split in ("train", "val"))
     apart = {pair_caption(*pair) for pair in HELDOUT_PAIRS}
     assert len(apart) == 10
     assert not apart & set(train)
     assert {train[pair_caption(*pair)] for pair in PAIRS if pair not in HELDOUT_PAIRS} == {2}
-    assert {heldout[pair_caption(*pair)] for pair in PAIRS} == {1}
+    assert {val[pair_caption(*pair)] for pair in PAIRS} == {1}
     assert sum(train[digit_caption(label)] for label in range(10)) == 1500
-    assert sum(heldout[digit_caption(label)] for label in range(10)) == 297
+    assert sum(val[digit_caption(label)] for label in range(10)) == 297
     assert {left for left, _ in HELDOUT_PAIRS} == {right for _, right in HELDOUT_PAIRS} == set(range(10))
 
 
-def test_no_digit_of_the_heldout_split_is_in_training(folder):
-    train, heldout = (
-        {i for raw in samples(folder, s) for i in raw["__key__"].split("-")} for s in ("train", "heldout")
-    )
-    assert len(train | heldout) == 1797
-    assert not train & heldout
+def test_no_digit_of_the_val_split_is_in_training(folder):
+    train, val = ({i for raw in samples(folder, s) for i in raw["__key__"].split("-")} for s in ("train", "val"))
+    assert len(train | val) == 1797
+    assert not train & val
 
 
 def test_pictures_show_what_captions_say(folder, tmp_path):
     digits, labels = load_digits(return_X_y=True)
-    for raw in samples(folder, "heldout")[:60]:
+    for raw in samples(folder, "val")[:60]:
         numbers = [int(number) for number in raw["__key__"].split("-")]
         own = [int(labels[number]) for number in numbers]
         assert raw["txt"].decode() == (digit_caption(*own) if len(own) == 1 else pair_caption(*own))
@@ -67,7 +65,7 @@ def test_pictures_show_what_captions_say(folder, tmp_path):
             assert np.array_equal(picture[:, 32 * place :][:, :32], np.asarray(Image.open(tmp_path / "one.png")))
 
 
-@pytest.mark.parametrize(("name", "value"), [("copies", 0), ("size", 7), ("heldout", 5), ("train_shards", 0)])
+@pytest.mark.parametrize(("name", "value"), [("copies", 0), ("size", 7), ("val", 5), ("train_shards", 0)])
 def test_mistakes_name_the_key(tmp_path, name, value):
     with pytest.raises(UserError, match=rf"source\.{name}={value} must"):
         DigitPairsSource(**{name: value}).write(tmp_path / "x")

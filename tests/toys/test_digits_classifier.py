@@ -18,13 +18,13 @@ def test_is_registered():
     assert FEATURE_EXTRACTORS_REGISTRY[NAME] is DigitsClassifier
 
 
-def test_reads_heldout_digits(classifier_weights, digits):
-    assert accuracy(classifier_weights, *digits["heldout"]) >= 0.97
+def test_reads_val_digits(classifier_weights, digits):
+    assert accuracy(classifier_weights, *digits["val"]) >= 0.97
 
 
 def test_logits_are_of_the_features(classifier_weights, digits):
     extractor = build_extractor(NAME, ["64", "logits"], weights=classifier_weights)
-    features = extract(extractor, digits["heldout"][0])
+    features = extract(extractor, digits["val"][0])
     torch.testing.assert_close(extractor.network.head(features["64"]), features["logits"])
     assert (features["64"].std(dim=0) > 0).all()  # no dead unit makes the covariance singular
 

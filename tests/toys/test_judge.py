@@ -10,12 +10,12 @@ def judge(splits):
     return DigitsJudge(**splits)
 
 
-def test_reads_heldout_digits(judge, digits):
+def test_reads_val_digits(judge, digits):
     judge.reset()
-    judge.update(*digits["heldout"])
+    judge.update(*digits["val"])
     scores = judge.compute()
-    assert scores["judge_heldout_accuracy"] >= 0.97
-    assert scores["judge_accuracy"] == scores["judge_heldout_accuracy"]
+    assert scores["judge_val_accuracy"] >= 0.97
+    assert scores["judge_accuracy"] == scores["judge_val_accuracy"]
 
 
 def test_counts_what_was_asked_for(judge, digits):
@@ -40,13 +40,13 @@ def test_noise_is_not_read_as_asked(judge):
 
 
 def test_bad_input_is_one_line(judge, digits, splits, make_split):
-    images, labels = (values[:5] for values in digits["heldout"])
+    images, labels = (values[:5] for values in digits["val"])
     with pytest.raises(UserError, match="classes 0 to 9"):
         judge.update(images, labels + 10)
     judge.reset()
     with pytest.raises(UserError, match="no images to judge"):
         judge.compute()
     with pytest.raises(UserError, match="held-out split has no labels"):
-        DigitsJudge(train=splits["train"], heldout=make_split(images))
+        DigitsJudge(train=splits["train"], val=make_split(images))
     with pytest.raises(UserError, match="two classes"):
-        DigitsJudge(train=make_split(images, torch.zeros(5, dtype=torch.int64)), heldout=splits["heldout"])
+        DigitsJudge(train=make_split(images, torch.zeros(5, dtype=torch.int64)), val=splits["val"])

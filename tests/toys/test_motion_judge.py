@@ -14,22 +14,22 @@ PROMPTS = [*ASKED, "a cat"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("digits") / "video"
-    sizes = {"digits": 300, "heldout": 30, "train_shards": 1, "heldout_shards": 1}
-    MovingDigitsSource(copies=0, heldout_copies=1, **sizes).write(root)
+    sizes = {"digits": 300, "val": 30, "train_shards": 1, "val_shards": 1}
+    MovingDigitsSource(copies=0, val_copies=1, **sizes).write(root)
     arguments = {"resolutions": [[32, 32]], "max_frames": 17, "max_tokens": 4096, "batch_size": 1}
     return TextVideoDataModule(name="digits_video", root=root, eval_batch_size=100, **arguments)
 
 
 @pytest.fixture(scope="module")
 def judge(data):
-    splits = {name: lambda name=name: data.split_dataloader(name) for name in ("train", "heldout")}
+    splits = {name: lambda name=name: data.split_dataloader(name) for name in ("train", "val")}
     return MovingDigitsJudge(prompts=PROMPTS, **splits)
 
 
 @pytest.fixture(scope="module")
 def clips(data):
     """(uint8 [220, 3, 17, 32, 32], numbers of their prompts), of held-out digits."""
-    batches = list(data.split_dataloader("heldout"))
+    batches = list(data.split_dataloader("val"))
     captions = [PROMPTS.index(caption) for batch in batches for caption in batch["caption"]]
     return torch.stack([clip for batch in batches for clip in batch["pixels"]]), torch.tensor(captions)
 
@@ -45,7 +45,7 @@ def test_it_reads_real_clips(judge, clips):
     assert found["motion_accuracy"] == found["crossing_motion_accuracy"] == 1.0
     assert found["frame_accuracy"] > 0.9
     assert found["clip_accuracy"] > 0.9
-    assert found["judge_heldout_accuracy"] > 0.9
+    assert found["judge_val_accuracy"] > 0.9
 
 
 def test_what_was_not_asked_for_is_wrong(judge, clips):
@@ -71,7 +71,7 @@ def test_others_are_not_judged(judge, clips):
     with pytest.raises(UserError, match="no clips to judge"):
         judge.compute()
     with pytest.raises(UserError, match=r"scores\.judge\.prompts asks for no digit that moves"):
-        MovingDigitsJudge(prompts=["a cat"], train=list, heldout=list)
+        MovingDigitsJudge(prompts=["a cat"], train=list, val=list)
 
 
 def test_black_clips_have_a_middle_and_no_motion():

@@ -21,8 +21,8 @@ from grn.toys.moving_digits import DIRECTIONS, MovingDigitsSource, crossing_capt
 def root(tmp_path_factory):
     """Of a hundred digits, forty held out, so that the files are few."""
     root = tmp_path_factory.mktemp("digits") / "video"
-    sizes = {"digits": 100, "heldout": 40, "train_shards": 2, "heldout_shards": 1}
-    assert MovingDigitsSource(copies=1, heldout_copies=0, **sizes).write(root)
+    sizes = {"digits": 100, "val": 40, "train_shards": 2, "val_shards": 1}
+    assert MovingDigitsSource(copies=1, val_copies=0, **sizes).write(root)
     return root
 
 
@@ -36,11 +36,11 @@ def test_captions():
     assert crossing_caption(3, 8) == "a three crossing over an eight"
 
 
-def test_training_shows_no_heldout_digit_and_no_heldout_pair(root):
-    train, heldout = (raws(root, split) for split in ("train", "heldout"))
+def test_training_shows_no_val_digit_and_no_val_pair(root):
+    train, val = (raws(root, split) for split in ("train", "val"))
     shown, apart = (
         {int(number) for raw in part for number in re.findall(r"(?:^|-)(\d{4})\+", raw["__key__"])}
-        for part in (train, heldout)
+        for part in (train, val)
     )
     assert (len(shown), len(apart)) == (60, 40)
     assert not shown & apart
@@ -51,7 +51,7 @@ def test_training_shows_no_heldout_digit_and_no_heldout_pair(root):
 
 
 def test_files_are_h264_of_17_frames(root):
-    for raw in raws(root, "heldout")[:3]:
+    for raw in raws(root, "val")[:3]:
         info = probe_video(raw["mp4"], "mp4")
         assert (info.width, info.height, info.codec, info.fps) == (32, 32, "h264", 16.0)
         assert info.duration_s == pytest.approx(17 / 16)
@@ -94,7 +94,7 @@ def moved(pixels):
     return "moving right" if columns > 0 else "moving left"
 
 
-@pytest.mark.parametrize(("name", "value"), [("copies", -1), ("digits", 99), ("heldout", 5), ("train_shards", 0)])
+@pytest.mark.parametrize(("name", "value"), [("copies", -1), ("digits", 99), ("val", 5), ("train_shards", 0)])
 def test_mistakes_name_the_key(tmp_path, name, value):
     with pytest.raises(UserError, match=rf"source\.{name}={value} must"):
         MovingDigitsSource(**{name: value}).write(tmp_path / "x")

@@ -15,14 +15,14 @@ PROMPTS = [digit_caption(4), *(pair_caption(*pair) for pair in PAIRS)]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("digits") / "t2i"
-    DigitPairsSource(copies=1, heldout_copies=1).write(root)
+    DigitPairsSource(copies=1, val_copies=1).write(root)
     arguments = {"resolutions": [[32, 32], [32, 64]], "max_tokens": 4096, "batch_size": 1, "eval_batch_size": 200}
     return TextImageDataModule(name="digits_t2i", root=root, **arguments)
 
 
 @pytest.fixture
 def judge(data):
-    splits = {name: lambda name=name: data.split_dataloader(name) for name in ("train", "heldout")}
+    splits = {name: lambda name=name: data.split_dataloader(name) for name in ("train", "val")}
     return DigitPairsJudge(prompts=PROMPTS, **splits)
 
 
@@ -30,7 +30,7 @@ def judge(data):
 def pairs(data):
     """(images uint8 [100, 3, 32, 64], numbers of their prompts), of held-out digits."""
     images, labels = [], []
-    for batch in data.split_dataloader("heldout"):
+    for batch in data.split_dataloader("val"):
         for pixels, caption in zip(batch["pixels"], batch["caption"]):
             if " left of " in caption:
                 images.append(pixels[:, 0])
@@ -46,7 +46,7 @@ def test_it_reads_real_pairs_and_nothing_else(judge, pairs):
     judge.update(images[:2], torch.tensor([0, 0]))  # a single digit was asked for: not judged
     scores = judge.compute()
     assert all(scores[f"pair_accuracy{apart}"] > 0.9 for apart in ("", "_shown", "_heldout"))
-    assert scores["judge_heldout_accuracy"] > 0.95
+    assert scores["judge_val_accuracy"] > 0.95
     judge.reset()
     judge.update(images.roll(32, dims=-1), labels)  # the digits have changed places
     swapped = judge.compute()
@@ -66,13 +66,13 @@ def test_heldout_pairs_are_counted_apart(judge, pairs):
 
 
 def test_single_digits_are_found(data):
-    found = list(single_digits(data.split_dataloader("heldout")))
+    found = list(single_digits(data.split_dataloader("val")))
     assert sum(len(batch["label"]) for batch in found) == 297
     assert all(batch["pixels"].shape[1:] == (3, 1, 32, 32) for batch in found)
 
 
 def test_mistakes_are_explained(data):
     with pytest.raises(UserError, match=r"scores\.judge\.prompts asks for no pair of digits"):
-        DigitPairsJudge(prompts=["a cat"], train=list, heldout=list)
+        DigitPairsJudge(prompts=["a cat"], train=list, val=list)
     with pytest.raises(UserError, match="has no images"):
-        DigitPairsJudge(prompts=PROMPTS, train=list, heldout=list)
+        DigitPairsJudge(prompts=PROMPTS, train=list, val=list)

@@ -70,11 +70,11 @@ def autoencoder():
     return TokenizerModule(tokenizer(), perceptual_weight=0.0, gan_weight=0.0)
 
 
-def fit(build, folder, heldout, ranks):
+def fit(build, folder, val, ranks):
     """Two steps, validated after each; {curve: values}, by the logger of this process."""
     train = [shard(folder / f"train-{i}.tar", [*range(10 * i, 10 * i + 4), f"bad{i}"]) for i in range(2)]
     data = ImageShardsDataModule(
-        name="x", image_size=SIZE, num_labels=2, batch_size=4, train=train, heldout=heldout, rank_streams=2, seed=1
+        name="x", image_size=SIZE, num_labels=2, batch_size=4, train=train, val=val, rank_streams=2, seed=1
     )
     trainer = lightning.Trainer(
         accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=2, max_epochs=-1,
@@ -96,15 +96,15 @@ def fit(build, folder, heldout, ranks):
     return curves
 
 
-def run_rank(rank, port, build, folder, heldout, expected):
+def run_rank(rank, port, build, folder, val, expected):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2"}
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
-            fit(build, folder / f"rank{rank}", heldout, 2)
+            fit(build, folder / f"rank{rank}", val, 2)
         return
-    curves = fit(build, folder / f"rank{rank}", heldout, 2)
+    curves = fit(build, folder / f"rank{rank}", val, 2)
     if rank == 0:
         for name, values in expected.items():
             if name.startswith(("val/", "data/")):
@@ -113,13 +113,13 @@ def run_rank(rank, port, build, folder, heldout, expected):
         assert samples == pytest.approx([samples[0]] * len(samples))
 
 
-def on_two_ranks(build, folder, heldout, expected):
+def on_two_ranks(build, folder, val, expected):
     for rank in range(2):
         (folder / f"rank{rank}").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    commands.spawn(run_rank, (port, build, folder, heldout, expected), nprocs=2)
+    commands.spawn(run_rank, (port, build, folder, val, expected), nprocs=2)
 
 
 SHARES = {
@@ -139,28 +139,24 @@ SHARES = {
     ],
 )
 def test_validation_is_that_of_one_process_whatever_a_rank_holds(tmp_path, build, shares):
-    heldout = []
+    val = []
     for number, samples in enumerate(SHARES[shares]):
         if samples is None:
             (tmp_path / f"{number}.tar").write_bytes(b"no tar" * 1000)
-        heldout.append(
-            str(tmp_path / f"{number}.tar") if samples is None else shard(tmp_path / f"{number}.tar", samples)
-        )
+        val.append(str(tmp_path / f"{number}.tar") if samples is None else shard(tmp_path / f"{number}.tar", samples))
     (tmp_path / "alone").mkdir()
-    expected = fit(build, tmp_path / "alone", heldout, 1)
+    expected = fit(build, tmp_path / "alone", val, 1)
     assert len(expected["val/loss" if build is refiner else "val/psnr"]) == 2
-    on_two_ranks(build, tmp_path, heldout, expected)
+    on_two_ranks(build, tmp_path, val, expected)
 
 
 def test_held_out_shards_without_a_usable_sample_are_told_at_once(tmp_path):
     (tmp_path / "broken.tar").write_bytes(b"no tar" * 1000)
-    heldout = [str(tmp_path / "broken.tar"), shard(tmp_path / "bad.tar", ["a", "b"])]
-    message = (
-        r"^data\.heldout: the held-out shards have no usable sample \(shard broken.*: 1, image cannot be decoded: 2\)"
-    )
+    val = [str(tmp_path / "broken.tar"), shard(tmp_path / "bad.tar", ["a", "b"])]
+    message = r"^data\.val: the held-out shards have no usable sample \(shard broken.*: 1, image cannot be decoded: 2\)"
     (tmp_path / "alone").mkdir()
     with pytest.raises(UserError, match=message):
-        fit(refiner, tmp_path / "alone", heldout, 1)
-    with pytest.raises(UserError, match=r"^data\.heldout: .*\(they are empty\)"):
+        fit(refiner, tmp_path / "alone", val, 1)
+    with pytest.raises(UserError, match=r"^data\.val: .*\(they are empty\)"):
         fit(refiner, tmp_path / "alone", write_tar(tmp_path / "none.tar", []), 1)
-    on_two_ranks(refiner, tmp_path, heldout, message)
+    on_two_ranks(refiner, tmp_path, val, message)

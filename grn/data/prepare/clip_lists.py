@@ -53,38 +53,38 @@ _KIND = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
 def video_source(
-    *, root: str | None, captioned: bool, heldout: int | str | None, folder: str | None = None, **others: object
+    *, root: str | None, captioned: bool, val: int | str | None, folder: str | None = None, **others: object
 ) -> "Clips | ClipList":
     """The source for a folder of videos, or for a JSON-lines file of parts of videos.
 
     Args:
         root: the folder (`Clips`), or the file (`ClipList`).
         captioned: whether clips need a caption.
-        heldout: how many clips are drawn for the split "heldout"; or, with a JSON-lines file, another one of these.
+        val: how many clips are drawn for the split "val"; or, with a JSON-lines file, another one of these.
         folder: with a JSON-lines file, the folder that holds the videos.
         others: as the sources have them.
 
     Raises:
-        UserError: `heldout` or `folder` is for a JSON-lines file, and `root` is a folder.
+        UserError: `val` or `folder` is for a JSON-lines file, and `root` is a folder.
     """
-    if _is_list(root, heldout, folder):
-        return ClipList(root=root, captioned=captioned, heldout=heldout, folder=folder, **others)
-    return (CaptionedClips if captioned else Clips)(root=root, heldout=heldout, **others)
+    if _is_list(root, val, folder):
+        return ClipList(root=root, captioned=captioned, val=val, folder=folder, **others)
+    return (CaptionedClips if captioned else Clips)(root=root, val=val, **others)
 
 
 def image_source(
-    *, root: str | None, heldout: int | str | None, folder: str | None = None, **others: object
+    *, root: str | None, val: int | str | None, folder: str | None = None, **others: object
 ) -> "CaptionedImages | ImageList":
     """Likewise of captioned images."""
-    if _is_list(root, heldout, folder):
-        return ImageList(root=root, heldout=heldout, folder=folder, **others)
-    return CaptionedImages(root=root, heldout=heldout, **others)
+    if _is_list(root, val, folder):
+        return ImageList(root=root, val=val, folder=folder, **others)
+    return CaptionedImages(root=root, val=val, **others)
 
 
-def _is_list(root: str | None, heldout: int | str | None, folder: str | None) -> bool:
+def _is_list(root: str | None, val: int | str | None, folder: str | None) -> bool:
     if root is not None and os.path.isfile(Path(root).expanduser()):
         return True
-    for key, is_for_list in {"heldout": isinstance(heldout, str), "folder": folder is not None}.items():
+    for key, is_for_list in {"val": isinstance(val, str), "folder": folder is not None}.items():
         if is_for_list:
             raise UserError(f"source.{key} names a file or folder beside a JSON-lines file, but root={root} is none")
     return False
@@ -114,7 +114,7 @@ class ClipList(Source):
             them); `video_path` is relative to it, or absolute. None: the folder of the file.
         name: of the data set.
         captioned: whether lines without a caption are rejected.
-        heldout: how many lines the split "heldout" has at least: whole videos are drawn for it until it has them; or
+        val: how many lines the split "val" has at least: whole videos are drawn for it until it has them; or
             the path of another JSON-lines file, which is that split; None: one in ten, at most 1000.
         shard_size: samples a shard, at most; None: as `grn.data.prepare.folders.deal` has it.
         seed: of the draw and of the order.
@@ -128,7 +128,7 @@ class ClipList(Source):
     name: str
     folder: str | None = None
     captioned: bool = True
-    heldout: int | str | None = None
+    val: int | str | None = None
     shard_size: int | None = None
     seed: int = 0
     num_workers: int | None = None
@@ -156,22 +156,22 @@ class ClipList(Source):
     def _splits(self, folder: Path) -> tuple[dict[str, list[Line]], str]:
         """The lines of each split, and a digest of the files."""
         lines, digest = list_lines("root", self.root)
-        if isinstance(self.heldout, str):
-            heldout, other = list_lines("source.heldout", self.heldout)
-            return {"train": lines, "heldout": heldout}, f"{digest} {other}"
-        asked = min(1000, max(1, len(lines) // 10)) if self.heldout is None else self.heldout
+        if isinstance(self.val, str):
+            val, other = list_lines("source.val", self.val)
+            return {"train": lines, "val": val}, f"{digest} {other}"
+        asked = min(1000, max(1, len(lines) // 10)) if self.val is None else self.val
         if not 1 <= asked < len(lines):
             raise UserError(
-                f"source.heldout={asked} must be in 1 to {len(lines) - 1}, as root={self.root} has "
+                f"source.val={asked} must be in 1 to {len(lines) - 1}, as root={self.root} has "
                 f"{len(lines)} lines, or be the path of another such file"
             )
-        heldout = set(draw_files(lines, folder, asked, self.seed, self.path_key))
-        if len(heldout) == len(lines):
+        val = set(draw_files(lines, folder, asked, self.seed, self.path_key))
+        if len(val) == len(lines):
             raise UserError(
-                f"source.heldout={asked} of the {len(lines)} lines of root={self.root} leaves no file for "
+                f"source.val={asked} of the {len(lines)} lines of root={self.root} leaves no file for "
                 "training, as the parts of a file stay together: take fewer, or give the path of another such file"
             )
-        return {"train": [line for line in lines if line not in heldout], "heldout": sorted(heldout)}, digest
+        return {"train": [line for line in lines if line not in val], "val": sorted(val)}, digest
 
     def _samples(self, folder: Path, lines: Sequence[Line]) -> Iterator[dict | Rejected]:
         for line in lines:

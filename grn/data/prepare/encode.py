@@ -161,7 +161,7 @@ def _source(datamodule: ShardsDataModule) -> dict[str, Any] | None:
         "name": datamodule.name,
         "root": None if datamodule.root is None else str(datamodule.root.absolute()),
         "train": datamodule.patterns["train"],
-        "heldout": datamodule.patterns["heldout"],
+        "val": datamodule.patterns["val"],
         **decoding,
     }
 

@@ -43,8 +43,8 @@ class ClassFolders(Source):
     there is is counted.
 
     Args:
-        root: the folder; with train/ and val/, the latter is the split "heldout".
-        heldout: otherwise, how many images are drawn for the split "heldout", as many of each class as their numbers
+        root: the folder; with train/ and val/, the latter is the split "val".
+        val: otherwise, how many images are drawn for the split "val", as many of each class as their numbers
             allow; None: one in ten, at most 1000.
         name: of the data set.
         image_size: height and width of the images, in pixels.
@@ -59,7 +59,7 @@ class ClassFolders(Source):
     """
 
     root: str | None = None
-    heldout: int | None = None
+    val: int | None = None
     name: str = "imagenet"
     image_size: int = 256
     num_labels: int | None = None
@@ -89,11 +89,11 @@ class ClassFolders(Source):
         label_names = classes if self.names is None else _names(Path(self.names).expanduser(), classes)
         train, others = self._images(folder, part, classes)
         if is_split:
-            heldout, more = self._images(folder, "val/", classes)
+            val, more = self._images(folder, "val/", classes)
             others = [*_beside(folder), *others, *more]
         else:
-            train, heldout = self._drawn(train)
-        images = {"train": train, "heldout": heldout}
+            train, val = self._drawn(train)
+        images = {"train": train, "val": val}
         return {
             "parameters": _parameters(self, folder),
             "shards": deal(images, self.shard_size, self.seed),
@@ -122,8 +122,8 @@ class ClassFolders(Source):
         return labelled, others
 
     def _drawn(self, images: list[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
-        """(The images of "train", those of "heldout"): each class in turn gives one, and keeps one at least."""
-        number = _heldout(self.heldout, len(images))
+        """(The images of "train", those of "val"): each class in turn gives one, and keeps one at least."""
+        number = _val(self.val, len(images))
         random.Random(f"heldout/{self.seed}").shuffle(images)
         turns: Counter[int] = Counter()
         order = []
@@ -133,9 +133,9 @@ class ClassFolders(Source):
         order.sort(key=lambda it: (it[0], it[1][2]))
         keeping = [image for turn, image in order if turn < turns[image[2]] - 1]  # else a class would have none left
         if number > len(keeping):
-            raise UserError(f"source.heldout={number} must be at most {len(keeping)}: each class trains from one image")
-        heldout = set(keeping[:number])
-        return [image for image in images if image not in heldout], sorted(heldout)
+            raise UserError(f"source.val={number} must be at most {len(keeping)}: each class trains from one image")
+        val = set(keeping[:number])
+        return [image for image in images if image not in val], sorted(val)
 
     def _samples(
         self, folder: Path, label_names: Sequence[str], images: Sequence[Labelled]
@@ -161,9 +161,9 @@ class CaptionedFiles(Source):
     The caption of `x.jpg` is the text of `x.txt`, or "caption" of the JSON object in `x.json`.
 
     Args:
-        root: the folder. Where it has both train/ and val/, these are the splits "train" and "heldout".
+        root: the folder. Where it has both train/ and val/, these are the splits "train" and "val".
         name: of the data set.
-        heldout: otherwise, how many files are drawn for the split "heldout"; None: one in ten, at most 1000.
+        val: otherwise, how many files are drawn for the split "val"; None: one in ten, at most 1000.
         shard_size: samples a shard, at most; None: as `deal` has it.
         seed: of the draw and of the order.
         num_workers: processes; None: one per CPU, 0: none but this.
@@ -175,7 +175,7 @@ class CaptionedFiles(Source):
 
     root: str | None = None
     name: str
-    heldout: int | None = None
+    val: int | None = None
     shard_size: int | None = None
     seed: int = 0
     num_workers: int | None = None
@@ -204,13 +204,13 @@ class CaptionedFiles(Source):
         """The files of each split, and what is left out."""
         if os.path.isdir(folder / "train") and os.path.isdir(folder / "val"):
             train, others = self._files(folder, "train/")
-            heldout, more = self._files(folder, "val/")
-            return {"train": train, "heldout": heldout}, [*_beside(folder), *others, *more]
+            val, more = self._files(folder, "val/")
+            return {"train": train, "val": val}, [*_beside(folder), *others, *more]
         files, others = self._files(folder, "")
-        number = _heldout(self.heldout, len(files))
+        number = _val(self.val, len(files))
         random.Random(f"heldout/{self.seed}").shuffle(files)
         files.sort(key=lambda file: self.needs_caption and not file[2])  # what will be rejected is drawn last
-        return {"train": files[number:], "heldout": files[:number]}, others
+        return {"train": files[number:], "val": files[:number]}, others
 
     def _files(self, folder: Path, part: str) -> tuple[list[File], list[Rejected]]:
         """Every file in a part of the folder with its captions, and what is left out of it."""
@@ -316,14 +316,14 @@ def _has_folders(folder: Path) -> bool:
     return folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder))
 
 
-def _heldout(asked: int | None, files: int) -> int:
-    """How many of so many files are drawn for the split "heldout"."""
+def _val(asked: int | None, files: int) -> int:
+    """How many of so many files are drawn for the split "val"."""
     number = min(1000, max(1, files // 10)) if asked is None else asked
     if not 1 <= number < files:
         many = f"root has {files} file{'s' * (files != 1)}"
         if asked is None:
             raise UserError(f"{many}: at least two are needed, one to train from and one to hold out")
-        raise UserError(f"source.heldout={asked} must be in 1 to {files - 1}: {many}")
+        raise UserError(f"source.val={asked} must be in 1 to {files - 1}: {many}")
     return number
 
 
