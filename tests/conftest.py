@@ -11,7 +11,9 @@ import av
 import commands
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
@@ -44,6 +46,14 @@ def pytest_unconfigure(config):
 def pytest_collection_modifyitems(items):
     """What takes longest comes first: one of xdist's workers has all of it, and the other takes over at its end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_end_to_end"))
+
+
+@pytest.fixture(autouse=True)
+def _process_as_found():
+    """What a command that runs in this process leaves set in it, and the next test would meet."""
+    yield
+    HydraConfig.instance().cfg = None
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

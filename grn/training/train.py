@@ -61,6 +61,8 @@ def _train(config: DictConfig) -> dict[str, float]:
             raise UserError(f"trainer.{key}={config.trainer[key]}: give cluster.{key}={config.trainer[key]} instead")
     for key in ("log_every_n_steps", "accumulate_grad_batches"):
         check_count(f"trainer.{key}", config.trainer[key])
+    if config.training.get("adapters") is not None and config.model.get("weights") is None:
+        raise UserError("training.adapters go on top of weights that stay as they are: give model.weights")
     if config.trainer.get("fast_dev_run"):
         return _try_out(config)
     return _run(config)
