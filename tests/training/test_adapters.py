@@ -12,6 +12,7 @@ from grn.runtime.failures import MISTAKES, explain
 from grn.sampling.pipeline import GRNPipeline
 from grn.training.building import load_refiner, module_from_config
 from grn.training.export import export
+from grn.training.train import train
 
 ADAPTERS = "training.adapters={rank:2,alpha:3}"
 
@@ -124,3 +125,8 @@ def test_mistakes(run, tmp_path):
     plain = write_run(tmp_path, TEXTS)
     arguments = [f"ckpt={plain}", f"out={tmp_path}/x", "format=adapters"]
     assert "was trained without (training.adapters)" in said(lambda: export(composed("export", *arguments)))
+
+
+def test_training_asks_for_the_weights_that_adapters_go_on(run):
+    with pytest.raises(UserError, match=r"^training\.adapters go on top of .*: give model\.weights"):
+        train(composed("train", *TEXTS.split(), ADAPTERS, f"tokenizer.ckpt={run}/tokenizer"))
