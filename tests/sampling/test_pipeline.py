@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from text_shards import frozen, write_text_encoder
 
 import grn
 from grn.method.sampler import Sampler
@@ -281,6 +282,24 @@ def test_a_device_that_is_not_there_leaves_it_where_it_was(classes):
             assert "\n" not in str(error.value)
     assert {parameter.device.type for parameter in pipe.module.parameters()} == {"cpu"}
     assert len(pipe(labels=0, num_inference_steps=2, seed=0).images) == 1
+
+
+def test_an_offloaded_text_encoder_is_on_the_device_only_while_it_encodes(tmp_path, monkeypatch):
+    write_text_encoder(tmp_path / "umt5")
+    trained = [it for it in TEXTS.split() if not it.startswith("text_encoder.")]
+    pipe = GRNPipeline.from_pretrained(write_run(tmp_path / "run", " ".join([*trained, *frozen(tmp_path)])))
+    asked = {"seed": 2, "num_inference_steps": 2, "output_type": "latent", "negative_prompt": "a two"}
+    before = pipe(PROMPTS[0], **asked).tokens
+    encoder, moves, encoded = pipe.module.frozen_encoder, [], []
+    monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)))
+    encoder.register_forward_pre_hook(lambda *_: encoded.append(len(moves)))
+    pipe.enable_model_cpu_offload("cpu")
+    assert pipe.module.frozen_encoder is encoder
+    assert not moves  # it stays where it is till somebody asks for samples
+    assert torch.equal(pipe(PROMPTS[0], **asked).tokens, before)
+    assert len(moves) == 2
+    assert encoded
+    assert set(encoded) == {1}  # between the two moves
 
 
 def test_it_says_what_it_is(classes, videos):
