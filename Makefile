@@ -34,7 +34,7 @@ critters: $(READY)
 studio: $(READY)
 	$(PY) -m grn.studio
 
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
 
 test: $(READY)
 	$(PYTEST) -m "not full and not slurm and not browser"

@@ -37,6 +37,11 @@ def pytest_configure(config):
         os.environ[commands.TESTER] = str(os.getpid())
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores, as tests wait for the commands they start; with memory in mind, five at most."""
+    return min(len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() + 1, 5)
+
+
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         commands.stop(os.environ[commands.FOLDER])
