@@ -10,7 +10,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo try critters studio test test-full test-all test-kill test-browser fast slurm lint docs curves clean
+.PHONY: demo try critters studio test test-full test-all test-kill test-browser test-cuda fast slurm lint docs curves clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -37,10 +37,10 @@ studio: $(READY)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
 
 test: $(READY)
-	$(PYTEST) -m "not full and not slurm and not browser"
+	$(PYTEST) -m "not full and not slurm and not browser and not cuda"
 
 test-full: $(READY)
-	$(PYTEST) -m "full and not slurm"
+	$(PYTEST) -m "full and not slurm and not cuda"
 
 test-all: test test-full
 
@@ -52,8 +52,12 @@ test-kill: $(READY)
 test-browser: $(READY)
 	GRN_BROWSER=required OMP_NUM_THREADS=1 $(PY) -m pytest -m browser
 
+# Every path that only a GPU has, on one; without network and .venv: make test-cuda PY=python READY=
+test-cuda: $(READY)
+	$(PY) -m pytest -m cuda tests/cuda --durations=10
+
 fast: $(READY)
-	$(PY) -m pytest -m "not slow and not slurm and not browser"
+	$(PY) -m pytest -m "not slow and not slurm and not browser and not cuda"
 
 slurm: $(READY)
 	GRN_SLURM=required $(PY) -m pytest -m slurm

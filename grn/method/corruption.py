@@ -91,5 +91,5 @@ def weighted_sums(losses: Tensor, positions: Sequence[int], power: float) -> Ten
         losses: float32 [S], the mean of each sample.
         positions: how many are predicted in each; context has no loss and does not count.
     """
-    weights = torch.tensor(positions, dtype=torch.float32, device=losses.device) ** power
+    weights = torch.tensor(positions, dtype=torch.float32).to(losses.device, non_blocking=True) ** power
     return torch.stack([(weights * losses).sum(), weights.sum()])

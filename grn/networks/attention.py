@@ -179,7 +179,10 @@ def packed_block_mask(lengths: Sequence[tuple[int, int]], device: torch.device) 
     mask = BlockMask.from_kv_blocks(
         *_listed(meet & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(total, total)
     )
-    return mask.to(device)
+    for name, table in vars(mask).items():  # `mask.to` would wait until the device has done all before
+        if isinstance(table, Tensor):
+            setattr(mask, name, table.to(device, non_blocking=True))
+    return mask
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

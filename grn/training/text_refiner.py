@@ -268,7 +268,10 @@ class TextRefinerModule(RefinerModule):
         t = self.draw_signal_ratio(seed, ids, step)
         noisy, told = [None] * len(tokens), t.clone()
         for rows in by_shape(tokens):
-            same, where = torch.stack([tokens[row] for row in rows]), torch.tensor(rows, device=ids.device)
+            same, where = (
+                torch.stack([tokens[row] for row in rows]),
+                torch.tensor(rows).to(ids.device, non_blocking=True),
+            )
             # Given latents count into the realised share, although they are shown as they are: the authors' way.
             same, told[where] = self.corrupt(same, t[where], seed=seed, ids=ids[where], step=step)
             for row, sample in zip(rows, same):
@@ -355,7 +358,7 @@ class TextRefinerModule(RefinerModule):
         """int64 [S]: a number for each sample of this rank that no other of the step's global batch has, by the
         position of its pack and its place in it."""
         positions = self._positions(batch_idx, len(packs)).repeat_interleave(
-            torch.tensor(packs, device=self.device), output_size=sum(packs)
+            torch.tensor(packs).to(self.device, non_blocking=True), output_size=sum(packs)
         )
         places = torch.cat([torch.arange(count, device=self.device) for count in packs])
         return positions * MAX_PACK + places
