@@ -18,6 +18,8 @@ from torch_fidelity.utils import create_feature_extractor
 from grn.runtime.downloads import impatient
 from grn.runtime.errors import UserError
 
+INCEPTION = "inception-v3-compat"  # Inception v3 with the weights that FID was defined by
+
 
 class FeatureStatistics(torchmetrics.Metric):
     """Mean and covariance of features over any batches and ranks, summed in float64.
@@ -97,7 +99,7 @@ def build_extractor(
         if weights is not None:
             raise UserError(f"scores.fid.weights: {weights} cannot be read: {_first_line(error)}") from error
         file = "its torch-fidelity weights file"
-        if name == "inception-v3-compat":
+        if name == INCEPTION:
             file = f"{PurePosixPath(URL_INCEPTION_V3).name} ({URL_INCEPTION_V3})"
         raise UserError(
             f"scores.fid.weights: the weights of {name} cannot be downloaded ({_first_line(error)}); "
@@ -115,6 +117,39 @@ def extract(extractor: FeatureExtractorBase, images: Tensor) -> dict[str, Tensor
     device = next(iter(extractor.parameters())).device
     with torch.autocast(device.type, enabled=False):
         return extractor.convert_features_tuple_to_dict(extractor(images.to(device)))
+
+
+class SpatialFeatures:
+    """The spatial features of sFID (Nash et al., arXiv 2103.03841): of Inception's seventh block (TensorFlow's
+    `mixed_6/conv`, `Mixed_6d.branch1x1` here) the first 7 channels of 17x17, in ADM's order.
+
+    Args:
+        extractor: Inception v3 of torch-fidelity, whose calls this listens to.
+
+    Raises:
+        UserError: the extractor is another one.
+    """
+
+    CHANNELS = 7
+
+    def __init__(self, extractor: FeatureExtractorBase):
+        try:
+            branch = extractor.get_submodule("Mixed_6d.branch1x1")
+        except AttributeError:
+            raise UserError(
+                f"scores.fid.sfid reads spatial features of {INCEPTION}, which scores.fid.extractor="
+                f"{extractor.get_name()} has not: leave it out"
+            ) from None
+        self._last: Tensor | None = None
+        branch.register_forward_hook(self._keep)
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._last = output[:, : self.CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
+
+    def take(self) -> Tensor:
+        """Of the images that `extract` got last: float32 [B, 17 * 17 * 7]."""
+        taken, self._last = self._last, None
+        return taken
 
 
 def widths(extractor: FeatureExtractorBase) -> dict[str, int]:

@@ -1,7 +1,8 @@
-"""FID, inception score, KID, precision and recall, equal to torch-fidelity's.
+"""FID, inception score, KID, precision and recall, equal to torch-fidelity's; sFID as ADM's evaluator has it.
 
 FID: Heusel et al., arXiv 1706.08500. Inception score: Salimans et al., arXiv 1606.03498. KID: Binkowski et al., arXiv
-1801.01401. Precision and recall: Kynkaanniemi et al., arXiv 1904.06991.
+1801.01401. Precision and recall: Kynkaanniemi et al., arXiv 1904.06991. sFID: Nash et al., arXiv 2103.03841; ADM's
+evaluator: github.com/openai/guided-diffusion/tree/main/evaluations.
 """
 
 import hashlib
@@ -26,20 +27,24 @@ from torch_fidelity.metric_prc import (
 )
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from grn.metrics.features import FeatureStatistics, build_extractor, extract, widths
+from grn.metrics.features import INCEPTION, FeatureStatistics, SpatialFeatures, build_extractor, extract, widths
 from grn.metrics.ranks import Rows
+from grn.metrics.reference import holds_images, images_at, is_folder
 from grn.metrics.splits import Split, image_batches, image_digest, labelled_images
 from grn.runtime.errors import UserError
 from grn.runtime.locks import write_cached
 
-EXTRACTOR = "inception-v3-compat"  # Inception v3 with the weights that FID was defined by
 Statistics = dict[str, np.ndarray]  # mu float64 [width], sigma float64 [width, width]
+SPATIAL_WIDTH = 17 * 17 * SpatialFeatures.CHANNELS
+POOLED, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")  # their names in an npz
+KEY = "scores.fid.reference"
+SPLITS = ("train", "val")
 
 
 class GenerationScores:
     """FID and the like of generated images, from one pass of one feature extractor.
 
-    `compute` gives `fid`, `fid_samples` (how many images it is of, on which it depends) and, where asked for,
+    `compute` gives `fid`, `fid_samples` (how many images it is of, on which it depends) and, where asked for, `sfid`,
     `isc_mean` and `isc_std`, `kid_mean` and `kid_std`, `precision`, `recall` and `f_score`, and `fid_val`. They are
     what `torch_fidelity.calculate_metrics` reports for the same images in the same order, and do not depend on how the
     images are cut into batches or dealt to ranks (but for what the size of a batch does to the last bits of the
@@ -49,7 +54,9 @@ class GenerationScores:
         train, val: the splits (`grn.metrics.splits`), read only where a key asks for them.
         device: where the extractor runs and the sums are kept; it must have float64.
         cache_dir: where the statistics of a split and trained weights are kept; None keeps them in memory.
-        reference: path of an npz with `mu` [width] and `sigma` [width, width], or the split `train` or `val`.
+        reference: the split `train` or `val`; a folder of images; or an npz with `mu` [width] and `sigma` [width,
+            width], for sFID `mu_s` and `sigma_s`, for KID, precision and recall real images `arr_0` uint8 [N, H, W, 3].
+            ADM's reference batches have all of these; what statistics an npz with `arr_0` lacks are computed of that.
         extractor: a feature extractor registered with torch-fidelity.
         features: its features for FID, KID, precision and recall; None takes the extractor's default for FID.
         weights: local path of its weights; None downloads them; or a callable that makes them out of the training
@@ -57,8 +64,9 @@ class GenerationScores:
         isc: whether to report the inception score.
         isc_splits: into how many parts the images, shuffled with torch-fidelity's seed, are cut for its mean and std.
         val_fid: whether to report, for scale, `fid_val`: the FID of the real held-out images.
+        sfid: whether to report sFID, by Inception's spatial features.
         kid: whether to report the kernel inception distance; for it, and for `prc`, the features of all images of
-            `reference`, which must be a split, and all generated ones are kept: 4 bytes a feature.
+            `reference` and all generated ones are kept: 4 bytes a feature.
         kid_subsets, kid_subset_size: it is the mean over so many random subsets of so many images.
         prc: whether to report precision and recall.
         prc_neighborhood: an image's ball reaches to its neighbour of this number.
@@ -75,12 +83,13 @@ class GenerationScores:
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
         reference: str | Path,
-        extractor: str = EXTRACTOR,
+        extractor: str = INCEPTION,
         features: str | None = None,
         weights: str | Path | Callable[[Tensor, Tensor, str | Path], Path] | None = None,
         isc: bool = True,
         isc_splits: int = 10,
         val_fid: bool = False,
+        sfid: bool = False,
         kid: bool = False,
         kid_subsets: int = 100,
         kid_subset_size: int = 1000,
@@ -109,20 +118,34 @@ class GenerationScores:
 
         width = widths(self.extractor)
         self.statistics = FeatureStatistics(width[self.fid_features]).to(device)
+        self.spatial = SpatialFeatures(self.extractor) if sfid else None
+        self.spatial_statistics = FeatureStatistics(SPATIAL_WIDTH).to(device) if sfid else None
         self.logits = Rows(width[self.isc_features]).to(device) if isc else None
-        if reference in splits:
-            self.reference = self._split_statistics(*splits[reference], cache_dir)
-        else:
-            self.reference = load_statistics(reference, width[self.fid_features])
+        self._find_reference(reference, splits, cache_dir)
         self.features = self.real_features = None
         if kid or prc:
             self.features = Rows(width[self.fid_features]).to(device)
-            self.real_features = self._split_features(*splits[reference])
+            self.real_features = self._split_features(*self._real_images(reference, splits))
             self._check_sizes(len(self.real_features), "real")
         self.val_fid = None
         if val_fid:
             own = self._split_statistics(val, "held-out", cache_dir)
             self.val_fid = frechet_distance(own, self.reference)
+
+    def _find_reference(
+        self, reference: str | Path, splits: dict[str, tuple[Split, str]], cache_dir: str | Path | None
+    ) -> None:
+        def found(width: int, names: tuple[str, str], *, spatial: bool = False) -> Statistics:
+            if _has_statistics(reference, names):
+                return load_statistics(reference, width, names=names)
+            return self._split_statistics(*self._real_images(reference, splits), cache_dir, spatial=spatial)
+
+        self.reference = found(len(self.statistics.sum), POOLED)
+        self.spatial_reference = None if self.spatial is None else found(SPATIAL_WIDTH, SPATIAL, spatial=True)
+
+    @staticmethod
+    def _real_images(reference: str | Path, splits: dict[str, tuple[Split, str]]) -> tuple[Split, str]:
+        return splits[reference] if reference in splits else (images_at(reference, key=KEY), str(reference))
 
     @classmethod
     def check(
@@ -150,15 +173,19 @@ class GenerationScores:
         options = {"isc": isc, "isc_splits": isc_splits, "kid": kid, "kid_subset_size": kid_subset_size}
         options |= {"prc": prc, "prc_neighborhood": prc_neighborhood}
         _check_real("kid" if kid else "prc" if prc else None, reference)
-        if reference in ("train", "val"):
-            if not callable(weights):
-                build_extractor(others.get("extractor", EXTRACTOR), [], weights=weights)
-            _check_numbers(**{name: options[name] for name in ("isc_splits", "kid_subset_size", "prc_neighborhood")})
-        else:
+        if _has_statistics(reference, POOLED):
             load_statistics(reference, None)  # before anything is downloaded
-        if reference not in ("train", "val") and not callable(weights):
-            splits = dict.fromkeys(("train", "val"), tuple)  # of which nothing is read
-            cls(**splits, reference=reference, weights=weights, **options, **others | {"val_fid": False})
+            if not callable(weights):
+                splits = dict.fromkeys(("train", "val"), tuple)  # of which nothing is read
+                cls(**splits, reference=reference, weights=weights, **options, **others | {"val_fid": False})
+        else:
+            if reference not in SPLITS:
+                images_at(reference, key=KEY)
+            if not callable(weights):
+                extractor = build_extractor(others.get("extractor", INCEPTION), [], weights=weights)
+                if others.get("sfid"):
+                    SpatialFeatures(extractor)
+            _check_numbers(**{name: options[name] for name in ("isc_splits", "kid_subset_size", "prc_neighborhood")})
         if num is not None:
             _check_enough(num, isc_splits if isc else 0)
             _check_sizes(num, "generated", kid_subset_size if kid else None, prc_neighborhood if prc else None)
@@ -167,6 +194,8 @@ class GenerationScores:
         """Adds generated images uint8 [B, 3, H, W]; their labels are not read; ids: `Rows.update`."""
         features = extract(self.extractor, images)
         self.statistics.update(features[self.fid_features])
+        if self.spatial is not None:
+            self.spatial_statistics.update(self.spatial.take())
         if self.logits is not None:
             self.logits.update(features[self.isc_features], ids)
         if self.features is not None:
@@ -183,6 +212,9 @@ class GenerationScores:
         _check_enough(n, 0 if self.logits is None else self.isc_splits)
         self._check_sizes(n, "generated")
         scores = {"fid": frechet_distance(statistics, self.reference), "fid_samples": n}
+        if self.spatial is not None:
+            own = as_numpy(self.spatial_statistics.compute())
+            scores |= {"sfid": frechet_distance(own, self.spatial_reference), "sfid_samples": n}
         if self.logits is not None:
             isc = isc_features_to_metric(self.logits.gathered().cpu(), splits=self.isc_splits)
             scores |= {"isc_mean": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
@@ -204,7 +236,7 @@ class GenerationScores:
 
     def reset(self) -> None:
         """Forgets the generated images; the reference stays."""
-        for state in (self.statistics, self.logits, self.features):
+        for state in (self.statistics, self.spatial_statistics, self.logits, self.features):
             if state is not None:
                 state.reset()
 
@@ -218,16 +250,24 @@ class GenerationScores:
             [extract(self.extractor, batch)[self.fid_features] for batch in image_batches(split, name=name)]
         )
 
-    def _split_statistics(self, split: Split, name: str, cache_dir: str | Path | None) -> Statistics:
+    def _split_statistics(
+        self, split: Split, name: str, cache_dir: str | Path | None, *, spatial: bool = False
+    ) -> Statistics:
         """Statistics of a whole split, out of the cache where it has them."""
-        identity = hashlib.sha256(f"{self.extractor.get_name()} {self.fid_features}".encode())
+
+        def features(images: Tensor) -> Tensor:
+            extracted = extract(self.extractor, images)
+            return self.spatial.take() if spatial else extracted[self.fid_features]
+
+        which = "spatial" if spatial else self.fid_features
+        identity = hashlib.sha256(f"{self.extractor.get_name()} {which}".encode())
         for parameter, value in sorted(self.extractor.state_dict().items()):
             identity.update(parameter.encode())
             identity.update(value.cpu().numpy().tobytes())
         return split_statistics(
             lambda: image_batches(split, name=name),
-            lambda images: extract(self.extractor, images)[self.fid_features],
-            like=self.statistics,
+            features,
+            like=self.spatial_statistics if spatial else self.statistics,
             identity=identity.hexdigest(),
             cache_dir=cache_dir,
             score="fid",
@@ -237,11 +277,21 @@ class GenerationScores:
 
 def _check_real(key: str | None, reference: str | Path) -> None:
     """Whether `reference` has the real images that `kid` or `prc` needs."""
-    if key is not None and reference not in ("train", "val"):
+    if key is not None and reference not in SPLITS and not is_folder(reference) and not holds_images(reference):
         raise UserError(
             f"scores.fid.{key} compares with real images, which scores.fid.reference={reference} does not hold: give a "
-            "split (train, val), or leave it out"
+            "split (train, val), a folder of images or an npz with arr_0, or leave it out"
         )
+
+
+def _has_statistics(reference: str | Path, names: tuple[str, str]) -> bool:
+    """Whether they are read from a file; else they are computed of its images, of a folder's or of a split's."""
+    if reference in SPLITS or is_folder(reference):
+        return False
+    if not holds_images(reference):
+        return True  # or should have: `load_statistics` says what is wrong
+    with zipfile.ZipFile(reference) as archive:
+        return {f"{name}.npy" for name in names} <= set(archive.namelist())
 
 
 def _check_numbers(**numbers: int) -> None:
@@ -304,31 +354,35 @@ def split_statistics(
     return statistics
 
 
-def load_statistics(path: str | Path, width: int | None, *, score: str = "fid") -> Statistics:
+def load_statistics(
+    path: str | Path, width: int | None, *, score: str = "fid", names: tuple[str, str] = POOLED
+) -> Statistics:
     """Reads `mu` and `sigma` of an npz (other members are left unread) as float64.
 
     Args:
         width: the number of features; None: not known yet, so that only the file is looked at.
         score: the score's key, for messages.
+        names: of the two in the npz.
 
     Raises:
         UserError: no such file, not an npz, or statistics that are missing, not finite or not of `width` features.
     """
     key = f"scores.{score}.reference"
     if not path or not Path(path).is_file():
-        raise UserError(f"{key}: no such file: {path} (an npz with mu and sigma, or the split `train` or `val`)")
+        raise UserError(f"{key}: no such file: {path} (an npz, a folder of images, or the split `train` or `val`)")
     statistics = {}
     try:
         with zipfile.ZipFile(path) as archive:
             sizes = {member.filename: member.file_size for member in archive.infolist()}
         with np.load(path, allow_pickle=False) as arrays:
-            if width is None and "mu.npy" in sizes:
-                if not 0 < sizes["mu.npy"] <= 2**20:
-                    raise UserError(f"{key}: mu of {path} has {sizes['mu.npy']} bytes, where features have a few each")
-                width = arrays["mu"].size
-            for name, shape in (("mu", (width,)), ("sigma", (width, width))):
+            first = f"{names[0]}.npy"
+            if width is None and first in sizes:
+                if not 0 < sizes[first] <= 2**20:
+                    raise UserError(f"{key}: mu of {path} has {sizes[first]} bytes, where features have a few each")
+                width = arrays[names[0]].size
+            for name, known, shape in zip(names, POOLED, ((width,), (width, width))):
                 if f"{name}.npy" not in sizes:
-                    raise UserError(f"{key}: {path} has no {name}: an npz with mu and sigma is needed")
+                    raise UserError(f"{key}: {path} has no {name}: an npz with {' and '.join(names)} is needed")
                 # Looked at before anything is unpacked: a small file may claim a huge array.
                 if sizes[f"{name}.npy"] > 16 * np.prod(shape) + 4096:
                     raise UserError(f"{key}: {name} of {path} is larger than the extractor's {width} features")
@@ -339,7 +393,7 @@ def load_statistics(path: str | Path, width: int | None, *, score: str = "fid") 
                     )
                 if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
                     raise UserError(f"{key}: {name} of {path} has values that are not finite numbers")
-                statistics[name] = array.astype(np.float64)
+                statistics[known] = array.astype(np.float64)
     except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{key}: {path} is not a readable npz ({type(error).__name__}): write it again") from error
     return statistics
