@@ -13,9 +13,14 @@ from grn.runs.sweeps import objective
 
 @entry_point("evaluate", jointly=True)
 def main(config: DictConfig) -> float | None:
+    config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
+    if config.get("statistics") is not None:
+        from grn.evaluation.statistics import statistics
+
+        statistics(config)
+        return None
     from grn.evaluation.evaluate import evaluate
 
-    config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     return objective(evaluate(config), config.monitor)
 
 

@@ -104,8 +104,8 @@ class GenerationScores:
             prc_neighborhood=prc_neighborhood,
         )
         _check_real("kid" if kid else "prc" if prc else None, reference)
-        self.fid_features = features if features is not None else _default_features(extractor, "fid")
-        self.isc_features = _default_features(extractor, "isc") if isc else None
+        self.fid_features = features if features is not None else default_features(extractor, "fid")
+        self.isc_features = default_features(extractor, "isc") if isc else None
         self.isc_splits = isc_splits
         self.kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size} if kid else None
         self.prc = {"prc_neighborhood": prc_neighborhood} if prc else None
@@ -399,7 +399,7 @@ def load_statistics(
     return statistics
 
 
-def _default_features(extractor: str, metric: str) -> str:
+def default_features(extractor: str, metric: str) -> str:
     if extractor not in FEATURE_EXTRACTORS_REGISTRY:
         build_extractor(extractor, [])  # says which there are
     try:

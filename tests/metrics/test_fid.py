@@ -43,7 +43,7 @@ def make_scores(splits, classifier_weights):
 
 
 def test_equals_torch_fidelity(make_scores, generated, digits, classifier_weights):
-    """Issue 2, point 8: the same images and extractor, the same FID and inception score."""
+    """The same images and extractor, the same FID and inception score."""
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(generated),
         input2=Images(digits["train"][0]),
@@ -67,7 +67,7 @@ def test_equals_torch_fidelity(make_scores, generated, digits, classifier_weight
 
 
 def test_kid_precision_and_recall_equal_torch_fidelity(make_scores, generated, digits, classifier_weights):
-    """Issue 4, point 4: with its defaults and with keys of ours, whose names are its own."""
+    """With its defaults and with keys of ours, whose names are its own."""
     real = digits["train"][0]
     many = noisy(real, 80)  # enough for the default size of a subset
     for images, keys in ((many, {}), (generated, {"kid_subsets": 7, "kid_subset_size": 100, "prc_neighborhood": 5})):
