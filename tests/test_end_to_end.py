@@ -21,6 +21,7 @@ from wandb_files import wandb_records
 
 from grn import demo
 from grn.checkpoints.sharded import read_sharded
+from grn.media.mp4 import write_mp4
 from grn.media.video import probe_video
 from grn.weights.kinds import is_checkpoint
 
@@ -687,6 +688,27 @@ def test_own_pictures_take_one_attempt(tmp_path):
     assert "error: model.num_labels=10 does not fit data.num_labels=3" in wrong.stderr
     wrong = grn(tmp_path, "train", c2i + " name=x data.root=nowhere")
     assert wrong.stderr.splitlines()[-1].startswith("error: data.train: no shards at nowhere/train-")
+
+
+def test_own_clips_take_one_attempt(tmp_path):
+    """Eight videos with captions become shards, a tokenizer and a text refiner; streams follow the number of shards."""
+    (tmp_path / "films").mkdir()
+    for number in range(8):
+        frames = (torch.full((3, 48, 64), (number * 30 + 5 * t) % 256, dtype=torch.uint8) for t in range(30))
+        with open(tmp_path / "films" / f"film {number}.mp4", "wb") as file:
+            write_mp4(frames, file, fps=24)
+        (tmp_path / "films" / f"film {number}.txt").write_text(f"it grows lighter, {number}")
+    done = succeed(tmp_path, "prepare", "data=clips root=films num_workers=0")
+    assert "wrote 7 train, 1 val" in done.stdout + done.stderr
+    short = " trainer.max_steps=2 trainer.val_check_interval=2 logger=none data.num_workers=0"
+    succeed(tmp_path, "train", "+experiment=clips_tokenizer model.dim=8 model.decoder_dim=8 data.image_size=32" + short)
+    t2v = "+experiment=clips_t2v model.depth=2 text_encoder.depth=1 data.max_tokens=512"
+    t2v += " data.resolutions=[[32,32]] callbacks.film=null callbacks.grid.num=1 sampler.schedule.steps=2"
+    succeed(tmp_path, "train", t2v + short)
+    saved = torch.load(tmp_path / "runs/clips_t2v/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    data, asked = saved["config"]["data"], saved["config"]["training"]
+    assert (data["rank_streams"], asked["size"], asked["frames"]) == (4, [32, 32], 17)
 
 
 @full
