@@ -420,7 +420,7 @@ class _Slots:
 
 def _advance(predict: Callable, sampler: Sampler, seed: int, t_start: float, slots: _Slots) -> Step:
     """One step of every sample in the batch; nothing waits for the device, except where an entropy decides."""
-    device, schedule, shape = slots.ids.device, sampler.schedule, tuple(slots.tokens.shape[1:])
+    device, schedule = slots.ids.device, sampler.schedule
     t = schedule.signal_ratio(slots.step, slots.total).clamp(min=t_start)
     logits, conditional = _guided_logits(predict, slots.tokens, t, slots.condition, sampler)
     entropies = token_entropies(conditional)
@@ -437,30 +437,59 @@ def _advance(predict: Callable, sampler: Sampler, seed: int, t_start: float, slo
 
     taken = _sent(slots.taken, device)
     temperature = _sent((sampler.temperature * schedule.temperature_scale(slots.step, slots.total)).float(), device)
-    draws = philox.uniform(seed, Stream.TOKENS, slots.ids, taken, (2, *shape))
-    scaled = logits / _per_sample(temperature, logits)
-    predicted = torch.where(slots.free > 0, sample_tokens(scaled, draws[:, 0]), slots.noise)
-    # NaN in the trace, which is looked at when samples are done: nobody waits for the device here.
-    entropy = torch.where(torch.stack(scaled.flatten(1).aminmax(dim=1)).isfinite().all(dim=0), entropy, math.nan)
-    kept = draws[:, 1] < _per_sample(_sent(t_next.float(), device), slots.free) * slots.free
-    stayed, following = torch.zeros_like(kept), torch.where(kept, predicted, slots.noise)
+    shares = None
     if sampler.update == "psi":
         classes = torch.full_like(t, conditional.shape[1])
         kappa = kappa_at(t, t_next, sampler.kappa, sampler.kappa_form, sampler.kappa_window)
-        *shares, kappa = (
-            _per_sample(_sent(x.float(), device), slots.free)
-            for x in (*reverse_shares(t, t_next, conditional.shape[1]), classes, kappa)
-        )
-        chosen, moved, left, as_predicted = reverse_step(
-            seed, slots.ids, taken, slots.tokens, predicted, tuple(shares), kappa
-        )
-        chosen, stayed = chosen & (slots.free > 0), left & (slots.free > 0)
-        following, kept = torch.where(chosen, moved, following), torch.where(chosen, as_predicted, kept)
+        told = (*reverse_shares(t, t_next, conditional.shape[1]), classes, kappa)
+        shares = tuple(_sent(share.float(), device) for share in told)
+    drawn = _draw(
+        seed, taken, logits, entropy, temperature, _sent(t_next.float(), device), shares,
+        ids=slots.ids, tokens=slots.tokens, noise=slots.noise, free=slots.free,
+    )  # fmt: skip
+    predicted, kept, stayed, following, entropy = drawn
     step = Step(slots.taken, slots.rows, t, t_next, entropy, slots.tokens, predicted, kept, stayed, entropies)
     slots.trace.scatter_(1, taken[:, None], entropy[:, None])
     slots.tokens = following
     slots.taken, slots.step = slots.taken + 1, slots.step + 1
     return step
+
+
+def _draw(
+    seed: int,
+    taken: Tensor,
+    logits: Tensor,
+    entropy: Tensor,
+    temperature: Tensor,
+    t_next: Tensor,
+    shares: tuple[Tensor, ...] | None,
+    *,
+    ids: Tensor,
+    tokens: Tensor,
+    noise: Tensor,
+    free: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The part of a step that is on the device alone: one graph, of n samples.
+
+    Args:
+        shares: of psi, those of `reverse_shares`, the number of classes and kappa, float32 [n] each; None redraws.
+
+    Returns:
+        predicted, kept, stayed, the tokens that follow, and the entropy, NaN where logits are not finite.
+    """
+    draws = philox.uniform(seed, Stream.TOKENS, ids, taken, (2, *tokens.shape[1:]))
+    scaled = logits / _per_sample(temperature, logits)
+    predicted = torch.where(free > 0, sample_tokens(scaled, draws[:, 0]), noise)
+    # NaN in the trace, which is looked at when samples are done: nobody waits for the device here.
+    entropy = torch.where(torch.stack(scaled.flatten(1).aminmax(dim=1)).isfinite().all(dim=0), entropy, math.nan)
+    kept = draws[:, 1] < _per_sample(t_next, free) * free
+    stayed, following = torch.zeros_like(kept), torch.where(kept, predicted, noise)
+    if shares is not None:
+        *reverse, kappa = (_per_sample(share, free) for share in shares)
+        chosen, moved, left, as_predicted = reverse_step(seed, ids, taken, tokens, predicted, tuple(reverse), kappa)
+        chosen, stayed = chosen & (free > 0), left & (free > 0)
+        following, kept = torch.where(chosen, moved, following), torch.where(chosen, as_predicted, kept)
+    return predicted, kept, stayed, following, entropy
 
 
 def _check_finite(entropy: Tensor, sampler: Sampler) -> None:

@@ -1,7 +1,8 @@
 """Attention patterns of the text refiner (docs/method.md#text-conditional-refiner).
 
 Every pattern here is called with queries, keys and values [B, heads, N, head_dim] and returns what attention makes of
-them, like the queries; keys and values may have fewer heads, each shared by a group of the queries' heads.
+them, like the queries; keys and values may have fewer heads, each shared by a group of the queries' heads. None is
+compared by its fields (`eq=False`): Dynamo would ask for a hash before they are there.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -40,7 +41,7 @@ def packed_attention(
     return PackedFlex(packed_block_mask(lengths, device), compiled=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedExact:
     """`packed_attention` sample by sample."""
 
@@ -60,7 +61,7 @@ class PackedExact:
         return torch.cat(outputs, dim=2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedFlex:
     """`packed_attention` by flex attention; not compiled it materialises all scores, which is for tests."""
 
@@ -75,7 +76,7 @@ class PackedFlex:
         return attend(q, k, v, self.mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WithText:
     """Dense batches: every token attends to all of its row, and to the keys and values of the row's text.
 
@@ -97,7 +98,7 @@ class WithText:
         return _attention(q, k, v, mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Padded:
     """Dense batches: every token attends to all of its row but padding.
 

@@ -159,7 +159,7 @@ class TextRefiner(Pretrained, Initialized):
             backend: as in `grn.networks.attention.packed_attention`.
 
         Returns:
-            S times float32 [classes, D, T - context frames, H, W].
+            S times float32 [classes, D, T - context frames, H, W]; float64 of a network in float64.
         """
         shapes = [tuple(sample.shape[1:]) for sample in tokens]
         count = len(shapes)
@@ -194,7 +194,7 @@ class TextRefiner(Pretrained, Initialized):
             for (frames, (left, height, width)), length in zip(kept, text_lengths)
             for number in (frames * height * width, left * height * width, 1 + length)
         ]
-        logits = self.head(torch.cat(x[0].split(counts)[1::3])).float()
+        logits = self.head(torch.cat(x[0].split(counts)[1::3]))
         return [
             piece.view(*shape, self.channels, self.classes).permute(4, 3, 0, 1, 2)
             for piece, (_, shape) in zip(logits.split(counts[1::3]), kept)
@@ -221,7 +221,7 @@ class TextRefiner(Pretrained, Initialized):
             context_frames: as in `forward`.
 
         Returns:
-            float32 [B, classes, D, T - context_frames, H, W].
+            float32 [B, classes, D, T - context_frames, H, W]; float64 of a network in float64.
         """
         self._check_tokens(tokens, context_frames)
         batch, _, frames, height, width = tokens.shape
@@ -241,7 +241,7 @@ class TextRefiner(Pretrained, Initialized):
         else:
             patterns = _with_texts(text, rows, visual.device)
         x = self._run(self._stream(torch.cat(pieces, dim=1)), torch.cat(positions), patterns)
-        logits = self.head(x[:, context_frames * height * width : frames * height * width]).float()
+        logits = self.head(x[:, context_frames * height * width : frames * height * width])
         return logits.view(batch, -1, height, width, self.channels, self.classes).permute(0, 5, 4, 1, 2, 3)
 
     def text_cache(self, text: Tensor, text_lengths: Sequence[int], *, backend: Backend | None = None) -> TextCache:
@@ -303,7 +303,7 @@ class TextRefiner(Pretrained, Initialized):
         """In float32 under bf16 autocast, as the norms want it, also where FSDP makes the weights bfloat16; else in the
         weights' type."""
         device = x.device.type
-        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        mixed = device != "meta" and torch.is_autocast_enabled(device)  # that knows no autocast
         return x.float() if mixed else self._input(x)
 
     def _check_tokens(self, tokens: Tensor, context_frames: int) -> None:
