@@ -13,6 +13,8 @@ COMMANDS = {
     "sample": "draw images or clips from a trained refiner",
     "evaluate": "score a checkpoint: FID, PSNR and others",
     "compare": "what differs between evaluations: settings, metrics, same-seed samples",
+    "ls": "the runs of a folder: steps, scores, pictures",
+    "info": "what a checkpoint is: network, step, tokenizer, sampler",
     "studio": "watch samples being refined in the browser, erase and refine on",
     "calibrate": "fit adaptive step counts to a mean number of steps",
     "export": "write a trained network as a folder to share, or as an official file",

@@ -116,7 +116,9 @@ def test_run_folder_holds_everything(workspace):
     assert "name: digits_c2i" in (run / "config.yaml").read_text()
     assert "${" not in (run / "config.yaml").read_text()
     assert "+experiment=digits_c2i" in (run / "command.txt").read_text()
-    assert json.loads((run / "versions.json").read_text())["torch"] == version("torch")
+    versions = json.loads((run / "versions.json").read_text())
+    assert versions["torch"] == version("torch")
+    assert {"git", "git_here"} <= versions.keys()
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     pictures = {path.name for path in (run / "pictures").iterdir()}
     assert pictures == {"samples-step0000006.png", "samples-step0000012.png", "refinement.gif", "refinement.html"}

@@ -17,6 +17,7 @@ GIVEN = {  # what cannot be left out
     "train": ["+experiment=digits_c2i"],
     "calibrate": ["ckpt=hf://a/b", "target_steps=20"],
     "compare": ["a", "b"],
+    "info": ["a"],
     **{name: ["ckpt=hf://a/b"] for name in ("sample", "evaluate", "encode", "export", "consolidate")},
 }
 MISTAKES = [
@@ -44,6 +45,7 @@ MISTAKES = [
     ["prepare", "data=nothing"],
     ["bench", "what=nothing"],
     ["studio", "ckpt=nothing"],
+    ["info"],
 ]
 ONE_PROCESS = """
 import contextlib, importlib, io, json, os, sys

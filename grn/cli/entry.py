@@ -37,7 +37,7 @@ from grn.weights.kinds import HUB, INDEX, is_pretrained, is_sharded_checkpoint
 
 
 def entry_point(
-    config_name: str, *, jointly: bool = False, writes: str | None = None
+    config_name: str, *, jointly: bool = False, writes: str | None = None, reads: bool = False
 ) -> Callable[[Callable[[DictConfig], object]], Callable[[], None]]:
     """Decorates a task into a Hydra command whose mistakes of usage end with one line on stderr and exit status 1.
 
@@ -45,6 +45,7 @@ def entry_point(
         jointly: several processes end with the same mistake, or tell the first one of theirs: it says it for all.
         writes: the config key of the file or folder that it writes; None: into Hydra's output folder, of each point of
             a sweep its own. No other command may write there meanwhile; several processes of one share the work.
+        reads: it writes nothing.
     """
 
     def decorate(task: Callable[[DictConfig], object]) -> Callable[[], None]:
@@ -53,7 +54,7 @@ def entry_point(
             try:
                 _drop_outlived(config)
                 check_given(config)
-                with _only_writer(config, writes):
+                with nullcontext() if reads else _only_writer(config, writes):
                     return task(config)
             except MISTAKES as error:
                 if jointly and place()[0] > 0:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-import grn
 from grn.checkpoints.native import weights_hash
 from grn.evaluation.compare import flat
 from grn.runtime.errors import UserError
+from grn.runtime.git import package_commit
 from grn.runtime.secrets import without_secrets
 
 PACKAGES = ("grn", "torch", "lightning", "transformers", "torch-fidelity", "torchmetrics", "numpy")
@@ -31,24 +30,7 @@ def provenance(network: nn.Module) -> dict[str, Any]:
     """`weights_sha256` of the scored network (names, shapes and bytes), `versions`, and `git`: the checkout's commit,
     with `+` where tracked files were changed, or None."""
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    return {"weights_sha256": weights_hash(network.state_dict()), "versions": versions, "git": git_commit()}
-
-
-def git_commit() -> str | None:
-    """Of the checkout that this package is run from; None of an installed one, or where there is no git."""
-    checkout = Path(grn.__file__).parents[1]
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        commit = _git(checkout, "rev-parse", "HEAD").strip()
-        return commit + ("+" if _git(checkout, "status", "--porcelain", "--untracked-files=no").strip() else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(checkout: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(checkout), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    return {"weights_sha256": weights_hash(network.state_dict()), "versions": versions, "git": package_commit()}
 
 
 def folder_for(out: Path, wanted: Mapping[str, Any], *, given: bool, overwrite: bool) -> Path:

@@ -23,6 +23,7 @@ from grn.runs.listing import read_metrics
 from grn.runs.resuming import check_resumable
 from grn.runtime.errors import UserError
 from grn.runtime.files import write_json, write_text
+from grn.runtime.git import commit_of, package_commit
 from grn.runtime.ranks import place
 from grn.runtime.secrets import cut, without_secrets
 
@@ -41,6 +42,8 @@ def record(folder: Path, config: DictConfig) -> None:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     versions |= {name: version(name) for name in PACKAGES}
+    # Of this code, and of the experiment's where that is another checkout; `+`: with changes.
+    versions |= {"git": package_commit(), "git_here": commit_of(Path.cwd())}
     write_json(folder / "versions.json", versions)
     earlier = folder / "command.txt"
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]  # of this point of a sweep

@@ -20,7 +20,7 @@ from PIL import Image
 
 import grn.cli.entry  # noqa: F401  the resolvers of configs
 from grn.__main__ import COMMANDS
-from grn.compare import as_overrides
+from grn.cli.words import as_overrides
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.config_folder import CONF
 from grn.runtime.overrides import literal
@@ -180,12 +180,16 @@ def first_of_each():
             yield pytest.param(sorted(commands), id=page, marks=mark)
 
 
+WORDS = {"compare": "results", "ls": "folder", "info": "path"}  # the key of arguments that stand alone
+
+
 @pytest.mark.parametrize("commands", first_of_each())
 def test_commands_compose(commands):
     """Groups, options and keys of every command are there."""
     for verb, *arguments in commands:
         given = [word for word in arguments if word not in FLAGS and not word.startswith(OWN_PACKAGE)]
-        given = as_overrides(given) if verb == "compare" else given
+        if verb in WORDS:
+            given = as_overrides(given, WORDS[verb], several=verb == "compare")
         given = literal(given, sweep="-m" in arguments)
         if given:
             with initialize_config_dir(str(CONF), version_base="1.3"):
