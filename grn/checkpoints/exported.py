@@ -8,15 +8,19 @@ Of text, `refiner/` holds a `TextRefiner`, the index also what is drawn unless t
 
     text_encoder/       an export of a `ByteT5`; or the config.json alone of a `PretrainedT5`: where that is to be had
 
-Nothing in such a folder names anything to call: a schedule is one of ours by its name, with plain numbers.
+Nothing in such a folder names anything to call: a schedule is one of ours by its name, with plain numbers. But a
+refiner and a schedule may be classes of a package that GRN_TRUST names.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
+
+from hydra.utils import get_object
 
 from grn.method.hbq import Labeling
 from grn.method.sampler import Sampler
@@ -30,6 +34,7 @@ from grn.runtime.files import write_folder, write_json
 from grn.weights.kinds import CONFIG, HUB, INDEX, WEIGHTS
 from grn.weights.pretrained import (
     MAX_CONFIG_BYTES,
+    Pretrained,
     brief,
     check_replaceable,
     fetch,
@@ -37,6 +42,7 @@ from grn.weights.pretrained import (
     read_config,
     read_marked_json,
 )
+from grn.weights.reading import trusted
 
 PIPELINE = "GRNPipeline"
 # A folder each, and what may be in it; only text refiners have the third.
@@ -47,6 +53,7 @@ PARTS = {
 }
 FILES = (INDEX, *(f"{part}/{name}" for part in ("refiner", "tokenizer") for name in (CONFIG, WEIGHTS)))
 TEXT_FILES = tuple(f"text_encoder/{name}" for name in (CONFIG, WEIGHTS))
+# Of GRN; one of another package is named in full, and read where GRN_TRUST names the package.
 SCHEDULES = {schedule.__name__: schedule for schedule in (Linear, Cosine, Shifted, EntropyGuided)}
 # What a file may ask for: numbers meet in float32; pixels or frames of a side.
 MAX_NUMBER, MAX_SIDE = 1e9, 1 << 14
@@ -126,7 +133,7 @@ def save_exported_refiner(
     folder = Path(folder).expanduser()
     _check_replaceable(folder)
     networks = {"refiner": refiner, "tokenizer": tokenizer} | ({} if text is None else {"text_encoder": text.encoder})
-    index = marks(PIPELINE) | {part: ["grn", type(network).__name__] for part, network in networks.items()}
+    index = marks(PIPELINE) | {part: _name(type(network)) for part, network in networks.items()}
     index |= {"labeling": labeling, "sampler": _plain(sampler)}
     if text is not None:
         index |= {"prompts": list(text.prompts), "negative_prompt": text.negative_prompt, "size": list(text.size)}
@@ -135,7 +142,7 @@ def save_exported_refiner(
         index |= {"context_prefix": text.context_prefix}
         if len(json.dumps(index, indent=2)) >= MAX_CONFIG_BYTES:
             raise UserError(f"prompts: {len(text.prompts)} of them are too long for {INDEX}; give fewer: prompts=[...]")
-    # What could not be read again: a schedule or an encoder of somebody's own.
+    # What could not be read again: an encoder of somebody's own, or a network that is not `Pretrained`.
     _classes(index, folder / INDEX)
     sampler_from_plain(index["sampler"], folder / INDEX)
 
@@ -185,14 +192,46 @@ def _classes(index: Mapping[str, Any], path: Path) -> dict[str, type]:
     """The class of each part that an index names; that its folder is of this class is for that class to find."""
     classes = {}
     for part, known in PARTS.items():
-        if part == "text_encoder" and classes["refiner"] is not TextRefiner:
+        if part == "text_encoder" and not issubclass(classes["refiner"], TextRefiner):
             continue
         found = [kind for kind in known if index.get(part) == ["grn", kind.__name__]]
+        if not found and part == "refiner":
+            found = _own(index.get(part), Pretrained, f"{path}: {part}")
         if not found:
             names = " or a ".join(kind.__name__ for kind in known)
             raise UserError(f"{path}: {part} is {brief(index.get(part))}, this GRN reads a {names} only")
         classes[part] = found[0]
     return classes
+
+
+def _name(kind: type) -> list[str]:
+    """[Library or module, name] of a class, as an index has it."""
+    return ["grn" if kind.__module__.startswith("grn.") else kind.__module__, kind.__qualname__]
+
+
+def _own(name: Any, base: type, complaint: str) -> list[type]:
+    """The class of another package that a file names by [module, name]; none of what is no such name, or is of GRN.
+
+    Raises:
+        UserError: its package is not trusted or not there, or it is no such class.
+    """
+    if not isinstance(name, list) or [type(part) for part in name] != [str, str] or name[0].split(".")[0] == "grn":
+        return []
+    package, full = name[0].split(".")[0], ".".join(name)
+    if not re.fullmatch(r"[A-Za-z_][\w.]*", full):
+        return []
+    if package not in trusted():
+        raise UserError(
+            f"{complaint} is {brief(full)}, which is no part of GRN; if you trust it, set GRN_TRUST={package}"
+        )
+    try:
+        kind = get_object(full)
+    except Exception as error:  # whatever a module raises when it is imported
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{complaint} is {brief(full)}, which cannot be imported: {reason[:200]}") from None
+    if not isinstance(kind, type) or not issubclass(kind, base):
+        raise UserError(f"{complaint}: {full} must be a class derived from {base.__module__}.{base.__qualname__}")
+    return [kind]
 
 
 def _text_side(index: Mapping[str, Any], encoder: type[ByteT5] | type[PretrainedT5], folder: Path) -> TextSide:
@@ -250,7 +289,9 @@ def _check_replaceable(folder: Path) -> None:
 def _plain(sampler: Sampler) -> dict[str, Any]:
     """A sampler as JSON holds it."""
     schedule = {name: value for name, value in vars(sampler.schedule).items() if value is not None}
-    return vars(sampler) | {"schedule": {"_class_name": type(sampler.schedule).__name__, **schedule}}
+    library, name = _name(type(sampler.schedule))
+    name = name if library == "grn" else f"{library}.{name}"
+    return vars(sampler) | {"schedule": {"_class_name": name, **schedule}}
 
 
 def sampler_from_plain(values: Any, path: Path) -> Sampler:
@@ -258,10 +299,13 @@ def sampler_from_plain(values: Any, path: Path) -> Sampler:
     values = dict(values) if isinstance(values, dict) else {}
     schedule = values.pop("schedule", None)
     name = schedule.get("_class_name") if isinstance(schedule, dict) else None
-    if not isinstance(name, str) or name not in SCHEDULES:
+    kind = SCHEDULES.get(name) if isinstance(name, str) else None
+    if kind is None and isinstance(name, str) and "." in name:
+        (kind,) = _own(name.rsplit(".", 1), object, f"{path}: sampler.schedule") or [None]
+    if kind is None or not is_dataclass(kind):
         raise UserError(f"{path}: sampler.schedule is {brief(name)}, not one of {', '.join(SCHEDULES)}")
     schedule = {key: value for key, value in schedule.items() if key != "_class_name"}
-    for where, known, given in (("sampler.schedule", SCHEDULES[name], schedule), ("sampler", Sampler, values)):
+    for where, known, given in (("sampler.schedule", kind, schedule), ("sampler", Sampler, values)):
         defaults = {field.name: field.default for field in fields(known) if field.default not in (None, MISSING)}
         for key, value in given.items():
             if key not in defaults:
@@ -269,7 +313,7 @@ def sampler_from_plain(values: Any, path: Path) -> Sampler:
             if not _is_like(defaults[key], value):
                 raise UserError(f"{path}: {where}.{key} cannot be {brief(value)}")
     try:
-        return Sampler(schedule=SCHEDULES[name](**schedule), **values)
+        return Sampler(schedule=kind(**schedule), **values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

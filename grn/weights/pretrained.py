@@ -45,7 +45,11 @@ class Pretrained:
         # Partial: copying and unpickling make the object without arguments, and fill in its attributes afterwards.
         bound = inspect.signature(cls.__init__).bind_partial(network, *arguments, **named)
         bound.apply_defaults()
-        network.__dict__["_arguments"] = {name: _plain(bound.arguments[name]) for name in [*bound.arguments][1:]}
+        given = dict([*bound.arguments.items()][1:])
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:  # **sizes, which a class derived from ours passes on
+                given |= given.pop(name, {})
+        network.__dict__["_arguments"] = {name: _plain(value) for name, value in given.items()}
         return network
 
     @property
@@ -94,8 +98,10 @@ class Pretrained:
             raise UserError(f"{source} is of a {brief(config['_class_name'])}, not of a {cls.__name__}")
         arguments = {name: value for name, value in config.items() if not name.startswith("_")}
         known = dict([*inspect.signature(cls.__init__).parameters.items()][1:])
-        needed = {name for name, parameter in known.items() if parameter.default is parameter.empty}
-        if odd := sorted((arguments.keys() - known.keys()) | (needed - arguments.keys())):
+        more = {name for name, parameter in known.items() if parameter.kind is parameter.VAR_KEYWORD}
+        needed = {name for name, parameter in known.items() if parameter.default is parameter.empty} - more
+        unknown = set() if more else arguments.keys() - known.keys()
+        if odd := sorted(unknown | (needed - arguments.keys())):
             what = "lacks" if odd[0] in known else "has an unknown"
             raise UserError(f"{source} {what} argument {brief(odd[0])} of {cls.__name__}; export the network again")
         network = build_with_weights(

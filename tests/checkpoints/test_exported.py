@@ -96,7 +96,7 @@ def test_a_schedule_that_nobody_else_has(tmp_path):
 
     given = parts() | {"sampler": Sampler(Own(3))}
     message = complaint_of(lambda: save_exported_refiner(tmp_path / "export", **given, provenance=PROVENANCE))
-    assert "sampler.schedule is Own, not one of Linear, Cosine, Shifted, EntropyGuided" in message
+    assert "<locals>.Own, not one of Linear, Cosine, Shifted, EntropyGuided" in message
     assert not (tmp_path / "export").exists()
 
 
@@ -123,7 +123,11 @@ def edit(folder, change):
             "is of a StableDiffusion",
         ),
         (lambda index: index.update(_format=2), "is of format 2, this GRN reads 1"),
-        (lambda index: index.update(refiner=["os", "system"]), "refiner is ['os', 'system'], this GRN reads a Class"),
+        (lambda index: index.update(refiner=["os", "system"]), "refiner is os.system, which is no part of GRN; if you"),
+        (lambda index: index.update(refiner=["os", "system;1"]), "refiner is ['os', 'system;1'], this GRN reads a"),
+        (lambda index: index.update(refiner=["grn.networks.layers", "MLP"]), "this GRN reads a ClassRefiner or"),
+        (lambda index: index.update(tokenizer=["os", "system"]), "this GRN reads a HBQTokenizer only"),
+        (lambda index: index["sampler"]["schedule"].update(_class_name="os.system"), "set GRN_TRUST=os"),
         (lambda index: index.pop("tokenizer"), "tokenizer is None, this GRN reads a HBQTokenizer only"),
         (lambda index: index.update(labeling=["ind"]), "labeling is ['ind'], not ind or bit"),
         (lambda index: index.update(labeling="bit"), "needs model.channels=6 model.classes=2"),
@@ -150,6 +154,17 @@ def edit(folder, change):
 def test_an_index_that_is_none(folder, change, expected):
     edit(folder, change)
     assert expected in complaint_of(lambda: load_refiner(str(folder)))
+
+
+def test_a_trusted_package_must_have_such_a_class(folder, monkeypatch):
+    monkeypatch.setenv("GRN_TRUST", "json,nowhere")
+    for named, expected in {
+        ("json", "JSONDecoder"): "json.JSONDecoder must be a class derived from grn.weights.pretrained.Pretrained",
+        ("json", "dumps"): "json.dumps must be a class derived from",
+        ("nowhere", "Network"): "refiner is nowhere.Network, which cannot be imported: ",
+    }.items():
+        edit(folder, lambda index, named=named: index.update(refiner=list(named)))
+        assert expected in complaint_of(lambda: load_refiner(str(folder)))
 
 
 def test_a_folder_that_is_not_whole(folder):

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +35,9 @@ PAGES = [
 ]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 SOURCES = ("grn", "hydra_plugins", "conf", "tests", "experiments", "docs", ".ci")
-OTHERS = {"wandb", "eval", "pre-commit"}  # programs that are not of this repository
+OTHERS = {"wandb", "eval", "export", "pre-commit"}  # programs that are not of this repository
 FIRST_PAGES = ("README.md", "docs/getting_started.md")
-OWN_PACKAGE = (
-    "hydra.searchpath=",
-    "+experiment=digits_deep",
-    "data=stripes",
-    "~data.flip",
-)  # of docs/extending.md, which has a test of its own
+OWN_PACKAGE = ("hydra.searchpath=", "+experiment=stripes")  # of docs/template, which has a test of its own
 OTHER_KEYS = {"reservation", "max_batch_size", "storage", "searchpath"}  # of sbatch and Hydra; files
 FLAGS = {"-m", "--help", "--help-all", "--resolve", "--version", "--cfg", "job"}
 
@@ -283,32 +279,36 @@ def test_examples_are_python(name):
 
 
 def test_a_package_of_ones_own(workspace, tmp_path):
-    """The files of docs/extending.md: its network trains on its plain data module, is sampled and exported."""
-    for block in blocks("docs/extending.md", "python", "yaml"):
-        if match := re.match(r"(?:# @package _global_\n)?# (mypackage/\S+)\n", block):
-            path = tmp_path / match[1]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block)
-    for package in ("mypackage", "mypackage/conf"):
-        (tmp_path / package / "__init__.py").touch()
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    """docs/template, installed: its network trains on its plain data module, is sampled, scored and exported."""
+    shutil.copytree(ROOT / "docs" / "template", tmp_path / "template")  # pip builds where the sources are
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*install, "--target", tmp_path / "site", tmp_path / "template"], check=True)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    assert not {"grn", "hydra_plugins"} & {path.name for path in (tmp_path / "site").iterdir()}
 
-    def run(verb, *arguments, trust=None):
-        own = {} if trust is None else {"GRN_TRUST": trust}
+    def run(verb, *arguments, trust=True):
+        own = {"GRN_TRUST": "stripes"} if trust else {}
         return commands.run(f"grn.{verb}", *arguments, cwd=tmp_path, env=environment | own)
 
-    asked = ["hydra.searchpath=[pkg://mypackage.conf]", "+experiment=digits_deep", f"tokenizer.ckpt={workspace}/hbq16"]
-    asked += ["data=stripes", "~data.flip", "logger=csv", "callbacks.film=null", "model.depth=1", "model.width=32"]
-    asked += ["model.heads=1", "trainer.max_steps=2", "trainer.val_check_interval=2", "callbacks.grid.num=10"]
-    done = run("train", *asked, "scores=none")
-    assert done.returncode == 0, done.stderr
-    done = run("train", *asked, "name=x")
-    assert "error: scores read real data, which StripesData does not give" in done.stderr
-    sampled = ("ckpt=runs/digits_deep", "num=2", "sampler=linear", "sampler.schedule.steps=2")
-    assert "GRN_TRUST" in run("sample", *sampled).stderr
-    done = run("sample", *sampled, trust="mypackage")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "digits_deep" / "samples" / "samples.png").is_file()
+    def succeed(verb, *arguments, **keywords):
+        done = run(verb, *arguments, **keywords)
+        assert done.returncode == 0, done.stderr
+
+    asked = ["hydra.searchpath=[pkg://stripes.conf]", "+experiment=stripes", f"tokenizer.ckpt={workspace}/hbq16"]
+    asked += ["model.width=16", "trainer.max_steps=2", "trainer.val_check_interval=2", "callbacks.scores.num=8"]
+    succeed("train", *asked, "callbacks.grid.num=4", "sampler.schedule.steps=3", "logger=csv", trust=False)
+    run_folder = tmp_path / "runs" / "stripes"
+    assert "eval/stripes_read" in json.loads((run_folder / "metrics.json").read_text())["metrics"]
+    assert "GRN_TRUST=stripes" in run("sample", "ckpt=runs/stripes", "num=2", trust=False).stderr
+    succeed("evaluate", "ckpt=runs/stripes", "num=8")
+    assert "stripes_read" in json.loads((run_folder / "evaluation" / "metrics.json").read_text())["metrics"]
+    succeed("export", "ckpt=runs/stripes")
+    index = json.loads((run_folder / "export" / "model_index.json").read_text())
+    assert index["refiner"] == ["stripes.networks", "ConvRefiner"]
+    assert index["sampler"]["schedule"] == {"_class_name": "stripes.schedules.Quadratic", "steps": 3, "power": 2.0}
+    assert "GRN_TRUST=stripes" in run("sample", "ckpt=runs/stripes/export", "num=2", trust=False).stderr
+    succeed("sample", "ckpt=runs/stripes/export", "num=2", "out=drawn")
+    assert (tmp_path / "drawn" / "samples.png").is_file()
 
 
 @pytest.mark.full

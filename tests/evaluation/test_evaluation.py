@@ -3,15 +3,16 @@ import csv
 import pytest
 import torch
 import wandb
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from test_generation import GUIDED, tiny_module
 
 from grn.callbacks import EvaluateSamples
-from grn.evaluation.scoring import score_reconstructions, score_samples, steps_by_class
+from grn.evaluation.scoring import real_splits, score_reconstructions, score_samples, steps_by_class
 from grn.method.request import Request
 from grn.method.sampler import Refined
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.errors import UserError
 from grn.sampling.generation import generate
 from grn.training import RefinerModule, TokenizerModule
 
@@ -26,6 +27,11 @@ class Brightness:
     def compute(self):
         assert sorted(self.seen) == list(range(20))
         return {"seen": float(len(self.seen))}
+
+
+def test_scores_need_real_data():
+    with pytest.raises(UserError, match="scores read real data, which LightningDataModule does not give"):
+        real_splits(LightningDataModule())
 
 
 def test_steps_are_counted_by_class():

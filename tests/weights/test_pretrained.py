@@ -74,6 +74,20 @@ def test_config_is_plain_and_complete(tokenizer, folder):
     assert (written["_class_name"], written["_provenance"]) == ("HBQTokenizer", {"step": 7})
 
 
+class Mine(HBQTokenizer):
+    """A class that passes on what it is given."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes, dropout=0.5)
+
+
+def test_what_is_passed_on_is_in_the_config(tmp_path):
+    own = Mine(**SIZES).eval()
+    assert own.config == {**SIZES, **{name: list(value) for name, value in SIZES.items() if isinstance(value, tuple)}}
+    again = Mine.from_pretrained(own.save_pretrained(tmp_path / "own"))
+    assert same(again, own)
+
+
 def test_copies_know_their_config(tokenizer):
     assert copy.deepcopy(tokenizer).config == tokenizer.config
 

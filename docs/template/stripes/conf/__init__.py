@@ -1,0 +1,1 @@
+"""Configs, which Hydra finds by hydra.searchpath=[pkg://stripes.conf]."""
