@@ -794,7 +794,9 @@ def test_an_export_is_the_tokenizer(workspace, encoded, tmp_path):
 
 def test_an_exported_refiner_is_sampled_and_scored(workspace, tmp_path):
     """From a folder that holds everything, wherever it is; the scores are the checkpoint's."""
-    succeed(workspace, "export", f"ckpt=runs/digits_c2i out={tmp_path}/digits sampler=linear sampler.schedule.steps=4")
+    how = "sampler=linear sampler.schedule.steps=4 license=cc-by-4.0"
+    succeed(workspace, "export", f"ckpt=runs/digits_c2i out={tmp_path}/digits {how}")
+    assert "license: cc-by-4.0" in (tmp_path / "digits" / "README.md").read_text()
     scored = "num=20 data=digits data.num_workers=0 scores=digits"
     succeed(workspace, "evaluate", f"ckpt={tmp_path}/digits {scored}")
     steps = "sampler=linear sampler.schedule.steps=4"

@@ -31,7 +31,7 @@ from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
 from grn.runtime.files import write_folder, write_json
-from grn.weights.kinds import CONFIG, HUB, INDEX, WEIGHTS
+from grn.weights.kinds import CARD, CONFIG, HUB, INDEX, PICTURE, WEIGHTS
 from grn.weights.pretrained import (
     MAX_CONFIG_BYTES,
     Pretrained,
@@ -279,7 +279,7 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         check_replaceable(folder)
         return
-    foreign = sorted({entry.name for entry in folder.iterdir()} - {INDEX, *PARTS})
+    foreign = sorted({entry.name for entry in folder.iterdir()} - {INDEX, CARD, PICTURE, *PARTS})
     if foreign or not (folder / INDEX).is_file() or read_marked_json(folder / INDEX)["_class_name"] != PIPELINE:
         raise UserError(f"{folder} holds other files ({(foreign or ['not from here'])[0]}): choose a new folder")
     for part in PARTS:

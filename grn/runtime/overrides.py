@@ -28,7 +28,7 @@ PATHS = frozenset(
         *("path", "file", "folder"),
         *("names", "weights", "reference", "features", "pixels", "tokenizer", "cache_dir", "save_dir", "dirpath"),
         *("default_root_dir", "name", "project", "group", "entity", "id", "tags", "searchpath", "storage"),
-        *("account", "partition", "qos", "constraint", "extractor", "monitor"),
+        *("account", "partition", "qos", "constraint", "extractor", "monitor", "license"),
     )
 )
 # Keys of paths that a last part does not tell.

@@ -6,6 +6,7 @@ One pipeline for refiners of classes and of texts, of images and of clips; its s
 
 import functools
 import itertools
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from grn.training import RefinerModule, TextRefinerModule
 from grn.training.building import load_refiner, save_refiner
 from grn.training.official import load_official_refiner
 from grn.weights.kinds import HUB
-from grn.weights.pretrained import is_hub_id
+from grn.weights.pretrained import is_hub_id, upload
 
 Output = Literal["pil", "pt", "np", "latent"]
 
@@ -144,6 +145,21 @@ class GRNPipeline:
             UserError: `folder` holds something else.
         """
         return save_refiner(self.module, folder)
+
+    def push_to_hub(
+        self, hub_id: str, *, private: bool = False, revision: str | None = None, token: str | bool | None = None
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the repository `owner/name` on the Hub, which is made where missing.
+
+        Returns:
+            the URL of the commit.
+
+        Raises:
+            UserError: the Hub refuses, or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save_pretrained(Path(scratch) / "export")
+            return upload(folder, hub_id, private=private, revision=revision, token=token)
 
     @property
     def device(self) -> torch.device:

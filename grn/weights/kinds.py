@@ -7,6 +7,7 @@ from grn.runtime.errors import UserError
 HUB = "hf://"  # a repository on the Hugging Face Hub: hf://owner/name
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # an exported network (grn.weights.pretrained)
 INDEX = "model_index.json"  # an exported refiner (grn.checkpoints.exported)
+CARD, PICTURE = "README.md", "samples.png"  # what an export may hold beside: its card, and what that shows
 REST = "rest.pt"  # a sharded checkpoint (grn.checkpoints.sharded)
 KINDS = {  # what a run trains, by `training._target_` of its config
     "grn.training.RefinerModule": "refiner",

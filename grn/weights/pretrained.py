@@ -24,7 +24,7 @@ import grn
 from grn.runtime.errors import UserError
 from grn.runtime.files import write_folder, write_json
 from grn.weights.building import build_with_weights
-from grn.weights.kinds import CONFIG, HUB, WEIGHTS
+from grn.weights.kinds import CARD, CONFIG, HUB, PICTURE, WEIGHTS
 from grn.weights.mapping import check_finite
 
 FORMAT = 1  # of config.json; a later one may mean another thing by the same names
@@ -158,10 +158,22 @@ class Pretrained:
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save_pretrained(Path(scratch) / "export", provenance=provenance)
-            with _hub_errors(hub_id, "log in by `hf auth login`, or save_pretrained a folder"):
-                hub = HfApi(token=token)
-                hub.create_repo(hub_id, private=private, exist_ok=True)
-                return str(hub.upload_folder(repo_id=hub_id, folder_path=folder, revision=revision).commit_url)
+            return upload(folder, hub_id, private=private, revision=revision, token=token)
+
+
+def upload(folder: Path, hub_id: str, *, private: bool, revision: str | None, token: str | bool | None) -> str:
+    """Puts a folder's files into the repository `owner/name` on the Hub, which is made where missing.
+
+    Returns:
+        the URL of the commit.
+
+    Raises:
+        UserError: the Hub refuses, or cannot be reached.
+    """
+    with _hub_errors(hub_id, "log in by `hf auth login`, or save_pretrained a folder"):
+        hub = HfApi(token=token)
+        hub.create_repo(hub_id, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=hub_id, folder_path=folder, revision=revision).commit_url)
 
 
 def fetch(
@@ -277,7 +289,7 @@ def check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another place")
-    foreign = sorted({entry.name for entry in folder.iterdir()} - {CONFIG, WEIGHTS})
+    foreign = sorted({entry.name for entry in folder.iterdir()} - {CONFIG, WEIGHTS, CARD, PICTURE})
     if foreign:
         raise UserError(f"{folder} holds other files ({foreign[0]}): choose a new folder")
     if (folder / CONFIG).exists():
