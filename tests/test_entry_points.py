@@ -10,6 +10,7 @@ import pytest
 
 import grn
 from grn.__main__ import COMMANDS
+from grn.cli.words import trial_of_a_sweep
 
 CONFIGURED = [name for name in COMMANDS if name != "demo"]
 HEAVY = ("torch", "lightning", "wandb", "transformers", "torchvision", "torchmetrics", "webdataset", "numpy")
@@ -114,6 +115,23 @@ def test_help_explains_keys(told):
     of_samples = told([["sample", "--help"]])[0][1]
     assert "experiment:" not in of_samples
     assert "labels: null            # classes that take turns" in of_samples
+
+
+def test_keys_may_have_dashes_as_of_wandb_agent(told):
+    given = ["train", "+experiment=digits_c2i", "--seed=7", "--training.learning_rate=0.002", "--cfg=job"]
+    said = told([given])[0][1]
+    assert "\nseed: 7\n" in said
+    assert "learning_rate: 0.002" in said
+    assert "\nname: digits_c2i\n" in said
+
+
+def test_each_trial_of_a_wandb_sweep_has_a_run_folder(monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r2")
+    assert trial_of_a_sweep(["+experiment=digits_c2i", "seed=7"]) == ["name=sweeps/s1/r2"]
+    assert trial_of_a_sweep(["name=own"]) == []
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert trial_of_a_sweep(["seed=7"]) == []
 
 
 def test_mistakes_are_told_without_torch(told):

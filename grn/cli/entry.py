@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from grn.cli.checks import check_given
 from grn.cli.help import page
 from grn.cli.options import outlived
+from grn.cli.words import trial_of_a_sweep, without_dashes
 from grn.data.manifest import read_manifest
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
@@ -81,6 +82,7 @@ def entry_point(
             except UserError as error:
                 sys.exit(f"error: {error}")
             try:
+                sys.argv[1:] = without_dashes(sys.argv[1:])
                 given = _parsed(sys.argv[1:])
                 if given.shell_completion:
                     return _complete(command, given.overrides)
@@ -88,6 +90,7 @@ def entry_point(
                 _check_arguments(given.overrides)
                 overrides = literal(given.overrides, sweep=given.multirun or "hydra.mode=MULTIRUN" in given.overrides)
                 overrides = [*outlived(overrides, CONF, folders), *overrides]
+                overrides += trial_of_a_sweep(overrides) if config_name == "train" else []
                 if given.help or given.help_all:
                     name = given.config_name or config_name
                     print(page(name, overrides, CONF, folders, every=given.help_all))

@@ -66,7 +66,7 @@ def test_slurm_without_the_extra(tmp_path):
         (["+own.key=é"], "+own.key=é cannot be read: quote what is a text, in the shell, too: '+own.key=\"...\"'"),
         (["seed=1,2"], "seed=1,2 may be a list (seed=[...]), a sweep (add -m) or a text ('seed=\"...\"'): say which"),
         (["--bogus"], "unrecognized arguments: --bogus; --help lists what there is"),
-        (["--seed=3"], "unrecognized arguments: --seed=3: keys have no dashes, seed=..."),
+        (["-seed=3"], "unrecognized arguments: -seed=3: keys have no dashes, seed=..."),
         (["--cfg", "nothing"], "argument --cfg/-c: invalid choice: 'nothing'"),
     ],
 )
