@@ -16,6 +16,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from mlflow import MlflowClient
 from PIL import Image
 from wandb_files import wandb_records
 
@@ -109,6 +110,16 @@ def workspace(built_once):
         succeed(folder, "train", FILMED)
 
     return built_once("workspace", build)
+
+
+@full
+def test_mlflow_has_the_curves_and_the_config(workspace):
+    succeed(workspace, "train", TOKENIZER + " name=tracked logger=[csv,mlflow]")
+    client = MlflowClient(f"sqlite:///{workspace}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("tracked").experiment_id])
+    assert run.info.run_name == "tracked"
+    assert {"train/loss", "val/psnr"} <= run.data.metrics.keys()
+    assert run.data.params["training/learning_rate"] == "0.004"
 
 
 def test_run_folder_holds_everything(workspace):

@@ -28,7 +28,8 @@ PATHS = frozenset(
         *("path", "file", "folder"),
         *("names", "weights", "reference", "features", "pixels", "tokenizer", "cache_dir", "save_dir", "dirpath"),
         *("default_root_dir", "name", "project", "group", "entity", "id", "tags", "searchpath", "storage"),
-        *("account", "partition", "qos", "constraint", "extractor", "monitor", "license"),
+        *("account", "partition", "qos", "constraint", "extractor", "monitor", "license", "tracking_uri"),
+        *("experiment_name", "run_name", "repo"),
     )
 )
 # Keys of paths that a last part does not tell.
