@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import commands
 import nbformat
@@ -26,6 +27,7 @@ from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.config_folder import CONF
 from grn.runtime.overrides import literal
 from grn.training.building import module_from_config
+from grn.weights import pretrained
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -35,7 +37,7 @@ PAGES = [
 ]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 SOURCES = ("grn", "hydra_plugins", "conf", "tests", "experiments", "docs", ".ci")
-OTHERS = {"wandb", "eval", "export", "pre-commit"}  # programs that are not of this repository
+OTHERS = {"docker", "wandb", "eval", "export", "pre-commit"}  # programs that are not of this repository
 FIRST_PAGES = ("README.md", "docs/getting_started.md")
 OWN_PACKAGE = ("hydra.searchpath=", "+experiment=stripes")  # of docs/template, which has a test of its own
 OTHER_KEYS = {"reservation", "max_batch_size", "storage", "searchpath"}  # of sbatch and Hydra; files
@@ -267,6 +269,7 @@ def workspace(tmp_path_factory):
 @pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/extending.md"])
 def test_examples_run(name, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
+    monkeypatch.setattr(pretrained, "HfApi", Mock())  # nothing goes to the Hub
     scope = {}
     for block in blocks(name, "python"):
         exec(compile(block, name, "exec"), scope)
