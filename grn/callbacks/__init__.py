@@ -3,6 +3,7 @@
 from grn.callbacks.artifacts import CodeAndConfig
 from grn.callbacks.ema import EMA
 from grn.callbacks.milestones import Milestones
+from grn.callbacks.norms import LogNorms
 from grn.callbacks.pictures import ReconstructionGrid, RefinementFilm, SampleGrid
 from grn.callbacks.preemption import SaveLastStep, SaveOnSigterm
 from grn.callbacks.progress import Progress
@@ -13,6 +14,7 @@ __all__ = [
     "EMA",
     "CodeAndConfig",
     "EvaluateSamples",
+    "LogNorms",
     "Milestones",
     "Progress",
     "ReconstructionGrid",
