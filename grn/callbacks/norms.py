@@ -51,8 +51,7 @@ class LogNorms(Callback):
             self._hooks.append(block.register_forward_hook(lambda *_, name=name: self._keep(name, _[-1])))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step // max(1, len(trainer.optimizers))  # each of them counts
-        self._measures = bool(self.every) and step % self.every == 0
+        self._measures = bool(self.every) and trainer.global_step % self.every == 0
 
     def _keep(self, name: str, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,6 +60,7 @@ def entry_point(
             except MISTAKES as error:
                 if jointly and place()[0] > 0:
                     sys.exit(1)
+                _leave_no_trace()
                 sys.exit(f"error: {explain(error)}")  # here already: Hydra would print a line of its own first
             except OSError as error:
                 if jointly and place()[0] > 0 and _explain_disk(error):
@@ -122,6 +123,20 @@ def _only_writer(config: DictConfig, key: str | None) -> AbstractContextManager:
     if path is None:
         return nullcontext()
     return only_writer(Path(path).expanduser().absolute(), inside=False, remedy=f"give another {key}=...")
+
+
+def _leave_no_trace() -> None:
+    """Removes the folder that Hydra made for a start that failed: where nothing but its log is in it, and nobody named
+    it."""
+    running = HydraConfig.get()
+    folder, log = Path(running.runtime.output_dir), f"{running.job.name}.log"
+    named = any(re.match(r"\+*(out|paths\.run|hydra\..*)=", override) for override in running.overrides.task)
+    if named or running.mode == RunMode.MULTIRUN or not is_first():
+        return
+    with suppress(OSError):
+        if os.listdir(folder) == [log]:
+            (folder / log).unlink()
+            folder.rmdir()
 
 
 def _explain_disk(error: OSError) -> str | None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from grn.runtime.errors import UserError
+from grn.runtime.errors import UserError, check_number
 from grn.training.restoring import REMEDY, check_optimizer_state
 
 log = logging.getLogger(__name__)
+
+
+def check_adamw(*, learning_rate: float, betas: Sequence[float], weight_decay: float) -> None:
+    """Raises:
+    UserError: a rate or a decay below 0, or a beta outside [0, 1).
+    """
+    check_number("training.learning_rate", learning_rate, least=0)
+    check_number("training.weight_decay", weight_decay, least=0)
+    if len(betas) != 2 or not all(isinstance(beta, float | int) and 0 <= beta < 1 for beta in betas):
+        raise UserError(f"training.betas={list(betas)} must be two numbers, each at least 0 and below 1")
 
 
 def adamw(

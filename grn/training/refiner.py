@@ -25,7 +25,14 @@ from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.flops import forward_flop, training_flop
 from grn.training.fsdp import FSDP, gather_weights, release_weights
-from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule, planned_steps
+from grn.training.optimization import (
+    FiniteLoss,
+    adamw,
+    check_adamw,
+    clip_gradients,
+    learning_rate_schedule,
+    planned_steps,
+)
 from grn.training.restoring import check_count_of_states, check_weights
 
 ACCURACY_BINS = 10
@@ -97,6 +104,7 @@ class RefinerModule(LightningModule):
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.sampler = sampler
         self.labeling = labeling
+        check_adamw(learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
         self.label_dropout = label_dropout

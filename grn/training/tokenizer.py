@@ -14,7 +14,14 @@ from grn.metrics.reconstruction import ReconstructionScores
 from grn.networks.discriminator import generator_loss, hinge_discriminator_loss
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.flops import training_flop
-from grn.training.optimization import FiniteLoss, adamw, clip_gradients, learning_rate_schedule, planned_steps
+from grn.training.optimization import (
+    FiniteLoss,
+    adamw,
+    check_adamw,
+    clip_gradients,
+    learning_rate_schedule,
+    planned_steps,
+)
 from grn.training.restoring import check_count_of_states, check_weights
 
 
@@ -58,6 +65,7 @@ class TokenizerModule(LightningModule):
         self.perceptual = perceptual.requires_grad_(False).eval() if perceptual_weight > 0 else None
         self.l1_weight, self.perceptual_weight, self.gan_weight = l1_weight, perceptual_weight, gan_weight
         self.gan_start = gan_start
+        check_adamw(learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
         self.finite_loss = FiniteLoss()

@@ -90,6 +90,11 @@ def _run(config: DictConfig) -> dict[str, float]:
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.cluster.matmul_precision)
 
+    if config.cluster.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise UserError(
+            f"cluster.accelerator={config.cluster.accelerator}: there is no GPU here; cluster=auto takes what there "
+            "is, cluster=cpu the CPU"
+        )
     if "_target_" not in config.data:
         raise UserError("data=checkpoint is for grn.evaluate: choose data=digits, data=imagenet, data=tokens, ...")
     datamodule = instantiate(config.data)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from grn import bench, sample, train
 from grn.cli.entry import entry_point
@@ -36,7 +37,7 @@ def test_a_key_that_is_set_twice(monkeypatch, first, second):
 
 def test_a_group_is_never_null(monkeypatch):
     line = line_of(monkeypatch, train.main, "+experiment=digits_c2i", "logger=null")
-    assert line.startswith("error: logger=null: logger is a group of options, choose one of csv, ")
+    assert line.startswith("error: logger=null: logger is a group of options, choose one of aim, comet, csv, ")
     assert ", none, " in line
 
 
@@ -95,3 +96,23 @@ def test_numbers_of_a_config_are_finite(monkeypatch, tmp_path, main, arguments, 
 def test_an_argument_of_several_lines_is_told_in_one(monkeypatch):
     line = line_of(monkeypatch, train.main, "+experiment=digits_c2i", "+own.key={a\nb: http://u:p@host/x?key=1")
     assert line.startswith("error: +own.key={a; b: http://***@host/x?*** cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["data.root=nothing"], "error: data.train: no shards at nothing/train-*.tar"),
+        (["training.learning_rate=-1"], "error: training.learning_rate=-1 must be a number of at least"),
+        (["training.betas=[0.9,1]"], "error: training.betas=[0.9, 1] must be two numbers"),
+        (["cluster=gpu"], "error: cluster.accelerator=gpu: there is no GPU here; cluster=auto takes"),
+    ],
+)
+def test_a_start_that_fails_leaves_no_run_folder(monkeypatch, tmp_path, arguments, told):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: False)
+    for name in ("runs/.keep", "digits/train-000000.tar", "digits/val-000000.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    own = [f"paths.runs={tmp_path}/runs", f"paths.data={tmp_path}", "logger=none"]
+    line = line_of(monkeypatch, train.main, "+experiment=digits_tokenizer", *own, *arguments)
+    assert line.startswith(told)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".keep"]
