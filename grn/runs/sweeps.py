@@ -77,6 +77,7 @@ class SweepTable(Callback):
             printed.add_row(*(_short(row.get(column)) for column in columns))
         Console().print(printed)
         monitored = _monitored(rows[0], config.monitor)
+        drawn: dict[str, Any] = {"table": rows}
         for key in columns[1:]:
             curves = _curves(rows, columns, key, monitored)
             if key == monitored or not any(len(points) > 1 for points in curves.values()):
@@ -88,6 +89,19 @@ class SweepTable(Callback):
             best = (_number(rows[0][key]), float(rows[0][monitored]))
             pictures.save(pictures.curve_chart(title, curves, None if None in best else best), path)
             Console().print(f"drawn: {path}")
+            drawn[path.stem] = path
+        _log_to_run(config, drawn)
+
+
+def _log_to_run(config: DictConfig, drawn: Mapping[str, Any]) -> None:
+    """The table and the curves of evaluations of one checkpoint, to the W&B run that trained it."""
+    files = {json.loads(path.read_text()).get("ckpt") for path in Path(config.hydra.sweep.dir).glob("*/metrics.json")}
+    if not config.get("wandb") or len(files) != 1 or (ckpt := files.pop()) is None:
+        return
+    from grn.runs.wandb_runs import log_results
+    from grn.runtime.wandb_login import wandb_offline
+
+    log_results(ckpt, {f"sweep/{name}": value for name, value in drawn.items()}, step=None, offline=wandb_offline())
 
 
 def _curves(

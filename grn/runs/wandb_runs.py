@@ -119,7 +119,7 @@ def log_results(ckpt: str | Path, results: Mapping[str, Any], *, step: int | Non
 
     Args:
         ckpt: the checkpoint's file or folder, in a run folder.
-        results: name -> a number, or the path of a picture or film.
+        results: name -> a number, the path of a picture or film, or the rows of a table.
         step: the checkpoint's.
         offline: as of `RunLogger`.
     """
@@ -133,10 +133,17 @@ def log_results(ckpt: str | Path, results: Mapping[str, Any], *, step: int | Non
     try:
         kinds = {".png": wandb.Image, ".gif": wandb.Video, ".mp4": wandb.Video}
         row = max(record["step"] + 1, run.step)
-        shown = {
-            name: kinds[value.suffix](str(value)) if isinstance(value, Path) else value
-            for name, value in results.items()
-        }
+
+        def shown_as(value: Any) -> Any:
+            if isinstance(value, Path):
+                return kinds[value.suffix](str(value))
+            if isinstance(value, list):
+                columns = list(dict.fromkeys(name for found in value for name in found))
+                rows = [[found.get(name) for name in columns] for found in value]
+                return wandb.Table(columns, rows, allow_mixed_types=True)
+            return value
+
+        shown = {name: shown_as(value) for name, value in results.items()}
         run.log(shown | ({} if step is None else {STEP: step}), step=row)
         write_json(folder / RECORD, record | {"step": row})
     finally:

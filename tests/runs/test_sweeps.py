@@ -8,6 +8,7 @@ from PIL import Image
 
 from grn.media import pictures
 from grn.media.pictures import RING
+from grn.runs import wandb_runs
 from grn.runs.sweeps import SweepTable, _curves, objective, table
 from grn.runtime.errors import UserError
 
@@ -108,6 +109,26 @@ def test_numbers_that_were_swept_are_drawn_with_the_best_marked(tmp_path, capsys
         marked = [x for x in range(picture.width) for y in range(picture.height) if picture.getpixel((x, y)) == RING]
     assert abs((min(marked) + max(marked)) / 2 - 332) < 40  # the middle of the axis, at 1.5; its value stands above
     assert marked
+
+
+def test_the_table_and_its_curves_go_to_the_run_of_the_one_checkpoint(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(wandb_runs, "log_results", lambda ckpt, results, **_: logged.append((ckpt, results)))
+    for number, ckpt in enumerate(("a/checkpoints/last.ckpt",) * 2):
+        config = point(tmp_path, number, [f"sampler.guidance={number + 1}"], {"fid": 1.0 + number})
+        path = tmp_path / str(number) / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"ckpt": ckpt}))
+    SweepTable().on_multirun_end(config)
+    assert not logged  # not asked for
+    config.wandb = True
+    SweepTable().on_multirun_end(config)
+    ((ckpt, results),) = logged
+    assert ckpt == "a/checkpoints/last.ckpt"
+    assert [row["fid"] for row in results["sweep/table"]] == [1.0, 2.0]
+    assert results["sweep/curve-sampler.guidance"] == tmp_path / "curve-sampler.guidance.png"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ckpt": "b/checkpoints/last.ckpt"}))
+    SweepTable().on_multirun_end(config)
+    assert len(logged) == 1  # of two checkpoints, whose run would it be?
 
 
 def test_points_of_one_step_are_not_drawn(tmp_path):

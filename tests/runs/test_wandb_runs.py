@@ -58,6 +58,7 @@ def test_a_run_goes_on_in_its_wandb_run(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
     results = {"evaluate/fid": 3.5, "evaluate/samples": tmp_path / "grid.png"}
+    results["sweep/table"] = [{"point": "0", "fid": 3.5}, {"point": "1", "steps": 8}]
     log_results(tmp_path / "checkpoints" / "best.ckpt", results, step=8, offline=True)
     assert start(tmp_path, range(8, 9), resumed="best") == first
     found = rows(tmp_path)
@@ -72,6 +73,9 @@ def test_a_run_goes_on_in_its_wandb_run(tmp_path):
     scored = found[-2][2]
     assert scored["evaluate/fid"] == 3.5
     assert any(key.startswith("evaluate/samples") for key in scored)
+    assert any(key.startswith("sweep/table") for key in scored)
+    (path,) = tmp_path.glob("wandb/*/files/media/table/sweep/table*.json")
+    assert json.loads(path.read_text())["columns"] == ["point", "fid", "steps"]
     assert start(tmp_path, range(1), resumed=None) != first
 
 
