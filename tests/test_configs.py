@@ -131,6 +131,13 @@ def test_every_experiment_opens_with_its_facts(name):
     assert facts == ["# Trains", "# After", "# Should reach", "# Takes", "# Command"]
 
 
+@pytest.mark.parametrize("debug", sorted(path.stem for path in (CONF / "debug").glob("*.yaml")))
+@pytest.mark.parametrize("name", ["digits_tokenizer", "t2i_2B"])
+def test_debugging_of_every_kind(name, debug):
+    config = experiment(name, f"+debug={debug}")
+    assert OmegaConf.to_container(config, resolve=True, throw_on_missing=True)["name"] == name
+
+
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 def test_commands_resolve_their_config(command):
     config = composed(command, "ckpt=runs/digits_c2i/checkpoints/best.ckpt", "sampler=entropy")

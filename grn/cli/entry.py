@@ -92,6 +92,7 @@ def entry_point(
                 overrides = literal(given.overrides, sweep=given.multirun or "hydra.mode=MULTIRUN" in given.overrides)
                 overrides = [*outlived(overrides, CONF, folders), *overrides]
                 overrides += trial_of_a_sweep(overrides) if config_name == "train" else []
+                overrides.sort(key=lambda it: it.startswith("+debug="))  # on top of the experiment, in any order
                 if given.help or given.help_all:
                     name = given.config_name or config_name
                     print(page(name, overrides, CONF, folders, every=given.help_all))
