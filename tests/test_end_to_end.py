@@ -506,14 +506,51 @@ def rows_of(path):
 
 @full
 def test_optuna_looks_for_guidance(workspace):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'grn[optuna]'")
+    pytest.importorskip("optuna", minversion="4", reason="pip install 'grn[optuna]'")
     searched = "+search=guidance ckpt=runs/digits_c2i num=20 sampler=linear sampler.schedule.steps=2 out=searched"
-    succeed(workspace, "evaluate", searched + " hydra.sweeper.n_trials=2")
+    done = succeed(workspace, "evaluate", searched + " hydra.sweeper.n_trials=2")
     rows = rows_of(workspace / "searched" / "table.csv")
     assert len(rows) == 2
     assert all(0.9 <= float(row["sampler.temperature"]) <= 1.6 for row in rows)
-    best = (workspace / "searched" / "optimization_results.yaml").read_text()
-    assert f"best_value: {rows[0]['fid']}" in best
+    assert f"best: point {rows[0]['point']}, " in done.stdout + done.stderr
+    succeed(workspace, "evaluate", searched + " hydra.sweeper.n_trials=3")
+    assert sorted(row["point"] for row in rows_of(workspace / "searched" / "table.csv")) == ["0", "1", "2"]
+
+
+@full
+def test_optuna_looks_for_how_to_train(workspace):
+    """Learning rates that are worse than the median are ended early."""
+    pytest.importorskip("optuna", minversion="4", reason="pip install 'grn[optuna]'")
+    searched = REFINER.replace(" data.batch_size=20", "") + " +search=training scores=none logger=none name=searched"
+    searched += " trainer.val_check_interval=4 hydra.sweeper.pruner.n_startup_trials=1 hydra.sweeper.n_trials=5"
+    searched += " data.batch_size=choice(16,20) training.signal_ratio_mean=-1 training.signal_ratio_std=1"
+    searched += " callbacks.grid=null training.learning_rate=tag(log,interval(1e-6,1e-2))"
+    done = succeed(workspace, "train", searched)
+    rows = rows_of(workspace / "runs" / "sweeps" / "searched" / "table.csv")
+    assert {row["data.batch_size"] for row in rows} <= {"16", "20"}
+    assert len(rows) == 5
+    steps = {
+        torch.load(workspace / "runs" / "sweeps" / "searched" / row["point"] / "checkpoints" / "last.ckpt")[
+            "global_step"
+        ]
+        for row in rows
+    }
+    assert "ended early at step" in done.stdout + done.stderr
+    assert min(steps) < max(steps) == 12
+
+
+def test_a_point_that_fails_leaves_the_others(workspace):
+    short = " trainer.max_steps=2 trainer.val_check_interval=2 scores=none logger=none name=half_failed"
+    short += " data.root=nowhere,data/digits"
+    done = grn(workspace, "train", "-m +experiment=digits_tokenizer model.dim=8 training.warmup_steps=1" + short)
+    assert done.returncode == 1
+    assert "error: point 0: data.train: no shards at nowhere" in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: 1 point of the sweep failed: 0; table.csv names why"
+    rows = rows_of(workspace / "runs" / "sweeps" / "half_failed" / "table.csv")
+    assert [(row["point"], row["data.root"], row["failed"][:23]) for row in rows] == [
+        ("1", "data/digits", ""),
+        ("0", "nowhere", "data.train: no shards a"),
+    ]
 
 
 def test_sweeps_leave_a_folder_a_point(workspace):

@@ -7,6 +7,7 @@ from grn.callbacks.norms import LogNorms
 from grn.callbacks.pictures import ReconstructionGrid, RefinementFilm, SampleGrid
 from grn.callbacks.preemption import SaveLastStep, SaveOnSigterm
 from grn.callbacks.progress import Progress
+from grn.callbacks.pruning import Pruning
 from grn.callbacks.scores import EvaluateSamples
 from grn.callbacks.throughput import SkippedSamples, Throughput
 
@@ -17,6 +18,7 @@ __all__ = [
     "LogNorms",
     "Milestones",
     "Progress",
+    "Pruning",
     "ReconstructionGrid",
     "RefinementFilm",
     "SampleGrid",

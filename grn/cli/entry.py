@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from grn.cli.help import page
 from grn.cli.options import outlived
 from grn.cli.words import trial_of_a_sweep, without_dashes
 from grn.data.manifest import read_manifest
+from grn.runs.sweeps import Failed
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 from grn.runtime.failures import MISTAKES, explain, named
@@ -50,8 +52,27 @@ def entry_point(
     """
 
     def decorate(task: Callable[[DictConfig], object]) -> Callable[[], None]:
+        failed: list[str] = []  # points of a sweep
+
         @functools.wraps(task)
         def explained(config: DictConfig) -> object:
+            if not _goes_on():
+                return single(config)
+            try:
+                return single(config)
+            except SystemExit as exit:
+                if not isinstance(exit.code, str):  # a signal
+                    raise
+                reason = exit.code.removeprefix("error: ")
+            except Exception as error:  # a bug, or the machine's
+                traceback.print_exc()
+                reason = explain(error)
+            point = str(HydraConfig.get().job.num)
+            print(f"error: point {point}: {reason}", file=sys.stderr)
+            failed.append(point)
+            return Failed(reason)
+
+        def single(config: DictConfig) -> object:
             try:
                 _drop_outlived(config)
                 check_given(config)
@@ -89,7 +110,9 @@ def entry_point(
                     return _complete(command, given.overrides)
                 folders = [Path(given.config_dir).absolute()] if given.config_dir else []
                 _check_arguments(given.overrides)
-                overrides = literal(given.overrides, sweep=given.multirun or "hydra.mode=MULTIRUN" in given.overrides)
+                searches = any(argument.startswith("+search=") for argument in given.overrides)
+                sweep = given.multirun or searches or "hydra.mode=MULTIRUN" in given.overrides
+                overrides = literal(given.overrides, sweep=sweep)
                 overrides = [*outlived(overrides, CONF, folders), *overrides]
                 overrides += trial_of_a_sweep(overrides) if config_name == "train" else []
                 overrides.sort(key=lambda it: it.startswith("+debug="))  # on top of the experiment, in any order
@@ -97,9 +120,16 @@ def entry_point(
                     name = given.config_name or config_name
                     print(page(name, overrides, CONF, folders, every=given.help_all))
                     sys.exit(0)
-                sys.argv[1:] = [*_flags(sys.argv[1:], given.overrides), *overrides]
+                multirun = ["--multirun"] if searches and not given.multirun else []
+                sys.argv[1:] = [*_flags(sys.argv[1:], given.overrides), *multirun, *overrides]
                 with stops_on_signals():
                     command()
+                if failed:
+                    count, points = len(failed), ", ".join(failed)
+                    failed.clear()
+                    sys.exit(
+                        f"error: {count} point{'s' * (count > 1)} of the sweep failed: {points}; table.csv names why"
+                    )
             except MISTAKES as error:
                 # Before the task starts, what is wrong is wrong for every process: the first one says it.
                 sys.exit(f"error: {explain(error)}" if place()[0] == 0 else 1)
@@ -111,6 +141,13 @@ def entry_point(
         return main
 
     return decorate
+
+
+def _goes_on() -> bool:
+    """Whether this is a point of a sweep in this process, whose other points need not end with it."""
+    running = HydraConfig.get()
+    here = str(running.launcher.get("_target_")).endswith(".BasicLauncher")
+    return running.mode == RunMode.MULTIRUN and here and place()[2] == 1
 
 
 def _only_writer(config: DictConfig, key: str | None) -> AbstractContextManager:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf, open_dict
 from grn.runtime.config_folder import own_groups
 
 # What is added to a config, +experiment=..., and is no part of it otherwise.
-ADDED = {"train": ("experiment", "debug"), "evaluate": ("search",)}
+ADDED = {"train": ("experiment", "debug", "search"), "evaluate": ("search",)}
 PATHS = "paths"  # a group of one option, whose keys every command has
 
 

@@ -4,10 +4,12 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -21,12 +23,22 @@ MONITORED = ("eval/fid", "fid", "rfid", "val/psnr", "psnr", "val/loss")
 LARGER_IS_BETTER = ("psnr", "ssim", "isc", "accuracy", "precision", "recall")  # or a part of the metric's name
 
 
-def objective(metrics: Mapping[str, float], monitor: str | None) -> float | None:
-    """The metric that `monitor` names, which entry points return for sweepers; None where nothing is monitored.
+@dataclass(frozen=True)
+class Failed:
+    """What a point of a sweep returns that failed, so that the others go on; `reason` in one line."""
+
+    reason: str
+
+
+def objective(metrics: Mapping[str, float], monitor: str | Sequence[str] | None) -> float | list[float] | None:
+    """The metric that `monitor` names, which entry points return for sweepers; of several, a list. None where
+    nothing is monitored.
 
     Raises:
         UserError: it was not measured.
     """
+    if monitor is not None and not isinstance(monitor, str):
+        return [objective(metrics, name) for name in monitor]
     name = _monitored(metrics, monitor)
     if name is not None and name not in metrics:
         raise UserError(f"monitor={name} was not measured; there is {', '.join(sorted(metrics))}")
@@ -42,18 +54,25 @@ class SweepTable(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        if place()[0] == 0 and not config.get("cluster", {}).get("dry_run"):
+        searches = "study_name" in config.hydra.get("sweeper", {})
+        goes_on = searches and not config.get("overwrite")
+        if place()[0] == 0 and not config.get("cluster", {}).get("dry_run") and not goes_on:
             for earlier in Path(config.hydra.sweep.dir).glob("*/point.json"):
                 earlier.unlink()
 
-    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn | None = None, **_: Any) -> None:
         folder = Path(config.hydra.runtime.output_dir)
         of_a_sweep = config.hydra.mode == RunMode.MULTIRUN and config.hydra.sweep.subdir != "."  # else a single job's
-        if not of_a_sweep or place()[0] > 0 or not (folder / "metrics.json").exists():
+        failed = getattr(job_return, "_return_value", None)
+        failed = failed.reason if isinstance(failed, Failed) else None
+        if not of_a_sweep or place()[0] > 0 or not (failed or (folder / "metrics.json").exists()):
             return
         overrides = dict(override.split("=", 1) for override in config.hydra.overrides.task if "=" in override)
-        measured = json.loads((folder / "metrics.json").read_text())
-        point = {"overrides": overrides, "step": measured.get("step"), "metrics": measured["metrics"]}
+        if failed is None:
+            measured = json.loads((folder / "metrics.json").read_text())
+            point = {"overrides": overrides, "step": measured.get("step"), "metrics": measured["metrics"]}
+        else:
+            point = {"overrides": overrides, "step": None, "metrics": {}, "failed": failed}
         write_json(folder / "point.json", point)
         rows, _ = table(folder.parent, config.monitor)
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -80,7 +99,7 @@ class SweepTable(Callback):
         drawn: dict[str, Any] = {"table": rows}
         for key in columns[1:]:
             curves = _curves(rows, columns, key, monitored)
-            if key == monitored or not any(len(points) > 1 for points in curves.values()):
+            if key in (monitored, "failed") or not any(len(points) > 1 for points in curves.values()):
                 continue
             from grn.media import pictures
 
@@ -149,20 +168,26 @@ def table(folder: Path, monitor: str | None) -> tuple[list[dict[str, Any]], list
             **{key: point["overrides"].get(key) for key in swept},
             **steps.get(name, {}),
             **point["metrics"],
+            **({"failed": point["failed"]} if "failed" in point else {}),
         }
         for name, point in sorted(points.items())
     ]
     sign = -1 if any(part in str(monitored) for part in LARGER_IS_BETTER) else 1
     rows.sort(key=lambda row: (monitored not in row, sign * row.get(monitored, 0)))
-    return rows, ["point", *swept, *(["step"] if steps else []), *([monitored] if monitored else [])]
+    failed = ["failed"] if any("failed" in row for row in rows) else []
+    return rows, ["point", *swept, *(["step"] if steps else []), *([monitored] if monitored else []), *failed]
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return ""
     try:
         return f"{float(value):.6g}"
     except (TypeError, ValueError):
         return str(value)
 
 
-def _monitored(metrics: Mapping[str, float], monitor: str | None) -> str | None:
+def _monitored(metrics: Mapping[str, float], monitor: str | Sequence[str] | None) -> str | None:
+    if monitor is not None and not isinstance(monitor, str):
+        return monitor[0]  # of several goals
     return monitor or next((name for name in MONITORED if name in metrics), None)
