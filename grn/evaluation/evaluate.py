@@ -24,7 +24,6 @@ from grn.checkpoints.trust import check_group, named_files
 from grn.data.datamodule import SPLITS, ShardsDataModule
 from grn.data.stream.streaming import check_foreign_urls, report_skipped
 from grn.evaluation.archive import SampleArchive, remove_parts
-from grn.evaluation.headlines import headlines
 from grn.evaluation.record import folder_for, provenance, settings
 from grn.evaluation.scoring import (
     build_scores,
@@ -39,6 +38,7 @@ from grn.evaluation.scoring import (
 from grn.evaluation.suites import Layout, Suite, read_suite, scorer, with_lines
 from grn.media import pictures
 from grn.method.request import Request
+from grn.metrics.headlines import headlines
 from grn.metrics.nearest import NearestTrainingDistance
 from grn.metrics.splits import Split, image_batches
 from grn.networks.tokenizer import for_inference

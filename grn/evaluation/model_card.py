@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 import grn
 from grn.checkpoints.exported import PARTS
 from grn.checkpoints.summary import summary
-from grn.evaluation.headlines import headlines
+from grn.metrics.headlines import headlines
 from grn.runs.listing import MAX_METRICS, MAX_PICTURE
 from grn.runtime.files import Unreadable, read_bounded, write_text
 from grn.weights.kinds import CARD, INDEX, PICTURE

@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 
-from grn.evaluation.headlines import headlines
+from grn.metrics.headlines import headlines
 from grn.runs.listing import Run, find_runs, newest_pictures
 from grn.runtime.errors import UserError
 

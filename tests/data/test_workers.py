@@ -24,6 +24,7 @@ def test_only_the_parent_ends_a_worker():
     pipe, other = context.Pipe()
     worker = context.Process(target=_worker, args=(other,), daemon=True)
     worker.start()
+    other.close()
     assert pipe.recv() == "ready"
 
     stranger = context.Process(target=os.kill, args=(worker.pid, signal.SIGTERM))
@@ -31,6 +32,7 @@ def test_only_the_parent_ends_a_worker():
     stranger.join()
     time.sleep(0.05)
     pipe.send("still there")
+    assert pipe.poll(60), f"the worker is gone: {worker.exitcode}"
     assert pipe.recv() == "still there"
 
     worker.terminate()

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from grn.evaluation.headlines import headlines
 from grn.evaluation.record import folder_for, provenance, settings
+from grn.metrics.headlines import headlines
 from grn.metrics.intervals import of_mean, of_share
 from grn.runtime.errors import UserError
 from grn.runtime.git import package_commit
