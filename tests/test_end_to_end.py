@@ -1012,7 +1012,7 @@ def test_a_text_refiner_trains_on_full_packs(captioned):
     assert len(packing) == 6
     assert sum(packing) / 6 >= 0.95
     last = next(row for row in rows if row["eval/pair_accuracy"])
-    assert all(last[f"eval/pair_accuracy_{apart}"] for apart in ("shown", "val"))
+    assert all(last[f"eval/pair_accuracy_{apart}"] for apart in ("shown", "heldout"))
     assert float(last["eval/judge_val_accuracy"]) > 0.95
     names = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert {".".join(name.split(".")[:2]) for name in names} == {"network.refiner", "network.encoder"}
