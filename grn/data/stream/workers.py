@@ -17,6 +17,9 @@ def outlive_sigterm(worker_id: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where there is no SLURM either
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # by it submitit queues a job again: not here, too
+        # Libraries may have started threads in this process as it was forked, which do not block the signal
+        # (OpenTelemetry's, by W&B or MLflow): one that they get is lost, where it would end all of it.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_parent, daemon=True).start()
 
