@@ -133,7 +133,7 @@ def workspace(slurm, tmp_path_factory):
     }
     for arguments in ("prepare data=digits", "train logger=csv " + TOKENIZER, "train name=whole " + REFINER):
         done = start(folder, environment, arguments)
-        assert done.wait(timeout=120) == 0, done.stderr.read()
+        assert done.wait(timeout=600) == 0, done.stderr.read()
     return folder, environment
 
 
