@@ -10,7 +10,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo try critters studio test test-full test-all test-kill test-browser test-cuda fast slurm lint docs curves clean
+.PHONY: demo try critters studio test test-full test-all test-kill test-browser test-cuda fast slurm lint docs curves scale clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -74,6 +74,10 @@ docs: $(READY)
 STEPS ?= 200
 curves: $(READY)
 	$(PY) experiments/curves.py $(BASE) --steps $(STEPS)
+
+# The table of docs/cluster.md: what each of 64 GPUs holds and receives, without any.
+scale: $(READY)
+	$(PY) experiments/scale/table.py
 
 $(READY): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

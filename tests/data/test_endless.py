@@ -83,6 +83,26 @@ def test_ranks_and_workers_change_nothing(shards, monkeypatch, ranks, workers):
     assert len(passes(alone)) > 3
 
 
+def test_64_ranks_of_8_workers_read_what_one_process_reads(tmp_path, monkeypatch):
+    """Each worker of each rank for itself, in this process."""
+    urls = [write_labels(tmp_path / f"{n:03d}.tar", {f"{n:03d}-{i}": b"1" for i in range(2)}) for n in range(512)]
+    sizes = {"batch_size": 128, "rank_streams": 64, "worker_streams": 8, "shuffle_buffer": 2, "seed": 3}
+    count, batches = 24, [[None] * 128 for _ in range(24)]
+
+    def read(rank, ranks, worker, workers):
+        as_rank(monkeypatch, rank, ranks)
+        monkeypatch.setattr(endless, "worker_and_workers", lambda: (worker, workers))
+        return [samples for samples, _ in islice(GlobalBatches(urls, decode, collate=list, **sizes), count // workers)]
+
+    expected = read(0, 1, 0, 1)
+    assert len({key for batch in expected[:8] for key, _ in batch}) == 8 * 128  # a pass: nothing comes twice
+    for rank in range(64):
+        for worker in range(8):
+            for turn, samples in enumerate(read(rank, 64, worker, 8)):
+                batches[turn * 8 + worker][rank::64] = samples
+    assert batches == expected
+
+
 @pytest.mark.parametrize(
     ("broken", "resumed"), [((1, 0), (2, 2)), ((2, 1), (1, 0)), ((2, 2), (3, 1)), ((6, 2), (1, 1))]
 )
