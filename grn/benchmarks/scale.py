@@ -53,6 +53,7 @@ def benchmark(
     pixels: int,
     text: int,
     max_tokens: int,
+    loss_chunk: int | None,
 ) -> dict[str, Any]:
     """Takes a step as the first and as the last rank, and prints one table; keys are explained in
     conf/benchmark/scale.yaml.
@@ -72,7 +73,9 @@ def benchmark(
         check_count("benchmark.batch_size", batch_size)
     network = hollow_of(model)
     parameters = sum(p.numel() for p in network.parameters())
-    load: dict[str, int] = {"pixels": pixels, "text": text, "max_tokens": max_tokens}
+    if loss_chunk is not None:
+        check_count("benchmark.loss_chunk", loss_chunk)
+    load: dict[str, int | None] = {"pixels": pixels, "text": text, "max_tokens": max_tokens}
     what = f"a pack of {max_tokens} tokens a rank"
     if isinstance(network, TextRefiner):
         pack(network, **load)
@@ -81,6 +84,7 @@ def benchmark(
         what = f"{load['batch']} images a rank"
     else:
         raise UserError("benchmark=scale is for refiners: model=class_refiner_G, or model=text_refiner_2B")
+    load["loss_chunk"] = loss_chunk
     # In processes of their own: PyTorch keeps the meshes of a process that it has been told it is.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         told = OmegaConf.to_container(model, resolve=True)
@@ -91,7 +95,14 @@ def benchmark(
     Console().print(_table(rows, parameters, ranks, shard_size, what, activations))
     print(f"checkpoint: {total / 1e9:.1f} GB in {ranks} files of {checkpoint['bytes_of_a_file'] / 1e9:.2f} GB, "
           "an index and the rest")  # fmt: skip
-    return {"parameters": parameters, "step": what, **arguments, "ranks": rows, "checkpoint": checkpoint}
+    return {
+        "parameters": parameters,
+        "step": what,
+        **arguments,
+        "loss_chunk": loss_chunk,
+        "ranks": rows,
+        "checkpoint": checkpoint,
+    }
 
 
 def hollow_of(model: DictConfig | dict[str, Any]) -> nn.Module:
@@ -100,7 +111,7 @@ def hollow_of(model: DictConfig | dict[str, Any]) -> nn.Module:
 
 
 def _as_rank(
-    rank: int, ranks: int, model: dict[str, Any], load: dict[str, int], arguments: dict[str, Any]
+    rank: int, ranks: int, model: dict[str, Any], load: dict[str, int | None], arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """A row, of this process as one of so many, of which there are no others."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "scale"}
@@ -117,20 +128,23 @@ def _as_rank(
 Loss = Callable[[nn.Module], Tensor]
 
 
-def images(network: ClassRefiner, batch: int) -> Loss:
-    """The loss of so many corrupted maps."""
+def images(network: ClassRefiner, batch: int, loss_chunk: int | None = None) -> Loss:
+    """The loss of so many corrupted maps, as training has it with such a `training.loss_chunk`."""
 
     def loss(network: ClassRefiner) -> Tensor:
         tokens = torch.zeros(batch, network.channels, 1, network.size, network.size, dtype=torch.long)
         ids = torch.arange(batch)
         t = corruption.signal_ratio(0, ids, 0, mean=-0.8, std=0.8)
         noisy = corruption.corrupt(tokens, t, network.classes, seed=0, ids=ids, step=0)
-        return corruption.token_loss(network(noisy, t, torch.zeros(batch, dtype=torch.long)), tokens)
+        labels = torch.zeros(batch, dtype=torch.long)
+        if loss_chunk is not None:
+            return network(noisy, t, labels, targets=tokens, loss_chunk=loss_chunk)[0].mean()
+        return corruption.token_loss(network(noisy, t, labels), tokens)
 
     return loss
 
 
-def pack(network: TextRefiner, pixels: int, text: int, max_tokens: int) -> Loss:
+def pack(network: TextRefiner, pixels: int, text: int, max_tokens: int, loss_chunk: int | None = None) -> Loss:
     """The loss of a pack of as many images as fit, each with a caption; features come with the data."""
     count, side = max_tokens // (pixels + 1 + text), math.isqrt(pixels)
     if not count or side**2 != pixels:
@@ -141,19 +155,23 @@ def pack(network: TextRefiner, pixels: int, text: int, max_tokens: int) -> Loss:
 
     def loss(network: TextRefiner) -> Tensor:
         device = torch.get_default_device()
-        logits = pack_logits(network, pixels, text, max_tokens, device)
-        tokens = torch.zeros(network.channels, 1, side, side, dtype=torch.long, device=device)
-        return corruption.per_sample(logits, [tokens] * len(logits))[0].mean()
+        tokens = [torch.zeros(network.channels, 1, side, side, dtype=torch.long, device=device)] * count
+        if loss_chunk is not None:
+            chunked = {"targets": tokens, "loss_chunk": loss_chunk}
+            return pack_logits(network, pixels, text, max_tokens, device, **chunked)[0].mean()
+        return corruption.per_sample(pack_logits(network, pixels, text, max_tokens, device), tokens)[0].mean()
 
     return loss
 
 
-def pack_logits(network: TextRefiner, pixels: int, text: int, max_tokens: int, device: torch.device) -> list[Tensor]:
-    """Of the images of such a pack."""
+def pack_logits(
+    network: TextRefiner, pixels: int, text: int, max_tokens: int, device: torch.device, **options: Any
+) -> Any:
+    """Of the images of such a pack, or what `options` of the network ask for in their place."""
     count, side = max_tokens // (pixels + 1 + text), math.isqrt(pixels)
     tokens = torch.zeros(network.channels, 1, side, side, dtype=torch.long, device=device)
     features = torch.zeros(count * text, network.text_width, dtype=torch.bfloat16, device=device)
-    return network([tokens] * count, torch.zeros(count, device=device), features, [text] * count)
+    return network([tokens] * count, torch.zeros(count, device=device), features, [text] * count, **options)
 
 
 class _Sharded(lightning.LightningModule):

@@ -66,6 +66,12 @@ def token_accuracy(logits: Tensor, tokens: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == tokens).flatten(1).float().mean(dim=1)
 
 
+def mean_scores(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(Mean cross-entropy, accuracy) of each row, float32 [R]: logits [R, classes, n] against true tokens [R, n]."""
+    losses = F.cross_entropy(logits.float(), tokens, reduction="none")
+    return losses.mean(dim=1), token_accuracy(logits.detach(), tokens)
+
+
 def per_sample(logits: Sequence[Tensor], tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(Mean cross-entropy, accuracy) of samples of any sizes, float32 [S] each; as `token_loss` and `token_accuracy`.
 

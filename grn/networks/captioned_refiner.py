@@ -23,6 +23,8 @@ class CaptionedRefiner(Initialized):
         UserError: the refiner takes other features, or fewer text tokens, than the encoder gives.
     """
 
+    scores_targets = True  # `forward` takes `targets` and `loss_chunk`
+
     def __init__(self, refiner: TextRefiner, encoder: TextEncoder | None = None):
         super().__init__()
         self.refiner = refiner
@@ -44,7 +46,7 @@ class CaptionedRefiner(Initialized):
     def forward(
         self, tokens: Sequence[Tensor], t: Tensor, text: Sequence[str] | tuple[Tensor, Sequence[int]], **options: Any
     ) -> list[Tensor]:
-        """Logits of packed samples, as `TextRefiner.forward` gives them.
+        """Logits of packed samples, or their scores, as `TextRefiner.forward` gives them.
 
         Args:
             text: S captions; without an encoder of its own, (their features, their lengths).

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grn.method.corruption import mean_scores
 from grn.networks.layers import (
     EPS,
     HeadLinear,
@@ -17,6 +18,7 @@ from grn.networks.layers import (
     RMSNorm,
     TimeEmbedding,
     at_least_float32,
+    in_chunks,
     ones_at,
     without_autocast,
 )
@@ -44,6 +46,8 @@ class ClassRefiner(Pretrained, Initialized):
     Raises:
         UserError: sizes that do not fit together.
     """
+
+    scores_targets = True  # `forward` takes `targets` and `loss_chunk`
 
     def __init__(
         self,
@@ -86,16 +90,27 @@ class ClassRefiner(Pretrained, Initialized):
             self.register_buffer(name, table.to(torch.get_default_device()), persistent=False)
         self.init_weights()
 
-    def forward(self, tokens: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Logits of the true tokens.
+    def forward(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        loss_chunk: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of the true tokens; or, told these, how well they are predicted.
 
         Args:
             tokens: int64 [B, D, 1, size, size] in 0..classes-1.
             t: float [B], the signal ratio.
             labels: int64 [B] in 0..num_labels.
+            targets: the true tokens, like `tokens`.
+            loss_chunk: with targets, of how many positions there are logits at a time, in whole samples.
 
         Returns:
-            float32 [B, classes, D, 1, size, size]; float64 of a network in float64.
+            float32 [B, classes, D, 1, size, size]; float64 of a network in float64. With targets, each sample's
+            (mean cross-entropy in nats a token, accuracy), float32 [B] each.
         """
         batch, _, frames, height, width = tokens.shape
         if tokens.shape[1:] != (self.channels, 1, self.size, self.size):
@@ -112,7 +127,11 @@ class ClassRefiner(Pretrained, Initialized):
                 x = torch.cat([context.to(x.dtype), x], dim=1)
                 rotation = self.context_cos, self.context_sin
             x = block(x, condition, *rotation)
-        logits = self.head(x[:, -height * width :], condition)
+        x = x[:, -height * width :]
+        if targets is not None:
+            samples = max(1, loss_chunk // (height * width))
+            return self.head(x, condition, targets.flatten(2).transpose(1, 2), samples)
+        logits = self.head(x, condition)
         return logits.view(batch, frames, height, width, self.classes, self.channels).permute(0, 4, 5, 1, 2, 3)
 
     def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
@@ -209,7 +228,9 @@ class SwiGLU(nn.Module):
 class Head(nn.Module):
     """adaLN (shift, scale) RMSNorm and the linear map to class-major logits; all of it in float32, also under autocast.
 
-    x [B, N, width], condition [B, width], of any float type -> [B, N, out], float32 (float64 of a float64).
+    x [B, N, width], condition [B, width], of any float type -> [B, N, out], float32 (float64 of a float64). With
+    targets int64 [B, N, D] -> what `mean_scores` says of each sample, of whose logits there are those of `samples` at
+    a time, going and coming back: here, for a strategy gathers weights around this call.
     """
 
     def __init__(self, width: int, out: int):
@@ -218,11 +239,21 @@ class Head(nn.Module):
         self.modulation = HeadLinear(width, 2 * width)
         self.out = HeadLinear(width, out)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor, targets: Tensor | None = None, samples: int = 1
+    ) -> Tensor | tuple[Tensor, Tensor]:
         with without_autocast(x.device):
-            x, condition = at_least_float32(x), at_least_float32(condition)
-            shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
-            return self.out(self.norm(x) * (1 + scale) + shift)
+            shift, scale = self.modulation(at_least_float32(condition))[:, None].chunk(2, dim=-1)
+            if targets is None:
+                return self._logits(x, shift, scale)
+            return in_chunks(self._scores, samples, x, shift, scale, targets)
+
+    def _logits(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return self.out(self.norm(at_least_float32(x)) * (1 + scale) + shift)
+
+    def _scores(self, x: Tensor, shift: Tensor, scale: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._logits(x, shift, scale).unflatten(-1, (-1, targets.shape[-1]))  # [b, N, classes, D]
+        return mean_scores(logits.transpose(1, 2).flatten(2), targets.flatten(1))
 
 
 def sincos_position(size: int, width: int) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-6
 TIME_FREQUENCIES = 128
@@ -78,6 +79,17 @@ def ones_at(index: Tensor, linear: nn.Linear) -> Tensor:
     weight = linear.weight
     hot = torch.zeros(*index.shape[:-1], weight.shape[1], dtype=weight.dtype, device=index.device)
     return hot.scatter_(-1, index, 1.0)
+
+
+def in_chunks(score: Callable[..., tuple[Tensor, ...]], rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What `score` makes of so many rows of the tensors at a time, joined.
+
+    For the backward pass only the tensors are kept: what `score` has on its way is computed again, chunk by chunk.
+    """
+    parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    # Nothing in a head draws random numbers.
+    scored = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return tuple(torch.cat(values) for values in zip(*scored))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from grn.method.corruption import mean_scores
 from grn.method.resolutions import nearest_template, rotary_span
 from grn.networks.attention import Backend, Padded, Pattern, Recorder, WithText, packed_attention
 from grn.networks.layers import (
@@ -32,6 +33,7 @@ from grn.networks.layers import (
     RMSNorm,
     TimeEmbedding,
     at_least_float32,
+    in_chunks,
     ones_at,
     without_autocast,
 )
@@ -145,8 +147,11 @@ class TextRefiner(Pretrained, Initialized):
         templates: Sequence[float] | None = None,
         context_frames: int | Sequence[int] = 0,
         backend: Backend | None = None,
-    ) -> list[Tensor]:
-        """Logits of samples of any sizes, packed into one sequence; no sample sees another.
+        targets: Sequence[Tensor] | None = None,
+        loss_chunk: int | None = None,
+    ) -> list[Tensor] | tuple[Tensor, Tensor]:
+        """Logits of samples of any sizes, packed into one sequence; no sample sees another. Or, told the true tokens,
+        how well they are predicted.
 
         Args:
             tokens: S times int64 [D, T, H, W] in 0..classes-1.
@@ -157,9 +162,12 @@ class TextRefiner(Pretrained, Initialized):
             context_frames: how many latents at the start of each sample are a condition, with their true tokens
                 (image to video); one number for all, or S.
             backend: as in `grn.networks.attention.packed_attention`.
+            targets: the true tokens, S times int64 [D, T - context frames, H, W].
+            loss_chunk: with targets, of how many positions there are logits at a time.
 
         Returns:
-            S times float32 [classes, D, T - context frames, H, W]; float64 of a network in float64.
+            S times float32 [classes, D, T - context frames, H, W]; float64 of a network in float64. With targets, each
+            sample's (mean cross-entropy in nats a token, accuracy), float32 [S] each.
         """
         shapes = [tuple(sample.shape[1:]) for sample in tokens]
         count = len(shapes)
@@ -194,7 +202,12 @@ class TextRefiner(Pretrained, Initialized):
             for (frames, (left, height, width)), length in zip(kept, text_lengths)
             for number in (frames * height * width, left * height * width, 1 + length)
         ]
-        logits = self.head(torch.cat(x[0].split(counts)[1::3]))
+        predicted = torch.cat(x[0].split(counts)[1::3])
+        if targets is not None:
+            true = torch.cat([sample.flatten(1).T for sample in targets])
+            scores = self.head(predicted, true, loss_chunk)
+            return tuple(torch.stack([own.mean() for own in score.split(counts[1::3])]) for score in scores)
+        logits = self.head(predicted)
         return [
             piece.view(*shape, self.channels, self.classes).permute(4, 3, 0, 1, 2)
             for piece, (_, shape) in zip(logits.split(counts[1::3]), kept)
@@ -386,7 +399,9 @@ class SwiGLU(nn.Module):
 class Head(nn.Module):
     """RMSNorm and the linear map to channel-major logits; both in float32, also under autocast.
 
-    x [..., width] of any float type -> [..., out], float32 (float64 of a float64).
+    x [..., width] of any float type -> [..., out], float32 (float64 of a float64). With x [N, width] and targets int64
+    [N, D] -> what `mean_scores` says of each position, of whose logits there are those of `positions` at a time, going
+    and coming back: here, for a strategy gathers weights around this call.
     """
 
     def __init__(self, width: int, out: int):
@@ -394,9 +409,15 @@ class Head(nn.Module):
         self.norm = RMSNorm(width, eps=EPS)
         self.out = HeadLinear(width, out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, positions: int = 1) -> Tensor | tuple[Tensor, Tensor]:
         with without_autocast(x.device):
-            return self.out(self.norm(at_least_float32(x)))
+            return self._logits(x) if targets is None else in_chunks(self._scores, positions, x, targets)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(at_least_float32(x)))
+
+    def _scores(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return mean_scores(self._logits(x).unflatten(-1, (targets.shape[-1], -1)).transpose(1, 2), targets)
 
 
 def visual_positions(frames: int, height: int, width: int, template: float) -> Tensor:

@@ -57,10 +57,13 @@ class RefinerModule(LightningModule):
             shift, above 1 there is more noise.
         signal_ratio_input: what the network is told: `nominal`, the probability t with which tokens were kept, or
             `realized`, the share of them that was.
+        loss_chunk: of how many positions training has logits at a time, computed again for the backward pass; None: of
+            all, which are kept. The loss is the same to rounding. The network takes `targets` and `loss_chunk` then, as
+            `ClassRefiner` does.
         seed: of every draw of training.
 
     Raises:
-        UserError: a network that does not fit the tokenizer's tokens.
+        UserError: a network that does not fit the tokenizer's tokens, or that has no loss in chunks.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class RefinerModule(LightningModule):
         signal_ratio_std: float = 0.8,
         signal_ratio_shift: float = 1.0,
         signal_ratio_input: str = "nominal",
+        loss_chunk: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -99,6 +103,13 @@ class RefinerModule(LightningModule):
             raise UserError(
                 f"training.signal_ratio_input={signal_ratio_input}: choose among {', '.join(SIGNAL_RATIO_INPUTS)}"
             )
+        if loss_chunk is not None:
+            check_count("training.loss_chunk", loss_chunk)
+            if not getattr(network, "scores_targets", False):
+                raise UserError(
+                    f"training.loss_chunk={loss_chunk}: {type(network).__name__} has no loss in chunks; "
+                    "training.loss_chunk=null has it of all positions at once"
+                )
         self._is_batch_checked = False
         self.network = network
         self.tokenizer = tokenizer.eval().requires_grad_(False)
@@ -110,6 +121,7 @@ class RefinerModule(LightningModule):
         self.label_dropout = label_dropout
         self.signal_ratio_mean, self.signal_ratio_std = signal_ratio_mean, signal_ratio_std
         self.signal_ratio_shift, self.signal_ratio_input = signal_ratio_shift, signal_ratio_input
+        self.loss_chunk = loss_chunk
         self.seed = seed
         self.finite_loss = FiniteLoss()
         self.checkpoint_extras: dict[
@@ -177,13 +189,13 @@ class RefinerModule(LightningModule):
             return self.tokenizer.tokenize(from_uint8(batch["pixels"]), self.labeling)
 
     def predict_corrupted(
-        self, tokens: Tensor, labels: Tensor, *, seed: int, ids: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Tensor, labels: Tensor, *, seed: int, ids: Tensor, step: int, **options: Any
+    ) -> tuple[Tensor, Any]:
         """Corrupts true tokens and predicts them: (t [B] as the network is told, logits); all draws are functions of
-        (seed, ids, step)."""
+        (seed, ids, step). `options` go to the network, which gives what they ask for in place of logits."""
         t = self.draw_signal_ratio(seed, ids, step)
         noisy, t = self.corrupt(tokens, t, seed=seed, ids=ids, step=step)
-        return t, self.network(noisy, t, labels)
+        return t, self.network(noisy, t, labels, **options)
 
     def draw_signal_ratio(self, seed: int, ids: Tensor, step: int) -> Tensor:
         """The probability float32 [B] with which each sample's tokens are kept."""
@@ -214,11 +226,18 @@ class RefinerModule(LightningModule):
         ids = self._positions(batch_idx, len(labels))
         dropped = philox.uniform(self.seed, Stream.CONDITION_DROPOUT, ids, self.global_step) < self.label_dropout
         labels = torch.where(dropped, self.network.num_labels, labels)
-        t, logits = self.predict_corrupted(tokens, labels, seed=self.seed, ids=ids, step=self.global_step)
-        loss = corruption.token_loss(logits, tokens)
+        draws = {"seed": self.seed, "ids": ids, "step": self.global_step}
+        if self.loss_chunk is None:
+            t, logits = self.predict_corrupted(tokens, labels, **draws)
+            loss, accuracy = corruption.token_loss(logits, tokens), corruption.token_accuracy(logits.detach(), tokens)
+        else:
+            t, (losses, accuracy) = self.predict_corrupted(
+                tokens, labels, **draws, targets=tokens, loss_chunk=self.loss_chunk
+            )
+            loss = losses.mean()
         self.finite_loss.watch(loss)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self._add_accuracy(corruption.token_accuracy(logits.detach(), tokens), t)
+        self._add_accuracy(accuracy, t)
         return loss
 
     def _positions(self, batch_idx: int, count: int) -> Tensor:

@@ -258,7 +258,8 @@ class TextRefinerModule(RefinerModule):
         step: int,
         context: list[int],
         features: list[Tensor | None] | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
+        **options: Any,
+    ) -> tuple[Tensor, Any]:
         """As of `RefinerModule`, for samples of any sizes and their captions.
 
         Args:
@@ -276,7 +277,7 @@ class TextRefinerModule(RefinerModule):
             same, told[where] = self.corrupt(same, t[where], seed=seed, ids=ids[where], step=step)
             for row, sample in zip(rows, same):
                 noisy[row] = torch.cat([tokens[row][:, : context[row]], sample[:, context[row] :]], dim=1)
-        return told, self.network(noisy, told, self._text(captions, features), context_frames=context)
+        return told, self.network(noisy, told, self._text(captions, features), context_frames=context, **options)
 
     def _text(
         self, captions: list[str], features: list[Tensor | None] | None
@@ -310,7 +311,10 @@ class TextRefinerModule(RefinerModule):
         tokens, packs = self.tokenize(batch), batch["packs"]
         ids = self._pack_positions(batch_idx, packs)
         context = self.draw_context(tokens, ids)
-        t, logits = self.predict_corrupted(
+        targets, chunked = [sample[:, given:] for sample, given in zip(tokens, context)], {}
+        if self.loss_chunk is not None:
+            chunked = {"targets": targets, "loss_chunk": self.loss_chunk}
+        t, predicted = self.predict_corrupted(
             tokens,
             [self.retagged(caption) if given else caption for caption, given in zip(batch["caption"], context)],
             seed=self.seed,
@@ -318,9 +322,9 @@ class TextRefinerModule(RefinerModule):
             step=self.global_step,
             context=context,
             features=batch.get("features"),
+            **chunked,
         )
-        targets = [sample[:, given:] for sample, given in zip(tokens, context)]
-        losses, accuracy = corruption.per_sample(logits, targets)
+        losses, accuracy = predicted if chunked else corruption.per_sample(predicted, targets)
         loss = self._part_of_step(losses, [target[0].numel() for target in targets], batch_idx)
         self.finite_loss.watch(loss)
         own = {"batch_size": len(packs), "sync_dist": True}

@@ -36,6 +36,7 @@ def test_every_byte_of_states_is_on_some_rank(tmp_path, capsys):
     [
         ("benchmark.shard_size=3", "benchmark.shard_size=3 does not divide benchmark.ranks=8"),
         ("benchmark.ranks=0", "benchmark.ranks=0 must be"),
+        ("benchmark.loss_chunk=0", "benchmark.loss_chunk=0 must be"),
         ("benchmark.averages=-1", "benchmark.averages=-1 must be"),
         ("model=tokenizer", "is for refiners"),
         ("benchmark.activations=some", "benchmark.activations"),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from sharding import meet, strategy
 from torch.distributed.tensor import DTensor
 
+from grn.method.corruption import token_loss
 from grn.networks.class_refiner import ClassRefiner
 from grn.runtime.errors import UserError
 from grn.training.fsdp import FSDP, gather_weights, local, release_weights, shard_like
@@ -82,6 +83,20 @@ def run_rank(rank, folder):
         gradients = [p.grad for p in network.parameters()]
         assert all(g.dtype == torch.float32 for g in gradients)
         assert any(g.full_tensor().any() for g in gradients)
+        # The loss in chunks, within the head's one gathering: the gradients of all logits at once.
+        network.zero_grad()
+        targets, found = 3 - inputs()[0], []
+        for loss_chunk in (None, 16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+                if loss_chunk is None:
+                    loss = token_loss(network(*inputs()), targets)
+                else:
+                    loss = network(*inputs(), targets=targets, loss_chunk=loss_chunk)[0].mean()
+            loss.backward()
+            found.append([p.grad.full_tensor() for p in network.parameters()])
+            network.zero_grad()
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4)
         if shard_size == 1:
             assert all(len(local(p)) == len(p) for p in network.parameters())
     dist.destroy_process_group()
