@@ -10,7 +10,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo try critters studio test test-full test-all test-kill test-browser test-cuda fast slurm lint docs curves scale clean
+.PHONY: demo try critters studio test test-full test-all test-kill test-browser test-cuda bench-cuda fast slurm lint docs curves scale clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -55,6 +55,10 @@ test-browser: $(READY)
 # Every path that only a GPU has, on one; without network and .venv: make test-cuda PY=python READY=
 test-cuda: $(READY)
 	$(PY) -m pytest -m cuda tests/cuda --durations=10
+
+# What this GPU does, in eight minutes, against goals for an H100; without network and .venv as above.
+bench-cuda: $(READY)
+	$(PY) -m grn.bench benchmark=gpu out=build/gpu
 
 fast: $(READY)
 	$(PY) -m pytest -m "not slow and not slurm and not browser and not cuda"

@@ -79,7 +79,7 @@ def benchmark(
     for key, value in sizes.items():
         if value < 1:
             raise UserError(f"benchmark.{key}={value}: at least one")
-    network = _network(model).to(device)
+    network = random_network(model).to(device)
     sampler = Sampler(Linear(steps), guidance=guidance, guidance_interval=tuple(guidance_interval))
     variants = [variant for variant in VARIANTS if compile or not variant.compile]
     rates = measure_matmul(variants, device, repeats)
@@ -115,7 +115,7 @@ def benchmark(
     }
 
 
-def _network(model: DictConfig) -> ClassRefiner:
+def random_network(model: DictConfig) -> ClassRefiner:
     """Random weights, none of them zero: a new network would predict the same for all inputs."""
     network = build_network(model)
     if not isinstance(network, ClassRefiner):

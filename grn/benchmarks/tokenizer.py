@@ -115,7 +115,7 @@ def measure_images(
     for task in ("encode", "decode"):
         calls, rows, reference = [], [], None
         for variant in variants:
-            call = _call(networks[variant.name], task, given)
+            call = call_of(networks[variant.name], task, given)
             result, peak = _first_pass(call, variant, device, held=[*networks[variant.name].parameters(), given])
             reference = result if reference is None else reference
             flop = flop_per_image(tokenizer, task, given.shape)
@@ -140,7 +140,7 @@ def flop_per_image(tokenizer: HBQTokenizer, task: str, shape: torch.Size) -> int
     """Floating-point operations of convolutions and matrix products, counted while the network runs without data."""
     hollow = copy.deepcopy(tokenizer).to("meta")
     with FlopCounterMode(display=False) as counter:
-        _call(hollow, task, torch.empty(shape, device="meta"))()
+        call_of(hollow, task, torch.empty(shape, device="meta"))()
     return counter.get_total_flops() // shape[0]
 
 
@@ -156,7 +156,7 @@ def _networks(tokenizer: HBQTokenizer, variants: list[Variant], device: torch.de
     return networks
 
 
-def _call(network: HBQTokenizer, task: str, given: Tensor) -> Callable[[], Tensor]:
+def call_of(network: HBQTokenizer, task: str, given: Tensor) -> Callable[[], Tensor]:
     @torch.no_grad()
     def call() -> Tensor:
         return getattr(network, task)(given)
