@@ -27,12 +27,14 @@ BATCH = 64  # images a step of digits_c2i
 def stages(steps: int) -> list[list[str]]:
     """The commands of one side: a verb and its arguments."""
     shared = ["logger=csv", "scores=none", "trainer.limit_val_batches=0", "trainer.log_every_n_steps=5"]
+    shared += ["callbacks.grid=null"]
     half = max(1, steps // 2)
     return [
         ["prepare", "data=digits"],
         ["train", "+experiment=digits_tokenizer", *shared, f"trainer.max_steps={half}", "training.warmup_steps=0"],
-        ["train", "+experiment=digits_c2i", *shared, f"trainer.max_steps={steps}", f"training.warmup_steps={half}"],
-    ]
+        ["train", "+experiment=digits_c2i", *shared, "callbacks.film=null", f"trainer.max_steps={steps}",
+         f"training.warmup_steps={half}"],
+    ]  # fmt: skip
 
 
 def train(tree: Path, folder: Path, steps: int) -> dict[str, list]:

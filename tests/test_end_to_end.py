@@ -159,6 +159,7 @@ def test_curves_and_pictures_are_in_the_offline_wandb_run(workspace):
     assert {"train/loss", "train/images_per_second", "val/loss", "eval/fid"} <= keys
     media = {key.rsplit("/", 1)[0] for key in keys}  # of sample/grid/_type, ...
     assert media >= {"sample/grid", "sample/film", "eval/steps", "eval/steps_by_class"}
+    assert "sample/grid/captions" in keys
     assert {"model", "training", "data"} <= config
     assert {"code", "config"} <= artifacts
 

@@ -1,7 +1,7 @@
 """Lightning callbacks: EMA, checkpoints, pictures, scores, throughput, preemption."""
 
-from grn.callbacks.artifacts import CodeAndConfig
 from grn.callbacks.ema import EMA
+from grn.callbacks.lineage import Lineage
 from grn.callbacks.milestones import Milestones
 from grn.callbacks.norms import LogNorms
 from grn.callbacks.pictures import ReconstructionGrid, RefinementFilm, SampleGrid
@@ -13,8 +13,8 @@ from grn.callbacks.throughput import SkippedSamples, Throughput
 
 __all__ = [
     "EMA",
-    "CodeAndConfig",
     "EvaluateSamples",
+    "Lineage",
     "LogNorms",
     "Milestones",
     "Progress",

@@ -49,7 +49,7 @@ class SampleGrid(Callback):
         picture = pictures.grid(images, columns, pictures.scale_for(images.shape[-1]), captions)
         name = f"samples-step{trainer.global_step:07d}"
         pictures.save(picture, self.folder / f"{name}.png")
-        _log_image(trainer, "sample/grid", picture)
+        _log_image(trainer, "sample/grid", picture, caption=" | ".join(dict.fromkeys(captions)))
         if tokens.shape[2] > 1:
             frames = chain([images], frames)
             path = pictures.save_clips(frames, self.folder / f"{name}.mp4", fps=self.fps, columns=columns)
@@ -128,10 +128,10 @@ class RefinementFilm(Callback):
                 logger.log_metrics({"sample/page": wandb.Html(str(page))}, step=logged_step(trainer))
 
 
-def _log_image(trainer: Trainer, key: str, picture: Image.Image) -> None:
+def _log_image(trainer: Trainer, key: str, picture: Image.Image, caption: str | None = None) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(key, [picture], step=logged_step(trainer))
+            logger.log_image(key, [picture], step=logged_step(trainer), caption=[caption])
 
 
 def _log_video(trainer: Trainer, key: str, path: Path) -> None:

@@ -50,7 +50,10 @@ def open_page(browser):
         contexts.append(context)
         page = context.new_page()
         origin = re.match(r"(\w+://[^/]*)", url)[1]
-        page.on("console", lambda it: wrong.append(f"console: {it.text}") if is_error(it) else None)
+        page.on(
+            "console",
+            lambda it: wrong.append(f"console: {it.text} ({it.location['url'][:200]})") if is_error(it) else None,
+        )
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
         page.on("request", lambda it: wrong.append(f"asks for {it.url[:200]}") if is_foreign(it.url, origin) else None)
         page.goto(url)
