@@ -91,9 +91,10 @@ def told(tmp_path_factory):
     return told
 
 
-def test_questions_are_answered_without_torch(told):
+@pytest.mark.parametrize("names", [("train", "sample", "prepare"), pytest.param(CONFIGURED, marks=pytest.mark.full)])
+def test_questions_are_answered_without_torch(told, names):
     cases = []
-    for name in CONFIGURED:
+    for name in names:
         given = GIVEN.get(name, [])
         cases += [[name, "--help"], [name, *given, "--cfg", "job", "--resolve"], [name, "-sc", "query=bash"]]
         if name in ("train", "sample"):  # alike for all
@@ -134,8 +135,9 @@ def test_each_trial_of_a_wandb_sweep_has_a_run_folder(monkeypatch):
     assert trial_of_a_sweep(["seed=7"]) == []
 
 
-def test_mistakes_are_told_without_torch(told):
-    for case, (line, said, heavy) in zip(MISTAKES, told(MISTAKES)):
+@pytest.mark.parametrize("cases", [MISTAKES[::3], pytest.param(MISTAKES, marks=pytest.mark.full)])
+def test_mistakes_are_told_without_torch(told, cases):
+    for case, (line, said, heavy) in zip(cases, told(cases)):
         assert isinstance(line, str), case
         assert line.startswith("error: "), case
         assert "\n" not in line, case
@@ -143,6 +145,7 @@ def test_mistakes_are_told_without_torch(told):
         assert not heavy, case
 
 
+@pytest.mark.full
 def test_resolved_configs_refer_to_nothing(told):
     cases = [[name, *GIVEN.get(name, []), "--cfg", "job", "--resolve"] for name in CONFIGURED]
     for case, (_, said, _) in zip(cases, told(cases)):

@@ -9,7 +9,7 @@ from grn.runtime.errors import UserError
 SMALL = ("benchmark=scale", "model=class_refiner", "model.depth=3", "benchmark.ranks=8", "benchmark.batch_size=2")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_byte_of_states_is_on_some_rank(tmp_path, capsys):
     """Halves of eight ranks hold a copy each; the bytes of gathering and reducing are those of the weights."""
     bench(composed(*SMALL, "benchmark.shard_size=4", "benchmark.averages=1", f"out={tmp_path}"))

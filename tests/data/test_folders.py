@@ -526,7 +526,7 @@ def here(workspace, monkeypatch, arguments):
     prepare.main()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_command_goes_on_after_being_killed(tmp_path, monkeypatch):
     """SIGKILL of the first process alone: its worker ends with it, and what is finished stays."""
     folders = [f"{part}/{label}" for part in ("train", "val") for label in "ab"]

@@ -273,14 +273,14 @@ def test_a_partial_folder_that_is_not_ours_is_left_alone(tmp_path):
     assert (partial / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_workers_write_the_same_bytes(tmp_path):
     assert write(tmp_path / "alone", shards=ROUGH)
     assert write(tmp_path / "workers", shards=ROUGH, num_workers=2)
     assert contents(tmp_path / "alone") == contents(tmp_path / "workers")
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [("mistake", "^data.root: no such thing$"), ("full", "train-000001.tar: no space is left.*again")],

@@ -66,35 +66,38 @@ def test_equals_torch_fidelity(make_scores, generated, digits, classifier_weight
     assert ours["fid"] > 10  # else the agreement would say little
 
 
-def test_kid_precision_and_recall_equal_torch_fidelity(make_scores, generated, digits, classifier_weights):
+@pytest.mark.parametrize(
+    "keys",
+    [pytest.param({}, marks=pytest.mark.full), {"kid_subsets": 7, "kid_subset_size": 100, "prc_neighborhood": 5}],
+)
+def test_kid_precision_and_recall_equal_torch_fidelity(make_scores, generated, digits, classifier_weights, keys):
     """With its defaults and with keys of ours, whose names are its own."""
     real = digits["train"][0]
-    many = noisy(real, 80)  # enough for the default size of a subset
-    for images, keys in ((many, {}), (generated, {"kid_subsets": 7, "kid_subset_size": 100, "prc_neighborhood": 5})):
-        theirs = torch_fidelity.calculate_metrics(
-            input1=Images(images),
-            input2=Images(real),
-            cuda=False,
-            kid=True,
-            prc=True,
-            feature_extractor="digits-classifier",
-            feature_extractor_weights_path=str(classifier_weights),
-            verbose=False,
-            **keys,
-        )
-        scores = make_scores(isc=False, kid=True, prc=True, **keys)
-        for batch in images.split(50):
-            scores.update(batch, None)
-        ours = scores.compute()
-        assert ours.keys() == {"fid", "fid_samples", "kid_mean", "kid_std", "precision", "recall", "f_score"}
-        assert ours["kid_mean"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
-        assert ours["kid_std"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-5)
-        # At most one image may lie so near the edge of a ball that the rounding of its distance decides.
-        assert ours["precision"] == pytest.approx(theirs["precision"], abs=1.1 / len(images))
-        assert ours["recall"] == pytest.approx(theirs["recall"], abs=1.1 / len(real))
-        assert ours["f_score"] == pytest.approx(theirs["f_score"], abs=0.01)
-        assert 0.1 < ours["precision"] < 1  # else the agreement would say little
-        assert ours["kid_mean"] > 0.01
+    images = generated if keys else noisy(real, 80)  # enough for the default size of a subset
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(images),
+        input2=Images(real),
+        cuda=False,
+        kid=True,
+        prc=True,
+        feature_extractor="digits-classifier",
+        feature_extractor_weights_path=str(classifier_weights),
+        verbose=False,
+        **keys,
+    )
+    scores = make_scores(isc=False, kid=True, prc=True, **keys)
+    for batch in images.split(50):
+        scores.update(batch, None)
+    ours = scores.compute()
+    assert ours.keys() == {"fid", "fid_samples", "kid_mean", "kid_std", "precision", "recall", "f_score"}
+    assert ours["kid_mean"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+    assert ours["kid_std"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-5)
+    # At most one image may lie so near the edge of a ball that the rounding of its distance decides.
+    assert ours["precision"] == pytest.approx(theirs["precision"], abs=1.1 / len(images))
+    assert ours["recall"] == pytest.approx(theirs["recall"], abs=1.1 / len(real))
+    assert ours["f_score"] == pytest.approx(theirs["f_score"], abs=0.01)
+    assert 0.1 < ours["precision"] < 1  # else the agreement would say little
+    assert ours["kid_mean"] > 0.01
 
 
 @pytest.mark.parametrize("key", ["kid", "prc"])

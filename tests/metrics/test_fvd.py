@@ -193,7 +193,7 @@ def test_the_digest_may_be_given(i3d):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_torchvisions_networks(tmp_path):
     """Random weights, with other classes than torchvision's: the features before the last layer."""
     torch.manual_seed(1)

@@ -76,6 +76,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 def test_flex_attention_stays_fused_in_all_kinds_of_calls(graphs):
     """Dynamo compiles a function eight times and then leaves it as it is, with all scores in memory."""
     for kv in (2, 4):

@@ -8,6 +8,8 @@ from grn.runtime.errors import UserError
 from grn.toys.motion_judge import ASKED, MovingDigitsJudge, around_centroid, motion
 from grn.toys.moving_digits import MovingDigitsSource
 
+pytestmark = pytest.mark.full  # for its data and its training
+
 PROMPTS = [*ASKED, "a cat"]
 
 

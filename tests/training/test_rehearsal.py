@@ -20,7 +20,7 @@ from grn.networks.discriminator import PatchDiscriminator
 from grn.networks.text_encoder import ByteT5
 from grn.training.activations import checkpoint_activations
 
-schemes = pytest.mark.parametrize("scheme", ["one_way", "full"])
+schemes = pytest.mark.parametrize("scheme", [pytest.param("one_way", marks=pytest.mark.full), "full"])
 
 
 def on_cuda(*values):

@@ -33,7 +33,10 @@ def module_of(kind):
 
 @pytest.mark.parametrize(
     ("kind", "sampler"),
-    [("classes", SAMPLERS[1]), ("texts", SAMPLERS[0]), pytest.param("classes", SAMPLERS[0], marks=pytest.mark.full)],
+    [
+        ("classes", SAMPLERS[1]),
+        *(pytest.param(kind, SAMPLERS[0], marks=pytest.mark.full) for kind in ("classes", "texts")),
+    ],
 )
 def test_sampling_steps_never_wait(kind, sampler):
     with FakeCuda() as fake:
@@ -63,7 +66,8 @@ def test_an_entropy_that_decides_is_waited_for():
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulated"), [("classes", 1), ("texts", 2), pytest.param("texts", 1, marks=pytest.mark.full)]
+    ("kind", "accumulated"),
+    [("classes", 1), *(pytest.param("texts", count, marks=pytest.mark.full) for count in (1, 2))],
 )
 def test_training_steps_never_wait(kind, accumulated):
     """The step, its backward pass, clipping, AdamW and averages, in bfloat16."""
