@@ -619,6 +619,7 @@ def test_changed_keys_take_effect_and_milestones_are_scored_against_steps(worksp
         ("train", "+experiment=digits_c2i model.dpeth=3", "did you mean depth"),
         ("train", "+experiment=digits_c2i +modle.depth=3", "no config key 'modle'"),
         ("train", "+experiment=digits_c2i cluster.compile=maybe", "cluster.compile must be true or false"),
+        ("train", "+experiment=digits_c2i cluster.compile_mode=fast", "cluster.compile_mode=fast: choose among"),
         ("train", "+experiment=digits_c2i trainer.devices=2", "give cluster.devices=2"),
         ("train", "+experiment=digits_c2i +model.dpeth=3 name=x", "dpeth"),
         ("train", "+experiment=digitz", "digits_c2i"),

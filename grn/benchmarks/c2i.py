@@ -39,12 +39,14 @@ class Variant:
     dtype: torch.dtype = torch.float32
     compile: bool = False
     activations: Mode = "none"
+    mode: str = "default"  # of torch.compile
 
 
 VARIANTS = (
     Variant("float32"),
     Variant("bfloat16", dtype=torch.bfloat16),
     Variant("compiled", dtype=torch.bfloat16, compile=True),
+    Variant("CUDA graphs", dtype=torch.bfloat16, tasks=("sampling",), compile=True, mode="reduce-overhead"),
     # For less memory: cluster.activation_checkpointing, without and with torch.compile.
     Variant("selective", dtype=torch.bfloat16, tasks=("training",), activations="selective"),
     Variant("selective, compiled", dtype=torch.bfloat16, tasks=("training",), compile=True, activations="selective"),
@@ -214,7 +216,7 @@ def measure_sampling(
     for variant in (variant for variant in variants if "sampling" in variant.tasks):
         predict = _predict(network, variant)
 
-        def sample(predict: Callable = predict) -> Tensor:
+        def sample(predict: Callable = predict, variant: Variant = variant) -> Tensor:
             refinement = Refinement(
                 lambda given, t, condition: predict(given, t, condition.index),
                 Labels(labels, network.num_labels),
@@ -224,6 +226,8 @@ def measure_sampling(
                 seed=SEED,
                 ids=ids,
                 batch_size=batch_size,
+                bucketed=variant.compile,
+                compiled=variant.compile,
             )
             ((_, refined),) = finished(refinement, batch_size)
             return refined.tokens
@@ -264,7 +268,7 @@ def _predict(network: ClassRefiner, variant: Variant) -> Callable[[Tensor, Tenso
         shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
         network = copy.deepcopy(network, shared)
         checkpoint_activations(network, variant.activations)
-    return torch.compile(network) if variant.compile else network
+    return torch.compile(network, mode=variant.mode) if variant.compile else network
 
 
 def _running_as(variant: Variant, device: torch.device, function: Callable) -> Callable:

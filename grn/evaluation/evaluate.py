@@ -50,7 +50,7 @@ from grn.runtime.wandb_login import wandb_offline
 from grn.sampling.generation import Batch, Refining, best_device, check_memory
 from grn.training import RefinerModule, TextRefinerModule, TokenizerModule
 from grn.training.building import build_sampler, load_refiner, module_from_checkpoint
-from grn.training.compiling import compile_network
+from grn.training.compiling import check_mode, compile_network
 from grn.training.official import load_official_refiner
 from grn.weights.kinds import is_pretrained
 
@@ -69,6 +69,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Returns:
         The metrics, on every process; their number changes none but `seconds`.
     """
+    mode = check_mode(config.compile_mode, config.compile, key="compile")
     device = join(best_device(config.device))
     rank, _ = rank_and_world_size()
     with together():
@@ -89,9 +90,11 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         if isinstance(module, TokenizerModule):
             if config.images:
                 raise UserError("images=true keeps the samples of a refiner: leave it out for a tokenizer")
+            if mode != "default":
+                raise UserError(f"compile_mode={mode} is for refiners: leave it out for a tokenizer")
             for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
         elif config.compile:
-            compile_network(module.network, device, key="compile")
+            compile_network(module.network, device, key="compile", mode=mode)
         if suite is None or config.scores is not None:
             data, scored = _data(config, trained), _scores(config, trained)
         else:  # all that a suite's own scores need are samples

@@ -31,7 +31,9 @@ class Stream(IntEnum):
     REVERSE = 8
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Ten rounds on int64 tensors that hold 32-bit words (broadcast against each other) -> four tensors of words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -44,11 +46,11 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def uniform(seed: int, stream: Stream, ids: Tensor, step: int | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+def uniform(seed: int | Tensor, stream: Stream, ids: Tensor, step: int | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Uniform float32 numbers in [0, 1), multiples of 2^-24.
 
     Args:
-        seed: the run's seed, 64 bits.
+        seed: the run's seed, 64 bits; as an int64 tensor without dimensions it is no constant of a compiled graph.
         stream: what the draw is for.
         ids: int64 [B] in [0, 2^32), one per sample: its number in the whole run or in the global batch.
         step: which step of training or of sampling, in [0, 2^32); of each sample its own as int64 [B].

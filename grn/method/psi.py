@@ -47,12 +47,18 @@ def kappa_at(t: Tensor, s: Tensor, kappa: float, form: str, window: tuple[float,
 
 
 def reverse_step(
-    seed: int, ids: Tensor, step: Tensor, tokens: Tensor, predicted: Tensor, shares: tuple[Tensor, ...], kappa: Tensor
+    seed: int | Tensor,
+    ids: Tensor,
+    step: Tensor,
+    tokens: Tensor,
+    predicted: Tensor,
+    shares: tuple[Tensor, ...],
+    kappa: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reverse step of some tokens, with probability kappa each.
 
     Args:
-        ids, step: as of `philox.uniform`.
+        seed, ids, step: as of `philox.uniform`.
         tokens, predicted: int64 [n, D, T, H, W], of `classes` classes.
         shares: (stays, moves, mixes, classes): of `reverse_shares`, and the number of classes, each [n, 1, 1, 1, 1].
         kappa: likewise.

@@ -219,6 +219,8 @@ class Refinement:
         erasures: of samples by their places in `ids`.
         bucketed: pad the rows of every call of `predict` to a multiple of an eighth of `batch_size`, so that compiled
             graphs see few sizes.
+        compiled: draws and what they change are one compiled graph, of 15 kernels in place of 174 operators (of psi a
+            few more). Its softmax rounds otherwise, as a compiled network does.
 
     Attributes:
         done: how many samples are done and not taken yet.
@@ -238,10 +240,15 @@ class Refinement:
         start: Start | None = None,
         erasures: Sequence[Erasure] = (),
         bucketed: bool = False,
+        compiled: bool = False,
     ):
         check(batch_size >= 1, "batch_size", "at least 1", batch_size)
         self._predict = _padded(predict, math.ceil(batch_size / 8)) if bucketed else predict
         self._condition, self._sampler, self._shape, self._classes = condition, sampler, shape, classes
+        self._draw, self._key = _draw, seed
+        if compiled:
+            # A number would be a constant of the graph, and every seed a graph of its own.
+            self._draw, self._key = torch.compile(_draw), _sent(torch.tensor(_signed(seed)), ids.device)
         self._seed, self._ids, self._batch_size, self._start = seed, ids, batch_size, start
         schedule = sampler.schedule
         self._t_start = 0.0 if start is None else 1 - start.strength
@@ -266,7 +273,7 @@ class Refinement:
         if self._slots is None:
             raise StopIteration
         slots = self._erased(self._slots)
-        step = _advance(self._predict, self._sampler, self._seed, self._t_start, slots)
+        step = _advance(self._predict, self._draw, self._sampler, self._key, self._t_start, slots)
         self._slots, done = slots, step.t_next == 1
         if done.any():
             leaving, staying = torch.nonzero(done).squeeze(1), torch.nonzero(~done).squeeze(1)
@@ -418,7 +425,9 @@ class _Slots:
         return _Slots(condition=self.condition.join(other.condition), **joined)
 
 
-def _advance(predict: Callable, sampler: Sampler, seed: int, t_start: float, slots: _Slots) -> Step:
+def _advance(
+    predict: Callable, draw: Callable, sampler: Sampler, seed: int | Tensor, t_start: float, slots: _Slots
+) -> Step:
     """One step of every sample in the batch; nothing waits for the device, except where an entropy decides."""
     device, schedule = slots.ids.device, sampler.schedule
     t = schedule.signal_ratio(slots.step, slots.total).clamp(min=t_start)
@@ -443,7 +452,7 @@ def _advance(predict: Callable, sampler: Sampler, seed: int, t_start: float, slo
         kappa = kappa_at(t, t_next, sampler.kappa, sampler.kappa_form, sampler.kappa_window)
         told = (*reverse_shares(t, t_next, conditional.shape[1]), classes, kappa)
         shares = tuple(_sent(share.float(), device) for share in told)
-    drawn = _draw(
+    drawn = draw(
         seed, taken, logits, entropy, temperature, _sent(t_next.float(), device), shares,
         ids=slots.ids, tokens=slots.tokens, noise=slots.noise, free=slots.free,
     )  # fmt: skip
@@ -456,7 +465,7 @@ def _advance(predict: Callable, sampler: Sampler, seed: int, t_start: float, slo
 
 
 def _draw(
-    seed: int,
+    seed: int | Tensor,
     taken: Tensor,
     logits: Tensor,
     entropy: Tensor,
@@ -568,6 +577,11 @@ def normalized_entropy(entropies: Tensor, free: Tensor, classes: int) -> Tensor:
 def _sent(values: Tensor, device: torch.device) -> Tensor:
     """A few numbers from the CPU to the device; a plain `to` would first wait until the device has done all before."""
     return values.to(device, non_blocking=True)
+
+
+def _signed(seed: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _rows(values: Tensor, rows: Tensor) -> Tensor:

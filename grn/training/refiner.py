@@ -396,7 +396,7 @@ class RefinerModule(LightningModule):
     def refinement(self, request: Request, *, ids: Tensor | None = None, batch_size: int) -> Refinement:
         """The samples of a request being refined, to be taken step by step; arguments as of `generate_queue`.
 
-        Of a compiled network the rows of a call are bucketed.
+        Of a compiled network the rows of a call are bucketed, and what else a step does is compiled, too.
         """
         request = self.complete(request)
         ids = torch.arange(request.num) if ids is None else ids
@@ -410,6 +410,8 @@ class RefinerModule(LightningModule):
             with self._precision():
                 return self.predict(tokens, t, condition)
 
+        # nn.Module.compile() leaves no public trace.
+        compiled = any(module._compiled_call_impl is not None for module in self.network.modules())
         with self._precision(), torch.no_grad():
             condition = self.condition(request, ids)
         return Refinement(
@@ -423,8 +425,8 @@ class RefinerModule(LightningModule):
             batch_size=batch_size,
             start=start,
             erasures=[replace(it, sample=place[it.sample]) for it in request.erasures if it.sample in place],
-            # nn.Module.compile() leaves no public trace.
-            bucketed=any(module._compiled_call_impl is not None for module in self.network.modules()),
+            bucketed=compiled,
+            compiled=compiled,
         )
 
     def _precision(self) -> AbstractContextManager:

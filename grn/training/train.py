@@ -23,7 +23,7 @@ from grn.runtime.interruption import STOPPING, Interrupted
 from grn.training.activations import checkpoint_activations
 from grn.training.building import check_fits, module_from_config, tell_packing
 from grn.training.checkpoint_io import CheckpointIO
-from grn.training.compiling import compile_network
+from grn.training.compiling import check_mode, compile_network
 from grn.training.environment import check_started, cluster_environment
 from grn.training.fsdp import FSDP
 from grn.training.requeue import requeue
@@ -80,6 +80,8 @@ def _try_out(config: DictConfig) -> dict[str, float]:
 def _run(config: DictConfig) -> dict[str, float]:
     if not isinstance(config.cluster.compile, bool):
         raise UserError(f"cluster.compile must be true or false, got {config.cluster.compile!r}")
+    mode = config.cluster.get("compile_mode", "default")
+    mode = check_mode(mode, config.cluster.compile, key="cluster.compile", trains=True)
     if type(config.seed) is not int or not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} must be a whole number, 0 to {2**32 - 1}")
     earlier = runs.checkpoint_to_resume(config)
@@ -113,7 +115,8 @@ def _run(config: DictConfig) -> dict[str, float]:
         trainer.strategy.check(module.network)
     checkpoint_activations(module.network, config.cluster.activation_checkpointing)
     if config.cluster.compile:
-        compile_network(module.network, trainer.strategy.root_device, key="cluster.compile", by_blocks=sharded)
+        device = trainer.strategy.root_device
+        compile_network(module.network, device, key="cluster.compile", mode=mode, by_blocks=sharded)
 
     rank_zero_only(runs.check_disk)(Path(config.paths.run), runs.checkpoint_bytes(config, module))
     rank_zero_only(runs.record)(Path(config.paths.run), config)

@@ -49,6 +49,7 @@ def refine_queue(
     start: Start | None = None,
     erasures: Sequence[Erasure] = (),
     bucketed: bool = False,
+    compiled: bool = False,
     callback: Callable[[Step], None] | None = None,
 ) -> Iterator[tuple[Tensor, Refined]]:
     """Refines random tokens into samples; arguments as of `Refinement`.
@@ -72,5 +73,6 @@ def refine_queue(
         start=start,
         erasures=erasures,
         bucketed=bucketed,
+        compiled=compiled,
     )
     return finished(refinement, batch_size, callback)

@@ -66,3 +66,10 @@ def test_distributions():
     counts = philox.integers(0, Stream.KEEP, ids, 0, (500,), 16).flatten().bincount(minlength=16)
     assert len(counts) == 16
     assert (counts / 100_000 - 1 / 16).abs().max() < 0.004
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, -1, 2**63 - 1])
+def test_a_seed_may_be_a_tensor(seed):
+    ids = torch.arange(5)
+    drawn = [philox.uniform(given, Stream.NOISE, ids, 3, (7,)) for given in (seed, torch.tensor(seed))]
+    assert torch.equal(*drawn)

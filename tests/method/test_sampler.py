@@ -361,6 +361,45 @@ def test_buckets_are_few():
     assert len(seen[True]) <= 16 < len(seen[False])
 
 
+@pytest.mark.parametrize("update", ["redraw", "psi"])
+def test_compiled_steps_draw_the_same_and_are_few_graphs(update, monkeypatch):
+    """Whatever the seed and how many samples are left; the graphs run as they are."""
+    graphs, compile = [], torch.compile
+    backend = lambda graph, _: graphs.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda call: compile(call, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
+    sampler = Sampler(entropy_guided(), guidance=2.0, guidance_interval=(0.3, 1.0), update=update, kappa=0.5)
+    labels, sizes = torch.arange(12) % NULL, set()
+    for seed in (3, -1, 2**64 - 2):
+        found, expected = (
+            joined(
+                run(
+                    sampler, labels, network=varied_network(), batch_size=6, seed=seed, compiled=compiled,
+                    callback=lambda step: sizes.add(len(step.rows)),
+                )
+            )
+            for compiled in (True, False)
+        )  # fmt: skip
+        assert_same(found, expected)
+        assert found.tokens.unique().numel() == CLASSES
+    assert len(sizes) > 3
+    assert 1 <= len(graphs) <= 5  # first and other sizes, one sample alone; with and without guidance
+    torch._dynamo.reset()
+
+
+@pytest.mark.full
+def test_steps_compiled_in_earnest_draw_nearly_all_the_same():
+    """Inductor's softmax rounds otherwise: a draw may flip, and what follows of its sample."""
+    labels = torch.arange(24) % NULL
+    sampler = Sampler(Linear(6), guidance=2.0)
+    network = Network(dtype=torch.float32)
+    found, expected = (
+        joined(run(sampler, labels, network=network, batch_size=24, compiled=compiled)) for compiled in (True, False)
+    )
+    assert (found.tokens == expected.tokens).flatten(1).all(dim=1).double().mean() > 0.9
+    torch.testing.assert_close(found.trace[:, 0], expected.trace[:, 0])
+
+
 def test_trace_holds_the_entropy_of_every_step():
     steps = []
     sampler = Sampler(entropy_guided())

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.text_refiner import TextRefiner
 from grn.runtime.errors import UserError
-from grn.training.compiling import compile_network
+from grn.training.compiling import REPLAYING, Mode, check_mode, compile_network
 
 GPU = torch.device("cuda")
 
@@ -97,6 +99,38 @@ def test_a_class_refiner_is_compiled_whole_unless_sharded(by_blocks, compiled):
     else:
         (whole,) = compiled
         assert whole > products.count
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_the_mode_is_what_torch_compile_is_told(mode, monkeypatch):
+    told, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **given: told.append(given) or compile(call, backend="eager"))
+    compile_network(of_classes(), GPU, key="compile", mode=mode)
+    compile_network(of_classes(), GPU, key="compile", mode=mode, by_blocks=True)
+    assert told == [{"mode": mode}] * 3
+    if mode not in REPLAYING:
+        compile_network(of_packs(), GPU, key="compile", mode=mode)
+        assert told == [{"mode": mode}] * 5
+        return
+    with pytest.raises(UserError, match=rf"^compile_mode={mode} does not go with a text refiner, .*no-cudagraphs does"):
+        compile_network(of_packs(), GPU, key="compile", mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiles", "complaint"),
+    [
+        ("fast", True, r"^cluster\.compile_mode=fast: choose among default, reduce-overhead"),
+        (None, True, r"^cluster\.compile_mode=None: choose"),
+        ("max-autotune-no-cudagraphs", False, r"^cluster\.compile_mode=\S+ goes with cluster\.compile=true alone"),
+        ("reduce-overhead", True, r"^cluster\.compile_mode=reduce-overhead is for grn.evaluate"),
+        ("max-autotune", True, r"^cluster\.compile_mode=max-autotune is for grn.evaluate"),
+    ],
+)
+def test_modes_that_do_not_go(mode, compiles, complaint):
+    with pytest.raises(UserError, match=complaint):
+        check_mode(mode, compiles, key="cluster.compile", trains=True)
+    assert check_mode("max-autotune-no-cudagraphs", True, key="cluster.compile", trains=True)
+    assert check_mode("reduce-overhead", True, key="compile") == "reduce-overhead"
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
