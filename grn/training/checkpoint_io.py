@@ -12,10 +12,18 @@ from grn.runtime.files import write_atomically
 from grn.weights.integrity import keep_previous
 
 
+def finish() -> None:
+    """Waits for all that a GPU was asked for on any stream: averages have one of their own."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 class CheckpointIO(TorchCheckpointIO):
     """Single files that are whole or not there (Lightning's pass through $TMPDIR); reads what `FSDP` wrote, too."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        finish()
+
         def write(temporary: Path) -> None:
             torch.save(checkpoint, temporary)
             keep_previous(Path(path))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from grn.checkpoints.sharded import read_either, write_sharded
 from grn.runtime.errors import UserError
+from grn.training.checkpoint_io import finish
 from grn.training.restoring import check_optimizer_state
 
 
@@ -118,6 +119,7 @@ class FSDP(ModelParallelStrategy):
         return getattr(optimizer, "optimizer", optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        finish()
         write_sharded(checkpoint, Path(self.broadcast(filepath)))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

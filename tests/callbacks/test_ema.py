@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -5,6 +7,7 @@ from torch import nn
 
 from grn.callbacks import EMA
 from grn.runtime.errors import UserError
+from grn.training.checkpoint_io import CheckpointIO
 
 
 class Module(LightningModule):
@@ -109,7 +112,95 @@ def test_averages_that_the_weights_came_with_go_on(tmp_path):
     assert torch.equal(again.averages["0.9"]["weight"], ema.averages["0.9"]["weight"])  # those of the checkpoint win
 
 
+class Stream:
+    """In place of CUDA's: what is asked of it and in which order is written down."""
+
+    def __init__(self, name, events):
+        self.name, self.events, self.device = name, events, None
+
+    def wait_stream(self, other):
+        self.events.append((self.name, "waits"))
+
+
+class Watched(Module):
+    events = ()
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_post_hook(lambda *_: self.events.append(("main", "step")))
+        return optimizer
+
+    def validation_step(self, batch, batch_idx):
+        self.events.append(("main", "validation"))
+        super().validation_step(batch, batch_idx)
+
+
+def test_on_a_side_stream_averages_are_made_between_two_steps_and_done_before_anybody_looks(tmp_path, monkeypatch):
+    events, now = [], ["main"]
+    main, side = (Stream(name, events) for name in ("main", "side"))
+    plain, aside = EMA([0.5, 0.9], use=0.9), EMA([0.5, 0.9], use=0.9, side_stream=True)
+    torch.manual_seed(0)
+    fit(tmp_path, plain, steps=6, accumulate=2)
+
+    @contextmanager
+    def on(stream):
+        now.append(stream.name)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr("grn.callbacks.ema._stream_on", lambda device: side)
+    for decay, average in list(aside.decays.items()):
+        aside.decays[decay] = lambda *given, average=average: (events.append((now[-1], "average")), average(*given))
+    torch.manual_seed(0)
+    module = Watched()
+    module.events = events
+    fit(tmp_path, aside, steps=6, accumulate=2, module=module)
+
+    assert ("main", "average") not in events
+    # After a step the side waits for it, then averages; before the next one the main stream waits for the side.
+    kinds = [event for event in events if event[1] != "validation"]
+    one = [("main", "waits"), ("main", "step"), ("side", "waits"), ("side", "average"), ("side", "average")]
+    steps = [place for place, event in enumerate(kinds) if event == ("main", "step")]
+    assert len(steps) == 6
+    for place in steps:
+        assert kinds[place - 1 : place + 4] == one
+    first = events.index(("main", "validation"))
+    before = events[:first]
+    last = len(before) - 1 - before[::-1].index(("side", "average"))
+    assert ("main", "waits") in before[last:]
+    assert events[-1] == ("main", "waits")
+    for decay, average in plain.averages.items():
+        assert torch.equal(aside.averages[decay]["weight"], average["weight"])
+
+
+def test_on_a_cpu_the_side_stream_is_the_only_one(tmp_path):
+    torch.manual_seed(0)
+    plain, aside = EMA([0.5], use=0.5), EMA([0.5], use=0.5, side_stream=True)
+    start = Module()
+    fit(tmp_path, plain, steps=3, module=start)
+    torch.manual_seed(0)
+    fit(tmp_path, aside, steps=3)
+    assert torch.equal(aside.averages["0.5"]["weight"], plain.averages["0.5"]["weight"])
+
+
 @pytest.mark.parametrize(("decays", "use"), [([0.9], 0.8), ([1.0], 1.0)])
 def test_wrong_decays_name_the_key(decays, use):
     with pytest.raises(UserError, match=r"callbacks\.ema"):
         EMA(decays, use)
+
+
+def test_a_wrong_side_stream_names_the_key():
+    with pytest.raises(UserError, match=r"callbacks\.ema\.side_stream must be true or false, got 'yes'"):
+        EMA([0.9], 0.9, side_stream="yes")
+
+
+def test_checkpoints_wait_for_every_stream(tmp_path, monkeypatch):
+    """Also those without optimisers, of which callbacks hear nothing."""
+    events, save = [], torch.save
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waits"))
+    monkeypatch.setattr(torch, "save", lambda *given: (events.append("saves"), save(*given)))
+    CheckpointIO().save_checkpoint({"a": 1}, tmp_path / "x.ckpt")
+    assert events == ["waits", "saves"]

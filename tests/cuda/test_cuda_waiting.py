@@ -67,21 +67,32 @@ def test_training_steps_never_wait(kind, compiled):
         batch["features"] = [encoder([caption])[0] if caption else None for caption in batch["caption"]]
     batch = on(DEVICE, batch)
     optimizer = adamw(module.network, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    average, trainer = EMA([0.9, 0.99], use=0.9), module._trainer
-    average.on_fit_start(trainer, module)
+    averages, trainer = [EMA([0.9, 0.99], use=0.9, side_stream=aside) for aside in (False, True)], module._trainer
+    for average in averages:
+        average.on_fit_start(trainer, module)
 
     def step():
         with in_bfloat16():
             loss = module.training_step(batch, 0)
         loss.backward()
+        for average in averages:
+            average.on_before_optimizer_step(trainer, module, optimizer)
         module.on_before_optimizer_step(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         trainer.global_step += 1
-        average.on_train_batch_end(trainer, module)
+        for average in averages:
+            average.on_train_batch_end(trainer, module)
 
     step()  # fills the optimiser's state, and compiles
     with never_waiting():
         step()
         clip_gradients(module.network.parameters(), 1.0)
     assert {"train/grad_norm", "train/loss"} <= logs.keys()
+    for _ in range(20):  # what a race would show
+        step()
+    for average in averages:
+        average.on_train_end(trainer, module)
+    for decay in ("0.9", "0.99"):
+        for one, other in zip(*(average.averages[decay].values() for average in averages)):
+            assert torch.equal(one, other)
