@@ -141,8 +141,7 @@ def test_where_packs_would_be_compiled_one_by_one(device):
         compile_network(of_packs(), torch.device(device), key="cluster.compile")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("attention", ["one_way", "full"])
+@pytest.mark.parametrize("attention", ["one_way", pytest.param("full", marks=pytest.mark.full)])
 @torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)
 def test_few_graphs_serve_all_packs_texts_and_samples(attention, monkeypatch):
     """Of training, validation and sampling; the blocks' graphs run as they are."""
