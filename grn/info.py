@@ -12,12 +12,12 @@ from grn.cli.words import as_overrides
 def command(config: DictConfig) -> None:
     from grn.checkpoints.summary import show
 
-    show(config.path, as_json=config.json)
+    show(config.ckpt, as_json=config.json)
 
 
 def main() -> None:
     """The command."""
-    sys.argv[1:] = as_overrides(sys.argv[1:], "path")
+    sys.argv[1:] = as_overrides(sys.argv[1:], "ckpt")
     command()
 
 

@@ -70,8 +70,8 @@ def show(path: str, *, as_json: bool) -> None:
 
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:
-    file = find_checkpoint(path, key="path")
-    checkpoint = read_checkpoint(file, key="path", weights=False)
+    file = find_checkpoint(path, key="ckpt")
+    checkpoint = read_checkpoint(file, key="ckpt", weights=False)
     config, contents = checkpoint.config, checkpoint.contents
     state, record = contents.get("state_dict"), contents.get("tokenizer")
     found = {"what": f"checkpoint of a run ({checkpoint.kind})", "path": str(file), "step": checkpoint.step}
@@ -128,7 +128,7 @@ def _of_exported_network(folder: Path) -> dict[str, Any]:
 
 def _of_official(path: Path) -> dict[str, Any] | None:
     """Of one of the authors' files; None of another."""
-    contents = read_untrusted(path, f"path: {path} cannot be read as a checkpoint", mmap=True)
+    contents = read_untrusted(path, f"ckpt: {path} cannot be read as a checkpoint", mmap=True)
     if not isinstance(contents, dict) or {"config", "global_step"} <= contents.keys():
         return None
     if is_official_class_refiner(contents):

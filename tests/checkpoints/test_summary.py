@@ -69,13 +69,13 @@ def test_it_is_printed(run, capsys):
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"^path: no such checkpoint or run folder: .*nowhere"):
+    with pytest.raises(UserError, match=r"^ckpt: no such checkpoint or run folder: .*nowhere"):
         summary(tmp_path / "nowhere")
     torch.save({"x": torch.zeros(2)}, tmp_path / "foreign.pth")
-    with pytest.raises(UserError, match=r"^path: .*foreign\.pth is not a checkpoint of GRN"):
+    with pytest.raises(UserError, match=r"^ckpt: .*foreign\.pth is not a checkpoint of GRN"):
         summary(tmp_path / "foreign.pth")
     (tmp_path / "damaged.ckpt").write_bytes(b"PK damaged")
-    with pytest.raises(UserError, match=r"^path: .*damaged\.ckpt cannot be read as a checkpoint"):
+    with pytest.raises(UserError, match=r"^ckpt: .*damaged\.ckpt cannot be read as a checkpoint"):
         summary(tmp_path / "damaged.ckpt")
     folder = ClassRefiner(size=4, channels=3, classes=4, num_labels=5, depth=1, width=32, heads=2, bottleneck=8,
                           context_start=0, context_tokens=1).save_pretrained(tmp_path / "export")  # fmt: skip

@@ -178,7 +178,7 @@ def first_of_each():
             yield pytest.param(sorted(commands), id=page, marks=mark)
 
 
-WORDS = {"compare": "results", "ls": "folder", "info": "path"}  # the key of arguments that stand alone
+WORDS = {"compare": "results", "ls": "folder", "info": "ckpt"}  # the key of arguments that stand alone
 
 
 @pytest.mark.parametrize("commands", first_of_each())
