@@ -69,6 +69,7 @@ slurm: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
 
 # The documentation as a site, in build/site; a broken link is an error, and nothing is fetched from elsewhere.
 docs: $(READY)

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -299,7 +299,7 @@ def _train_samples(root: str) -> int | None:
     return manifest["splits"]["train"]["samples"] if manifest and "train" in manifest["splits"] else None
 
 
-def _manifest(root: str, key: str) -> object:
+def _manifest(root: str, key: str) -> Any:
     """A fact of prepared data; None where there is no manifest, or it does not tell."""
     return (read_manifest(root) or {}).get(key)
 
@@ -329,8 +329,8 @@ def _sampler_file(path: str, key: str) -> object:
 
 def _relative(path: str, folder: str) -> str:
     """`path` as seen from `folder`; its last part where it lies elsewhere."""
-    path, folder = Path(path).absolute(), Path(folder).absolute()
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+    place, above = Path(path).absolute(), Path(folder).absolute()
+    return str(place.relative_to(above)) if place.is_relative_to(above) else place.name
 
 
 def _choices(*groups: str) -> ListConfig:

@@ -50,8 +50,9 @@ def _experiment(name: str, group: str, folders: Sequence[Path]) -> tuple[dict[st
     path = next((path for folder in folders if (path := folder / group / f"{name}.yaml").is_file()), None)
     if path is None:
         return {}, {}
-    own = OmegaConf.to_container(OmegaConf.load(path))
-    body, options = {}, {}
+    own: Any = OmegaConf.to_container(OmegaConf.load(path))
+    body: Any = {}
+    options: dict[str, str] = {}
     for default in own.pop("defaults", []):
         if isinstance(default, str) and default != "_self_":
             base, of_base = _experiment(default.rpartition("/")[2], group, folders)
@@ -59,7 +60,8 @@ def _experiment(name: str, group: str, folders: Sequence[Path]) -> tuple[dict[st
         elif isinstance(default, dict):
             for key, option in default.items():
                 options[key.removeprefix("override ").strip("/ ")] = option
-    return OmegaConf.to_container(OmegaConf.merge(body, own)), options
+    body = OmegaConf.to_container(OmegaConf.merge(body, own))
+    return body, options
 
 
 def _is_option(group: str, name: str, folders: Sequence[Path]) -> bool:

@@ -44,7 +44,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         if image.mode != mode and (image.mode, mode) != ("L", "RGB"):
             raise ProfileError
         image = image.convert(mode)
-        return image if transform is None else ImageCms.applyTransform(image, transform)
+        return (transform and ImageCms.applyTransform(image, transform)) or image
     except (ImageCms.PyCMSError, OSError, ValueError, KeyError, TypeError):
         raise ProfileError from None
 
@@ -53,7 +53,8 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """(Mode of pictures that the profile is of, the transform); None for sRGB's own, which has many names."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    mode = MODES[source.profile.xcolor_space.strip()]
+    space: str = source.profile.xcolor_space  # pyright: ignore[reportAttributeAccessIssue] a profile, not a file
+    mode = MODES[space.strip()]
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode == "RGB":
         cube = np.stack(np.meshgrid(*[np.linspace(0, 255, 9)] * 3), axis=-1).round().astype(np.uint8).reshape(27, 27, 3)

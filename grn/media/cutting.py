@@ -46,14 +46,20 @@ def cut_video(
         if begin >= duration(video):
             raise Skip(Reason.BAD_SECTION)
         packets = list(_packets(video, begin, end, max_bytes))
-        first, pixel_aspect = video.time(packets[0].pts), video.pixel_aspect
+        first, pixel_aspect = video.time(_pts(packets[0])), video.pixel_aspect
         cut = _mux(packets, video.stream, MUXERS[cut_suffix(suffix)])
     if len(cut) > max_bytes:
         raise Skip(Reason.OVERSIZE_ENTRY)
     with open_video(cut, cut_suffix(suffix), max_pixels=MAX_FRAME_PIXELS) as video:  # muxers begin where they see fit
         if video.pixel_aspect != pixel_aspect:  # PyAV has no way to tell Matroska what its codec does not
             raise Skip(Reason.UNCUTTABLE_VIDEO)
-        return cut, first - video.time(next(video.container.demux(video.stream)).pts)
+        return cut, first - video.time(_pts(next(video.container.demux(video.stream))))
+
+
+def _pts(packet: Packet) -> int:
+    if packet.pts is None:
+        raise Skip(Reason.UNCUTTABLE_VIDEO)
+    return packet.pts
 
 
 def _packets(video: Video, begin: Fraction, end: Fraction | None, max_bytes: int) -> Iterator[Packet]:
@@ -98,7 +104,7 @@ def _packets_from(video: Video, begin: Fraction) -> Iterator[Packet]:
 def _mux(packets: Sequence[Packet], stream: VideoStream, format: str) -> bytes:
     """A file of these packets, whose bytes depend on them alone (bitexact: Matroska would draw ids)."""
     file = io.BytesIO()
-    start = packets[0].pts if packets[0].dts is None else packets[0].dts
+    start = _pts(packets[0]) if packets[0].dts is None else packets[0].dts
     try:
         with av.open(file, "w", format=format, container_options={"fflags": "+bitexact"}) as container:
             copy = container.add_stream_from_template(stream)
@@ -106,7 +112,7 @@ def _mux(packets: Sequence[Packet], stream: VideoStream, format: str) -> bytes:
                 copy.codec_context.sample_aspect_ratio = aspect
             for packet in packets:
                 packet.stream = copy
-                packet.pts -= start
+                packet.pts = _pts(packet) - start
                 packet.dts = None if packet.dts is None else packet.dts - start
                 container.mux(packet)
     except (av.FFmpegError, ValueError, TypeError):

@@ -60,9 +60,10 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             image.load()
         except OSError:
-            if not is_jpeg or (data := jpeg.completed(data)) is None:
+            whole = jpeg.completed(data) if is_jpeg else None
+            if whole is None:
                 raise
-            image = _open(data, max_pixels)
+            image = _open(whole, max_pixels)
             image.load()
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # of PNG and PPM it is 16 bits
             raise Skip(Reason.UNKNOWN_RANGE)

@@ -27,7 +27,8 @@ def frame_rate(fps: object) -> Fraction:
     Raises:
         UserError: no number, or one outside of `FPS`.
     """
-    if not isinstance(fps, Real) or isinstance(fps, bool) or not FPS[0] <= fps <= FPS[1]:
+    # The stubs of Real know no order.
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not FPS[0] <= fps <= FPS[1]:  # pyright: ignore[reportOperatorIssue]
         raise UserError(f"fps={fps}: frames a second, a number from {FPS[0]} to {FPS[1]}")
     return Fraction(float(fps)).limit_denominator(1001)
 

@@ -46,7 +46,7 @@ def grid(
     return picture
 
 
-def _cut(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The text, or its beginning and an ellipsis, in so many pixels."""
     if font.getlength(text) <= width:
         return text
@@ -186,7 +186,7 @@ def curve_chart(
     return picture
 
 
-def _bars(picture: Image.Image, top: int, title: str, values: list[float], first: int) -> None:
+def _bars(picture: Image.Image, top: int, title: str, values: Sequence[float], first: int) -> None:
     """Bars for `values` in 200 rows of pixels, from zero on; `first` stands below the first one."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     left, right, base, height = 16, picture.width - 16, top + 180, 140

@@ -16,6 +16,7 @@ from fractions import Fraction
 from itertools import chain
 from math import floor
 from mmap import mmap
+from typing import Any
 
 import av
 from av.container import InputContainer
@@ -53,7 +54,9 @@ ROUNDING = Fraction(1, 1000)  # seconds; Matroska rounds times to this
 STRANGEST_PIXEL = 4  # of a pixel's longer side to the shorter; what claims more is mistaken. Of DVDs it is 1.42
 UNSPECIFIED = 2  # FFmpeg's number for a colour matrix that the stream does not name
 SAMPLE_COUNTS = {b"stsz": 8, b"trun": 4}  # boxes of an MP4's index, where in them the number of samples stands
-TRANSPOSITIONS = {  # signs of the display matrix's (a, b, c, d): x' = ax + cy, y' = bx + dy, y downwards
+TRANSPOSITIONS: dict[
+    tuple[int, ...], Image.Transpose
+] = {  # signs of the display matrix's (a, b, c, d): x' = ax + cy, y' = bx + dy, y downwards
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
@@ -104,7 +107,7 @@ class Video:
     @property
     def time_base(self) -> Fraction:
         """Seconds that one unit of the stream's timestamps lasts."""
-        return self.stream.time_base
+        return self.stream.time_base or Fraction(1, av.time_base)
 
     @property
     def first_pts(self) -> int:
@@ -140,7 +143,8 @@ class Video:
             raise Skip(Reason.UNDECODABLE_VIDEO)
         is_hdr = frame.color_trc in (PQ, HLG)
         format = "rgb48le" if is_hdr else "rgb24"
-        rgb = self.reformatter.reformat(frame, format=format, src_colorspace=colour_matrix(frame), threads=1)
+        matrix: Any = colour_matrix(frame)  # names do, which the stubs do not say
+        rgb = self.reformatter.reformat(frame, format=format, src_colorspace=matrix, threads=1)
         pixels = rgb.to_ndarray()
         image = Image.fromarray(from_hdr(pixels, frame.color_trc, frame.color_primaries) if is_hdr else pixels)
         if (width := max(1, round(frame.width * self.pixel_aspect))) != frame.width:
@@ -163,6 +167,7 @@ def open_video(data: bytes | mmap, suffix: str, *, max_pixels: int) -> Iterator[
             refuse_index_bomb(data)
         with av.open(
             as_file(data),
+            "r",
             format=DEMUXERS[suffix],
             options=options,
             metadata_errors="replace",
@@ -207,7 +212,7 @@ def video_stream(container: InputContainer) -> VideoStream:
     raise Skip(Reason.NO_VIDEO)
 
 
-def refuse_index_bomb(data: bytes) -> None:
+def refuse_index_bomb(data: bytes | mmap) -> None:
     """Skips an MP4 whose index claims more samples than it has bytes: FFmpeg takes a few bytes' word for gigabytes.
 
     (cmov, a compressed index, is refused altogether: QuickTime's, of old.)
@@ -220,7 +225,7 @@ def refuse_index_bomb(data: bytes) -> None:
                 raise Skip(Reason.UNDECODABLE_VIDEO)
 
 
-def claimed_samples(data: bytes, position: int, kind: bytes) -> int:
+def claimed_samples(data: bytes | mmap, position: int, kind: bytes) -> int:
     """How many samples the box claims to index whose name stands at `position`."""
     if kind == b"cmov":
         return len(data) + 1
@@ -229,7 +234,7 @@ def claimed_samples(data: bytes, position: int, kind: bytes) -> int:
     return int.from_bytes(data[count : count + 4], "big")
 
 
-def boxes_but_media(data: bytes) -> Iterator[tuple[int, int]]:
+def boxes_but_media(data: bytes | mmap) -> Iterator[tuple[int, int]]:
     """(start, end) of the outermost boxes of an MP4, without those of the media data."""
     start = 0
     while start + 8 <= len(data):

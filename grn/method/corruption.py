@@ -1,6 +1,7 @@
 """The training objective: predict clean tokens from a corrupted map (docs/method.md#training-objective)."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch.nn import functional as F
 
 from grn.method import philox
 from grn.method.philox import Stream
+
+Real = TypeVar("Real", Tensor, float)
 
 
 def signal_ratio(seed: int, ids: Tensor, step: int, *, mean: float, std: float, alpha: float = 1.0) -> Tensor:
@@ -50,7 +53,7 @@ def _keep(shape: tuple[int, ...], t: Tensor, *, seed: int, ids: Tensor, step: in
     return philox.uniform(seed, Stream.KEEP, ids, step, shape) < t.view(-1, *[1] * len(shape))
 
 
-def shift(t: Tensor | float, alpha: float) -> Tensor | float:
+def shift(t: Real, alpha: float) -> Real:
     """Moves signal ratios towards noise for alpha > 1: with u = 1 - t, t' = 1 - alpha*u / (1 + (alpha - 1)*u)."""
     u = 1 - t
     return 1 - alpha * u / (1 + (alpha - 1) * u)
@@ -84,7 +87,8 @@ def per_sample(logits: Sequence[Tensor], tokens: Sequence[Tensor]) -> tuple[Tens
     losses = F.cross_entropy(flat, target, reduction="none")[0]
     right = (flat.detach().argmax(dim=1) == target)[0].float()
     counts = [sample.numel() for sample in tokens]
-    return tuple(torch.stack([own.mean() for own in values.split(counts)]) for values in (losses, right))
+    loss, accuracy = (torch.stack([own.mean() for own in values.split(counts)]) for values in (losses, right))
+    return loss, accuracy
 
 
 def weighted_sums(losses: Tensor, positions: Sequence[int], power: float) -> Tensor:

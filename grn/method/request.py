@@ -38,4 +38,4 @@ class Request:
     @property
     def wanted(self) -> tuple[int | str, ...]:
         """The labels or prompts that take turns."""
-        return self.labels if self.prompts is None else self.prompts
+        return self.prompts if self.prompts is not None else self.labels or ()

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,18 +19,28 @@ class Schedule(Protocol):
     `step` is one number for all samples, or int64 [B], of each its own.
     """
 
-    max_steps: int
-    decide_at: int | None  # the step whose entropy is handed to `plan`; None: nobody looks at it
-    done_at: float  # a sample whose signal ratio has come this far takes its last samples whole and leaves the batch
+    @property
+    def max_steps(self) -> int: ...
+    @property
+    def decide_at(self) -> int | None:
+        """The step whose entropy is handed to `plan`; None: nobody looks at it."""
+
+    @property
+    def done_at(self) -> float:
+        """A sample whose signal ratio has come this far accepts all predictions and leaves the batch."""
+        ...
 
     def plan(self, entropy: Tensor) -> Tensor:
         """Total number of steps int64 [B] from the normalised entropy [B] at step `decide_at`."""
+        ...
 
     def signal_ratio(self, step: int | Tensor, total: Tensor) -> Tensor:
         """t [B] after `step` steps of `total` [B]; 0 at step 0, 1 when step == total."""
+        ...
 
     def temperature_scale(self, step: int | Tensor, total: Tensor) -> Tensor:
         """A factor [B] on the temperature of step `step`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,6 @@ class Linear:
 
     steps: int = 50
     decide_at: None = None
-    done_at: ClassVar[float] = 1.0
     grid: ClassVar[str] = "linear"
 
     def __post_init__(self):
@@ -49,6 +58,10 @@ class Linear:
     @property
     def max_steps(self) -> int:
         return self.steps
+
+    @property
+    def done_at(self) -> float:
+        return 1.0
 
     def plan(self, entropy: Tensor) -> Tensor:
         return torch.full(entropy.shape, self.steps)
@@ -162,7 +175,7 @@ FIXED = {schedule.grid: schedule for schedule in (Linear, Cosine, Shifted)}  # b
 GRIDS = tuple(FIXED)
 
 
-def grid_of(schedule: Schedule) -> dict[str, str | float]:
+def grid_of(schedule: Schedule) -> dict[str, Any]:
     """The keys of `EntropyGuided` that make it advance along the same grid as a schedule of this module."""
     settings = ("grid", "alpha", "cap") if getattr(schedule, "grid", None) == "shifted" else ("grid",)
     return {name: getattr(schedule, name) for name in settings if hasattr(schedule, name)}

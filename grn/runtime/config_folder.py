@@ -11,7 +11,7 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 
 def own_groups(path: Path) -> set[str]:
     """The groups that a command's config names itself."""
-    defaults = OmegaConf.load(path).get("defaults", []) if path.is_file() else []
+    defaults = OmegaConf.select(OmegaConf.load(path), "defaults", default=[]) if path.is_file() else []
     names = (str(next(iter(entry))) for entry in defaults if OmegaConf.is_dict(entry))
     return {name.removeprefix("override ").removeprefix("optional ").strip("/") for name in names}
 

@@ -34,7 +34,7 @@ def check_number(key: str, value: object, *, least: float, most: float = math.in
     """Raises:
     UserError: no finite number, or one outside `least` to `most`.
     """
-    if type(value) not in (int, float) or not least <= value <= most or value == math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most or value == math.inf:
         bounds = f"of at least {least}" if most == math.inf else f"in {least} to {most}"
         raise UserError(f"{key}={value} must be a number {bounds}")
 
@@ -62,7 +62,7 @@ def check_kinds(settings: Any, key: str, *, most: int) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check(holds: bool, key: str, needed: str, value: object) -> None:

@@ -81,7 +81,8 @@ def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     siblings = [str(key) for key in error.parent_node] if isinstance(error.parent_node, DictConfig) else []
     siblings = [key for key in siblings if key != "hydra"]
     parent, key = error.parent_node._get_full_key(None) if siblings else "", str(error.key)
-    near = near_misses(f"{parent}.{key}" if parent else key, error.parent_node._get_root()) if siblings else []
+    root = error.parent_node._get_root() if siblings else None
+    near = near_misses(f"{parent}.{key}" if parent else key, root) if isinstance(root, DictConfig) else []
     near = [name.removeprefix(f"{parent}.") if parent else name for name in near]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(siblings)}"
     if not siblings:

@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 def end_at_once() -> None:
     """What a second Ctrl-C does: nothing is saved, nothing is waited for."""
     if place()[0] == 0:
-        os.write(sys.__stderr__.fileno(), b"\nended at once\n")  # printing is not safe within a signal's handler
+        os.write(2, b"\nended at once\n")  # printing is not safe within a signal's handler
     os._exit(128 + signal.SIGINT)
 
 

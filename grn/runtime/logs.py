@@ -2,8 +2,8 @@
 
 import logging
 import os
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
 
 from grn.runtime.secrets import cut_line
 
@@ -21,7 +21,7 @@ class LogFile(logging.FileHandler):
     A run folder may be somebody else's, and whatever stands in it is named by them.
     """
 
-    def _open(self) -> TextIO:
+    def _open(self) -> TextIOWrapper:
         if os.path.islink(self.baseFilename):
             Path(self.baseFilename).unlink()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grn.runtime.errors import UserError
 
@@ -104,7 +104,7 @@ def gather(value: T) -> list[T]:
 
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    values: list[T] = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

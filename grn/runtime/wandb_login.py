@@ -17,6 +17,6 @@ def wandb_offline() -> bool:
     servers = [os.environ[WANDB_URL]] if os.environ.get(WANDB_URL) else WANDB_SERVERS
     try:
         known = netrc(os.environ.get("NETRC"))
-        return all(known.authenticators(urlparse(url).hostname) is None for url in servers)
+        return all(known.authenticators(urlparse(url).hostname or "") is None for url in servers)
     except (OSError, NetrcParseError):
         return True
