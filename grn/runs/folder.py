@@ -14,7 +14,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
-from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from grn.checkpoints.native import Checkpoint, read_checkpoint
@@ -173,7 +172,7 @@ def check_top_level(config: DictConfig, known: Iterable[str]) -> None:
             raise UserError(f"no config key {key!r} is read by this command; known here: {', '.join(sorted(known))}")
 
 
-def checkpoint_bytes(config: DictConfig, module: LightningModule) -> int:
+def checkpoint_bytes(config: DictConfig, module: Any) -> int:
     """About what a checkpoint takes: weights, averages, AdamW's two states, all in float32, the tokenizer's record."""
     weights = sum(p.numel() * p.element_size() for p in module.network.parameters())
     trained = sum(p.numel() for p in module.network.parameters() if p.requires_grad)

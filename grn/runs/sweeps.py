@@ -38,11 +38,15 @@ def objective(metrics: Mapping[str, float], monitor: str | Sequence[str] | None)
         UserError: it was not measured.
     """
     if monitor is not None and not isinstance(monitor, str):
-        return [objective(metrics, name) for name in monitor]
+        return [_value(metrics, name) for name in monitor]
     name = _monitored(metrics, monitor)
-    if name is not None and name not in metrics:
+    return None if name is None else _value(metrics, name)
+
+
+def _value(metrics: Mapping[str, float], name: str) -> float:
+    if name not in metrics:
         raise UserError(f"monitor={name} was not measured; there is {', '.join(sorted(metrics))}")
-    return None if name is None else float(metrics[name])
+    return float(metrics[name])
 
 
 class SweepTable(Callback):
@@ -67,14 +71,16 @@ class SweepTable(Callback):
         failed = failed.reason if isinstance(failed, Failed) else None
         if not of_a_sweep or place()[0] > 0 or not (failed or (folder / "metrics.json").exists()):
             return
-        overrides = dict(override.split("=", 1) for override in config.hydra.overrides.task if "=" in override)
+        overrides: dict[str, Any] = dict(
+            override.split("=", 1) for override in config.hydra.overrides.task if "=" in override
+        )
         if failed is None:
             measured = json.loads((folder / "metrics.json").read_text())
             point = {"overrides": overrides, "step": measured.get("step"), "metrics": measured["metrics"]}
         else:
             point = {"overrides": overrides, "step": None, "metrics": {}, "failed": failed}
         write_json(folder / "point.json", point)
-        rows, _ = table(folder.parent, config.monitor)
+        rows = table(folder.parent, config.monitor)[0]
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -105,8 +111,9 @@ class SweepTable(Callback):
 
             path = Path(config.hydra.sweep.dir) / ("curve.png" if key == "step" else f"curve-{key}.png")
             title = f"{monitored} by {'steps of training' if key == 'step' else key}"
-            best = (_number(rows[0][key]), float(rows[0][monitored]))
-            pictures.save(pictures.curve_chart(title, curves, None if None in best else best), path)
+            number = _number(rows[0][key])
+            best = None if number is None or monitored is None else (number, float(rows[0][monitored]))
+            pictures.save(pictures.curve_chart(title, curves, best), path)
             Console().print(f"drawn: {path}")
             drawn[path.stem] = path
         _log_to_run(config, drawn)
@@ -129,7 +136,7 @@ def _curves(
     """`monitored` against the numbers of `key`, a curve for each setting of all else that was swept."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if monitored in row and (number := _number(row.get(key))) is not None:
+        if monitored is not None and monitored in row and (number := _number(row.get(key))) is not None:
             curves.setdefault(_apart(row, columns, key, monitored), []).append((number, float(row[monitored])))
     return curves
 
@@ -148,7 +155,7 @@ def _apart(row: Mapping[str, Any], columns: Sequence[str], key: str, monitored: 
     swept = [column for column in columns[1:] if column not in (key, "step", monitored)]
     values = {name: row.get(name) for name in swept}
     if key == "step" and "ckpt" in values:
-        values["ckpt"] = str(Path(values["ckpt"]).parent)
+        values["ckpt"] = str(Path(str(values["ckpt"])).parent)
     return ", ".join(f"{name}={value}" for name, value in values.items())
 
 

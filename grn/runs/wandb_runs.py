@@ -54,7 +54,8 @@ class RunLogger(WandbLogger):
             log_model = not offline and log_model  # nothing is uploaded from here
         super().__init__(save_dir=save_dir, offline=offline, log_model=log_model, **arguments)
         self.folder, self.resumed = Path(save_dir), resumed
-        self._row, self._shift = -1, None
+        self._row = -1
+        self._shift: int | None = None
 
     @property
     @rank_zero_experiment
@@ -77,12 +78,10 @@ class RunLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         run = self.experiment
-        if step is None:
-            step = max(0, self._row)
-        if self._shift is None:
-            self._shift = max(0, self._row + 1 - step)
-        row = max(self._row, step + self._shift)
-        run.log({**metrics, STEP: step}, step=row)
+        counted = max(0, self._row) if step is None else step
+        shift = self._shift = max(0, self._row + 1 - counted) if self._shift is None else self._shift
+        row = max(self._row, counted + shift)
+        run.log({**metrics, STEP: counted}, step=row)
         if row > self._row:
             self._row = row
             self._write_record()
@@ -173,6 +172,7 @@ def open_run(folder: Path, *, offline: bool, **arguments: Any) -> Any:
         raise UserError(f"WANDB_MODE={given} must be one of {', '.join(MODES[:3])}, or unset")
     import wandb
     from pydantic import ValidationError
+    from wandb.errors import AuthenticationError, CommError, Error
 
     folder.mkdir(parents=True, exist_ok=True)
     while list(folder.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-{arguments.get('id')}")):
@@ -184,8 +184,8 @@ def open_run(folder: Path, *, offline: bool, **arguments: Any) -> Any:
         settings = wandb.Settings(init_timeout=START, silent=True)
         try:
             run = _started(wandb, dir=str(folder), mode=mode, settings=settings, **arguments)
-        except wandb.errors.CommError as error:
-            if isinstance(error, wandb.errors.AuthenticationError) or re.search(r"\b40[13]\b|permission", str(error)):
+        except CommError as error:
+            if isinstance(error, AuthenticationError) or re.search(r"\b40[13]\b|permission", str(error)):
                 raise
             mode = _offline(folder, _brief(error))
             run = _started(wandb, dir=str(folder), mode=mode, settings=settings, **arguments)
@@ -195,7 +195,7 @@ def open_run(folder: Path, *, offline: bool, **arguments: Any) -> Any:
     except ValidationError as error:
         wrong = ", ".join(f"{'.'.join(map(str, it['loc']))}: {it['msg']}" for it in error.errors())
         raise UserError(f"W&B does not take a setting (WANDB_... variables, logger.wandb.*): {wrong}") from None
-    except wandb.errors.Error as error:
+    except Error as error:
         raise UserError(
             f"W&B refuses the run ({_brief(error)}): log in by `wandb login`, or give logger.wandb.offline=true"
         ) from None

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ def _at_registration(hook: Callable[[nn.Parameter], nn.Parameter | None]) -> Ite
     def in_this_thread(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         return hook(parameter) if threading.get_ident() == thread else None
 
-    handle = register_module_parameter_registration_hook(in_this_thread)
+    handle = register_module_parameter_registration_hook(cast(Callable[..., None], in_this_thread))
     try:
         yield
     finally:

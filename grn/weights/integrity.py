@@ -35,8 +35,7 @@ def check_archive(file: Path | io.IOBase, *, whole: bool) -> None:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise Damaged("a part of it is compressed, which torch.save never does")
-            file = archive.fp
-            if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+            if archive.fp is None or sum(entry.file_size for entry in entries) > archive.fp.seek(0, os.SEEK_END):
                 raise Damaged("it holds less than its directory says")
             if whole and (odd := archive.testzip()) is not None:
                 raise Damaged(f"{odd} has another checksum")

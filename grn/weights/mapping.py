@@ -33,10 +33,10 @@ def rename(state: dict[str, Tensor], rules: Iterable[Rule], *, source: str = "ch
     Raises:
         UserError: a name that no rule knows, or two names for one of ours.
     """
-    rules = [(re.compile(rule.official), rule) for rule in rules]
+    patterns = [(re.compile(rule.official), rule) for rule in rules]
     renamed = {}
     for name, tensor in state.items():
-        for pattern, rule in rules:
+        for pattern, rule in patterns:
             if match := pattern.fullmatch(name):
                 if rule.ours is not None:
                     ours = match.expand(rule.ours)
@@ -58,10 +58,10 @@ def rename_back(state: dict[str, Tensor], rules: Iterable[Rule], *, source: str 
         UserError: a name that no rule makes.
         ValueError: a rule that is not readable backwards.
     """
-    rules = [(*_backwards(rule), rule) for rule in rules if rule.ours is not None]
+    patterns = [(*_backwards(rule, rule.ours), rule) for rule in rules if rule.ours is not None]
     renamed = {}
     for name, tensor in state.items():
-        for pattern, official, rule in rules:
+        for pattern, official, rule in patterns:
             if match := pattern.fullmatch(name):
                 renamed[match.expand(official)] = rule.revert(tensor) if rule.revert else tensor
                 break
@@ -74,7 +74,7 @@ _GROUP = re.compile(r"(\((?:\?P<\w+>)?[^()]*\))")  # in Rule.official
 _REFERENCE = re.compile(r"\\(?:(\d+)|g<(\w+)>)")  # to one of the groups, in Rule.ours
 
 
-def _backwards(rule: Rule) -> tuple[re.Pattern, str]:
+def _backwards(rule: Rule, ours: str) -> tuple[re.Pattern, str]:
     """(A pattern of our names, the template of the official name): groups and references change places."""
     if rule.convert and not rule.revert:
         raise ValueError(f"rule {rule.official} converts its tensor and does not say how to revert it")
@@ -92,11 +92,11 @@ def _backwards(rule: Rule) -> tuple[re.Pattern, str]:
                 )
             template += literal
     pattern, end = "", 0
-    for reference in _REFERENCE.finditer(rule.ours):
+    for reference in _REFERENCE.finditer(ours):
         number = int(reference[1] or numbers[reference[2]])
-        pattern += re.escape(rule.ours[end : reference.start()]) + f"(?P<g{number}>{groups[number - 1]})"
+        pattern += re.escape(ours[end : reference.start()]) + f"(?P<g{number}>{groups[number - 1]})"
         end = reference.end()
-    return re.compile(pattern + re.escape(rule.ours[end:])), template
+    return re.compile(pattern + re.escape(ours[end:])), template
 
 
 RIGHT_SIZES = "give the model.* sizes it was trained with"  # what mends most misfits
@@ -104,7 +104,7 @@ RIGHT_SIZES = "give the model.* sizes it was trained with"  # what mends most mi
 
 def load_strict(
     network: nn.Module,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     *,
     source: str,
     remedy: str = RIGHT_SIZES,
@@ -123,7 +123,7 @@ def load_strict(
 
 def check_state(
     network: nn.Module,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     *,
     source: str,
     remedy: str = RIGHT_SIZES,

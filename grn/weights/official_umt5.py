@@ -1,6 +1,7 @@
 """The authors' text encoder file (`models_t5_umt5-xxl-enc-bf16.pth`) with transformers' parameter names."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def load_official_umt5(
     foreign = UserError(f"{key}: {path} is not the official umT5 encoder, which is one flat state dict of weights")
     if not is_state(state):
         raise foreign
-    shapes = [state[f"{name}.weight"].shape if f"{name}.weight" in state else () for name in _SIZES]
+    shapes: list[Any] = [state[f"{name}.weight"].shape if f"{name}.weight" in state else () for name in _SIZES]
     if not all(len(shape) == 2 and min(shape) > 0 for shape in shapes):
         raise foreign
     (vocabulary, width), (inner, _), (hidden, _), (buckets, heads) = shapes

@@ -11,14 +11,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
 import grn
 from grn.runtime.errors import UserError
@@ -31,16 +32,16 @@ FORMAT = 1  # of config.json; a later one may mean another thing by the same nam
 MAX_CONFIG_BYTES = 1 << 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-Network = TypeVar("Network", bound="Pretrained")
 
-
-class Pretrained:
+class Pretrained(nn.Module):
     """What makes an `nn.Module` loadable in one call: `class Network(Pretrained, nn.Module)`.
 
     Its constructor's arguments must be numbers, strings, booleans, None, or sequences and mappings of them.
     """
 
-    def __new__(cls: type[Network], *arguments: Any, **named: Any) -> Network:
+    _arguments: dict[str, Any]
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
         network = super().__new__(cls)
         # Partial: copying and unpickling make the object without arguments, and fill in its attributes afterwards.
         bound = inspect.signature(cls.__init__).bind_partial(network, *arguments, **named)
@@ -59,7 +60,7 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(
-        cls: type[Network],
+        cls,
         path_or_hub_id: str | Path,
         *,
         subfolder: str | None = None,
@@ -69,7 +70,7 @@ class Pretrained:
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-    ) -> Network:
+    ) -> Self:
         """The network of a folder that `save_pretrained` wrote, in evaluation mode; nothing in it is executed.
 
         Args:
