@@ -1,4 +1,7 @@
-"""python -m grn.calibrate ckpt=runs/digits_c2i target_steps=20: fits entropy-guided sampling (conf/calibrate.yaml)."""
+"""python -m grn.calibrate ckpt=runs/digits_c2i target_steps=20: fits entropy-guided sampling (conf/calibrate.yaml).
+
+Several processes, by torchrun or srun, share the samples.
+"""
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -6,7 +9,7 @@ from omegaconf import DictConfig
 from grn.cli.entry import entry_point
 
 
-@entry_point("calibrate")
+@entry_point("calibrate", jointly=True)
 def main(config: DictConfig) -> None:
     from grn.sampling.calibrate import calibrate
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
@@ -19,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, open_dict
 
+from grn.cli.checks import check_cluster
 from grn.runtime.errors import UserError
 
 try:
@@ -40,7 +42,7 @@ RULE = "-" * 22  # around a traceback that submitit tells
 
 
 class SlurmLauncher(SubmititLauncher):
-    """hydra-submitit-launcher with each point's job, and its logs, in the point's own run folder.
+    """hydra-submitit-launcher with logs in the run's folder, or the sweep's; a sweep is one array.
 
     Args:
         wait: for the jobs to end, and raise what failed in them.
@@ -53,39 +55,63 @@ class SlurmLauncher(SubmititLauncher):
         self.wait, self.dry_run = wait, dry_run
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submits a job for each point.
+        """Submits a job, of several points an array.
 
         Raises:
-            UserError: sbatch refuses one, or, with `wait`, one failed.
+            UserError: the cluster is for other commands, sbatch refuses it, or, with `wait`, one failed.
         """
-        single = () if self._is_sweep() else ("hydra.sweep.dir=${paths.run}", "hydra.sweep.subdir=.")
-        jobs = {}
+        check_cluster(self.config, self.config.hydra)
+        single = () if self._is_sweep() else ("hydra.sweep.dir=${hydra.run.dir}", "hydra.sweep.subdir=.")
+        points = {}
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             overrides = [*overrides, *single]
-            folder = self._folder(overrides, number)
-            executor = self._executor(folder / "slurm")
-            if self.dry_run:
+            points[self._folder(overrides, number)] = number, overrides
+        logs = next(iter(points)) if single else Path(self.config.hydra.sweep.dir).absolute()
+        executor = self._executor(logs / "slurm")
+        if self.dry_run:
+            for folder, (_, overrides) in points.items():
                 print(f"# {folder}: {' '.join(filter_overrides(overrides))}")
-                print(executor._make_submission_file_text(executor._submitit_command_str, ""))
-            else:
-                jobs[folder] = self._submit(executor, overrides, number)
-                log.info("job %s: %s", jobs[folder].job_id, folder)
-        if self.wait:
-            return self._results(jobs)
+            if len(points) > 1:
+                executor.parameters["map_count"] = len(points)
+            print(executor._make_submission_file_text(executor._submitit_command_str, ""))
+        else:
+            jobs = self._submit(executor, points)
+            if self.wait:
+                return self._results(jobs)
         return [JobReturn(overrides=overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
 
     def __call__(self, sweep_overrides: list[str], *arguments: Any) -> JobReturn:
-        """In the job: runs the point, from where it was if the job was queued again."""
-        if int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        """In the job: runs the point; training, from where it was if the job was queued again."""
+        from submitit import JobEnvironment
+
+        JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of an earlier start
+        if int(os.environ.get("SLURM_RESTART_COUNT") or 0) and "ckpt_path" in self.config:
             sweep_overrides = [*sweep_overrides, "ckpt_path=auto"]
         try:
-            return super().__call__(sweep_overrides, *arguments)
+            result = super().__call__(sweep_overrides, *arguments)
         except SystemExit as exit:
-            if not isinstance(exit.code, str):
+            if isinstance(exit.code, str):
+                print(exit.code, file=sys.stderr)  # a mistake, on its one line, which who waits wants to see
+                error = UserError(exit.code.removeprefix("error: "))
+            elif exit.code == 1:  # another task tells it
+                error = None
+            else:
                 raise
-            print(exit.code, file=sys.stderr)  # a mistake, on its one line, which who waits wants to see
-            error = UserError(exit.code.removeprefix("error: "))
             return JobReturn(overrides=sweep_overrides, status=JobStatus.FAILED, _return_value=error)
+        self._stay()
+        return result
+
+    @staticmethod
+    def _stay() -> None:
+        """At the end of its time, SLURM's signal has the first task queue the job again: it stays as long as others."""
+        from submitit import JobEnvironment
+        from submitit.core.utils import JobPaths
+
+        running = JobEnvironment()
+        for task in range(1, running.num_tasks if running.global_rank == 0 else 0):
+            result = JobPaths(os.environ["SUBMITIT_FOLDER"], running.job_id, task).result_pickle
+            while not result.exists():
+                time.sleep(0.5)
 
     def _is_sweep(self) -> bool:
         given = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
@@ -110,38 +136,52 @@ class SlurmLauncher(SubmititLauncher):
         executor.update_parameters(**executor._convert_parameters(params))
         return executor
 
-    def _submit(self, executor: Any, overrides: list[str], number: int) -> Any:
+    def _submit(self, executor: Any, points: dict[Path, tuple[int, list[str]]]) -> dict[Path, Any]:
         from submitit.core.utils import FailedJobError
 
+        arguments = [
+            (overrides, "hydra.sweep.dir", number, str(number), Singleton.get_state())
+            for number, overrides in points.values()
+        ]
         try:
             with redirect_stderr(StringIO()):  # sbatch's lines, of which submitit makes the error
-                return executor.submit(self, overrides, "hydra.sweep.dir", number, str(number), Singleton.get_state())
+                jobs = dict(zip(points, executor.map_array(self, *zip(*arguments))))
         except FailedJobError as error:
             said = re.search(r"sbatch: error: (.*)", str(error))
             raise UserError(
                 f"sbatch refuses the job: {said.group(1) if said else error} (what it asks for: "
                 f"cluster.partition={self.params['partition']}, cluster.account, cluster.time, ...)"
             ) from error
+        for folder, job in jobs.items():
+            log.info("job %s: %s", job.job_id, folder)
+        return jobs
 
     def _results(self, jobs: dict[Path, Any]) -> list[JobReturn]:
-        from submitit.core.utils import FailedJobError, UncompletedJobError
-
         logging.getLogger("submitit").setLevel(
             logging.ERROR
         )  # where there is no accounting, it says so again and again
         results, failures = [], []
         for folder, job in jobs.items():
-            try:
-                results.append(job.results()[0])
-            except FailedJobError as error:  # with its traceback
-                failures.append(f"{folder}: {str(error).rpartition(RULE)[0].strip().splitlines()[-1]}")
-            except UncompletedJobError:
-                failures.append(f"{folder}: job {job.job_id} ended without a result, see {job.paths.stdout}")
-            except KeyboardInterrupt:
-                sys.exit("no longer waiting; the jobs go on (scancel ends one)")
-            else:
-                if results[-1].status == JobStatus.FAILED:
-                    failures.append(f"{folder}: {results[-1]._return_value}")
+            tasks = [_outcome(job.task(number)) for number in range(job.num_tasks)]
+            results.append(tasks[0])
+            told = [task._return_value for task in tasks if task.status == JobStatus.FAILED]
+            if told:  # the first that knows why
+                failures.append(f"{folder}: {next(filter(None, told), f'job {job.job_id} failed')}")
         if failures:
             raise UserError(f"{len(failures)} of {len(jobs)} jobs failed; {'; '.join(failures)}")
         return results
+
+
+def _outcome(task: Any) -> JobReturn:
+    """What a task of a job returned, once it has ended; of one that failed, with the reason."""
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    try:
+        return task.result()
+    except FailedJobError as error:  # with its traceback
+        reason = str(error).rpartition(RULE)[0].strip().splitlines()[-1]
+    except UncompletedJobError:
+        reason = f"job {task.job_id} ended without a result, see {task.paths.stdout}"
+    except KeyboardInterrupt:
+        sys.exit("no longer waiting; the jobs go on (scancel ends one)")
+    return JobReturn(status=JobStatus.FAILED, _return_value=UserError(reason))

@@ -16,7 +16,7 @@ from grn.runtime.config_folder import CONF, top_level_keys
 from grn.training.building import build_sampler
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
+CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml") if path.stem != "none")
 
 
 def composed(name, *overrides):

@@ -241,7 +241,9 @@ def test_samples_do_not_depend_on_the_batch(workspace, tmp_path):
 
 def test_calibrated_samples_take_the_steps_asked_for(workspace, tmp_path):
     """Of the weights as trained: the average of so few steps is as sure of one sample as of another."""
-    done = succeed(workspace, "calibrate", "ckpt=runs/digits_c2i ema=none target_steps=9 tmin=5 tmax=14 wp=2 num=400")
+    asked = "ckpt=runs/digits_c2i ema=none target_steps=9 tmin=5 tmax=14 wp=2 num=400"
+    done = succeed(workspace, "calibrate", asked, processes=2)
+    assert done.stdout.count("fitted") == 1
     assert "fresh" in done.stdout
     assert "sampler=calibrated" in done.stdout
     arguments = f"ckpt=runs/digits_c2i/checkpoints/best.ckpt ema=none num=100 seed=5 film=false out={tmp_path}"
@@ -541,14 +543,18 @@ def test_optuna_looks_for_how_to_train(workspace):
     assert min(steps) < max(steps) == 12
 
 
-def test_a_point_that_fails_leaves_the_others(workspace):
-    short = " trainer.max_steps=2 trainer.val_check_interval=2 scores=none logger=none name=half_failed"
-    short += " data.root=nowhere,data/digits"
+@pytest.mark.parametrize("launcher", ["", pytest.param(" hydra/launcher=parallel", marks=full)])
+def test_a_point_that_fails_leaves_the_others(workspace, launcher):
+    if launcher:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'grn[joblib]'")
+    name = "half_failed_aside" if launcher else "half_failed"
+    short = f" trainer.max_steps=2 trainer.val_check_interval=2 scores=none logger=none name={name}"
+    short += " data.root=nowhere,data/digits" + launcher
     done = grn(workspace, "train", "-m +experiment=digits_tokenizer model.dim=8 training.warmup_steps=1" + short)
     assert done.returncode == 1
     assert "error: point 0: data.train: no shards at nowhere" in done.stderr
     assert done.stderr.splitlines()[-1] == "error: 1 point of the sweep failed: 0; table.csv names why"
-    rows = rows_of(workspace / "runs" / "sweeps" / "half_failed" / "table.csv")
+    rows = rows_of(workspace / "runs" / "sweeps" / name / "table.csv")
     assert [(row["point"], row["data.root"], row["failed"][:23]) for row in rows] == [
         ("1", "data/digits", ""),
         ("0", "nowhere", "data.train: no shards a"),

@@ -28,6 +28,7 @@ REFINER += " trainer.max_steps=100 trainer.val_check_interval=100 training.warmu
 REFINER += " callbacks.last.every_n_train_steps=5 callbacks.grid.num=10 scores=none logger=csv"
 SLURM = " cluster=slurm cluster.accelerator=cpu cluster.precision=32-true cluster.gpus_per_node=null"
 SLURM += " cluster.cpus_per_task=1"
+TASKS = " cluster=slurm_cpu cluster.devices=2 cluster.cpus_per_task=1"
 
 CONF = """
 ClusterName=grn
@@ -157,7 +158,8 @@ def wait_for(condition, what, seconds=120):
 
 
 def job_of(folder):
-    return next((folder / "slurm").glob("*_submitted.pkl")).name.partition("_")[0]
+    """Of an array, that of its first point."""
+    return min((folder / "slurm").glob("*_submitted.pkl")).name.removesuffix("_submitted.pkl")
 
 
 def weights(run):
@@ -175,13 +177,14 @@ def test_a_sweep_finishes_and_its_stopped_point_resumes_by_itself(workspace):
     sweep = start(folder, environment, f"train -m {REFINER}{SLURM} seed=0,1")
     points = [folder / "runs" / "sweeps" / "digits_c2i" / number for number in "01"]
     wait_for(lambda: is_checkpoint(points[0] / "checkpoints" / "last.ckpt"), "the first checkpoint")
-    said(environment, "scancel", "--signal=USR2", job_of(points[0]))  # what SLURM sends before the time is up
+    said(environment, "scancel", "--signal=USR2", job_of(points[0].parent))  # what SLURM sends before the time is up
     printed, errors = sweep.communicate(timeout=240)
     assert sweep.returncode == 0, errors
     for point, starts in zip(points, (2, 1)):
         assert json.loads((point / "metrics.json").read_text())["step"] == 100
         assert len((point / "command.txt").read_text().splitlines()) == starts
-        assert list((point / "slurm").glob("*_log.out"))
+    logs = {path.name.partition("_")[2] for path in (points[0].parent / "slurm").glob("*_log.out")}
+    assert logs == {"0_0_log.out", "1_0_log.out"}  # of one array
     log = (points[0] / "train.log").read_text()
     assert "stopped by SIGUSR2 after step" in log
     assert "seed=0 ckpt_path=auto" in (points[0] / "command.txt").read_text().splitlines()[1]
@@ -206,6 +209,41 @@ def test_a_preempted_job_resumes_by_itself(workspace):
     assert "stopped by SIGTERM after step" in (run / "train.log").read_text()
     assert len((run / "command.txt").read_text().splitlines()) == 2
     assert_same_bits(folder / "runs" / "whole", run)
+
+
+def test_shards_are_dealt_to_tasks_that_go_on(workspace):
+    folder, environment = workspace
+    encode = "encode ckpt=runs/digits_tokenizer data=digits batch_size=1"
+    alone = start(folder, environment, f"{encode} out=alone")
+    assert alone.wait(timeout=240) == 0, alone.stderr.read()
+    encoding = start(folder, environment, f"{encode} out=tokens{TASKS}")
+    partial = folder / ".tokens.partial"
+    wait_for(lambda: all((partial / f"train-00000{n}.json").exists() for n in range(2)), "a shard of each task")
+    kept = {path.stem: path.stat().st_mtime_ns for path in partial.glob("train-*.json")}
+    said(environment, "scancel", "--signal=USR2", job_of(folder / "runs" / "encode"))
+    _, errors = encoding.communicate(timeout=240)
+    assert encoding.returncode == 0, errors
+    shards = {path.name: path.read_bytes() for path in (folder / "tokens").glob("*.tar")}
+    assert shards == {path.name: path.read_bytes() for path in (folder / "alone").glob("*.tar")}
+    assert 2 <= len(kept) < len(shards)
+    written = {name: (folder / "tokens" / f"{name}.tar").stat().st_mtime_ns for name in kept}
+    assert all(written[name] <= kept[name] for name in kept)  # and not again
+    logs = [path.read_text() for path in sorted((folder / "runs" / "encode" / "slurm").glob("*_log.out"))]
+    assert len(logs) == 2
+    assert "Requeued job" in logs[0]
+    assert all(log.count("Starting with JobEnvironment") == 2 for log in logs)
+
+
+def test_samples_are_dealt_to_tasks(workspace):
+    folder, environment = workspace
+    evaluate = "evaluate ckpt=runs/whole num=20 batch_size=10 scores=digits sampler.schedule.steps=2"
+    numbers = []
+    for more in (" out=one", " out=two" + TASKS):
+        done = start(folder, environment, evaluate + more)
+        assert done.wait(timeout=240) == 0, done.stderr.read()
+        numbers.append(json.loads((folder / more.split()[0][4:] / "metrics.json").read_text())["metrics"])
+        numbers[-1].pop("seconds")
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,45 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from grn.data.manifest import how_to_make, read_manifest, token_manifest
+from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
+from grn.runtime.ranks import place
 from grn.weights.kinds import HUB, INDEX, checkpoints_at, is_pretrained
 from grn.weights.releases import check_task_given, find_release
 
 OF_PIXELS = ("grn.data.images", "grn.data.videos", "grn.data.text_images", "grn.data.text_videos")
 RESULTS = ("samples", "evaluation", "calibration")  # what goes into a run folder unless out=... says otherwise
 OF_TOKENS = ("grn.data.tokens", "grn.data.text_tokens")
+
+
+# Of a cluster's keys, those that say how to train; others say where a command runs.
+OF_TRAINING = ("accelerator", "strategy", "precision", "matmul_precision", "activation_checkpointing", "compile")
+
+
+def check_cluster(config: DictConfig, running: DictConfig) -> None:
+    """Of every command, before its job is submitted, too; `running`: Hydra's part of the config.
+
+    Raises:
+        UserError: the command has no use for what was chosen of the group `cluster`, or for one of its keys.
+    """
+    if "cluster" not in config:
+        return
+    verb, cluster = running.job.config_name, running.runtime.choices.get("cluster")
+    jobs = ", ".join(f"cluster={path.stem}" for path in sorted((CONF / "cluster").glob("slurm*.yaml")))
+    if verb == "train":
+        if cluster == "none":
+            raise UserError(f"cluster=none is not for grn.train: choose cluster=auto, cpu, gpu, ddp, ..., or {jobs}")
+        return
+    if cluster != "none" and "dry_run" not in config.cluster:
+        raise UserError(f"cluster={cluster} says how to train: grn.{verb} takes {jobs}; or start it by torchrun")
+    for override in running.overrides.task:
+        key = override.partition("=")[0].lstrip("+~")
+        if key.startswith("cluster.") and key.split(".")[1] in OF_TRAINING:
+            raise UserError(f"{key} says how to train: leave it out; grn.{verb} --help lists its own keys")
+    if verb == "sample":
+        tasks = place()[2] if cluster == "none" else config.cluster.devices * config.cluster.num_nodes
+        if tasks != 1:
+            raise UserError(f"grn.sample is one process, and each of {tasks} would draw all: take cluster=slurm")
 
 
 def check_given(config: DictConfig) -> None:
@@ -78,11 +110,11 @@ def check_links(out: Path, *, given: bool) -> None:
     Raises:
         UserError: it, or a folder in it, is a link that leads out of it.
     """
-    inside = [] if not out.is_dir() else [place for place in out.iterdir() if place.is_symlink() and place.is_dir()]
-    for place in ([] if given or not out.is_symlink() else [out]) + inside:
-        if not place.resolve().is_relative_to(place.parent.resolve()):
+    inside = [] if not out.is_dir() else [entry for entry in out.iterdir() if entry.is_symlink() and entry.is_dir()]
+    for entry in ([] if given or not out.is_symlink() else [out]) + inside:
+        if not entry.resolve().is_relative_to(entry.parent.resolve()):
             raise UserError(
-                f"out={out}: {place} is a link out of its folder, to {place.readlink()}; give another out=..."
+                f"out={out}: {entry} is a link out of its folder, to {entry.readlink()}; give another out=..."
             )
 
 

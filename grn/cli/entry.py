@@ -21,7 +21,7 @@ from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from grn.cli.checks import check_given
+from grn.cli.checks import check_cluster, check_given
 from grn.cli.help import page
 from grn.cli.options import outlived
 from grn.cli.words import trial_of_a_sweep, without_dashes
@@ -72,9 +72,12 @@ def entry_point(
             failed.append(point)
             return Failed(reason)
 
+        explained.failed = failed  # for points in other processes (hydra_plugins/grn_parallel.py)
+
         def single(config: DictConfig) -> object:
             try:
                 _drop_outlived(config)
+                check_cluster(config, HydraConfig.get())
                 check_given(config)
                 with nullcontext() if reads else _only_writer(config, writes):
                     return task(config)
@@ -144,9 +147,9 @@ def entry_point(
 
 
 def _goes_on() -> bool:
-    """Whether this is a point of a sweep in this process, whose other points need not end with it."""
+    """Whether this is a point of a sweep on this machine, whose other points need not end with it."""
     running = HydraConfig.get()
-    here = str(running.launcher.get("_target_")).endswith(".BasicLauncher")
+    here = str(running.launcher.get("_target_")).endswith((".BasicLauncher", ".ParallelLauncher"))
     return running.mode == RunMode.MULTIRUN and here and place()[2] == 1
 
 

@@ -18,6 +18,7 @@ from grn.method.request import Request
 from grn.method.schedules import EntropyGuided
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
+from grn.runtime.ranks import gather, join, rank_and_world_size, together
 from grn.sampling.calibration import TOLERANCE, decision_entropies, fit, steps_taken, wanted_spread
 from grn.sampling.generation import best_device, check_memory
 from grn.training.building import build_sampler, load_refiner
@@ -43,22 +44,33 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     target, spread = (_number(config, key) for key in ("target_steps", "spread"))
     spread = wanted_spread(sampler.schedule, target, spread)
     num = _number_of_samples(config.num, module.num_conditions)
-    device = best_device(config.device)
+    device = join(best_device(config.device))
+    rank, world_size = rank_and_world_size()
+    ids = torch.arange(rank, num, world_size)
     check_memory(module, module.complete(Request(num=num, sampler=sampler)), batch_size=config.batch_size)
     module = module.to(device)
 
-    with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        task = progress.add_task("measuring entropies", total=num)
+    with (
+        Progress(transient=True, disable=rank > 0) as progress,
+        torch.autocast(device.type, torch.bfloat16, enabled=config.bf16),
+        together(),
+    ):
+        task = progress.add_task("measuring entropies", total=len(ids))
         entropy = decision_entropies(
             module,
             Request(num=num, seed=config.seed, sampler=sampler),
             batch_size=config.batch_size,
+            ids=ids,
             advance=lambda number: progress.advance(task, number),
         )
+    own, entropy = entropy, torch.empty(num)
+    for first, part in enumerate(gather(own)):
+        entropy[first::world_size] = part
     halves = dict(zip(("fitted", "fresh"), entropy.chunk(2)))
     sampler = replace(sampler, schedule=fit(sampler.schedule, halves["fitted"], target=target, spread=spread))
     measured = {name: _described(sampler.schedule, half) for name, half in halves.items()}
-    _print(measured, target)
+    if rank == 0:
+        _print(measured, target)
     mean = measured["fresh"]["steps_mean"]
     if abs(mean / target - 1) > TOLERANCE:
         raise UserError(
@@ -68,12 +80,14 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     out = Path(config.out)
     report = {**source, "target_steps": target, "spread": spread, "sampler": repr(sampler), "seed": config.seed}
     report |= measured
-    write_json(out / "calibration.json", report)
     fresh = measured["fresh"]
     remark = (
         f"Fitted by python -m grn.calibrate to {source['ckpt']}, step {source['step']}; on {fresh['samples']} fresh "
         f"samples\n{fresh['steps_mean']} steps in the mean, {fresh['steps_min']} to {fresh['steps_max']}."
     )
+    if rank > 0:
+        return report
+    write_json(out / "calibration.json", report)
     path = write_sampler(out / "sampler.yaml", sampler, remark)
     log.info("written: %s (sampler=calibrated; of another folder, with sampler.file=...)", path)
     return report

@@ -25,18 +25,21 @@ def decision_entropies(
     request: Request,
     *,
     batch_size: int,
+    ids: Tensor | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Tensor:
     """The entropies float32 [N] (CPU) by which the entropy-guided sampler of a request decides on its samples.
 
-    `advance` gets the number of each few that are measured.
+    Args:
+        ids: int64 [N], which of the samples; None: all.
+        advance: gets the number of each few that are measured.
     """
     request = module.complete(request)
     schedule = request.sampler.schedule
     schedule = replace(schedule, scale=0.0, offset=0.0, min_steps=schedule.warmup + 1)
     short = replace(request, sampler=replace(request.sampler, schedule=schedule))
-    entropy = torch.empty(request.num)
-    for rows, refined in module.generate_queue(short, batch_size=batch_size):
+    entropy = torch.empty(request.num if ids is None else len(ids))
+    for rows, refined in module.generate_queue(short, ids=ids, batch_size=batch_size):
         entropy[rows] = refined.decision_entropy
         if advance is not None:
             advance(len(rows))

@@ -50,14 +50,28 @@ def test_a_full_disk_under_any_file(monkeypatch, tmp_path):
     assert line.startswith(f"error: {tmp_path}/run: no space is left on its disk")
 
 
-def test_slurm_without_the_extra(tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "told"),
+    [
+        (
+            "hydra_plugins.hydra_submitit_launcher.submitit_launcher",
+            ["cluster=slurm_1x8"],
+            "cluster=slurm... submits by hydra-submitit-launcher: pip install 'grn[cluster]'",
+        ),
+        pytest.param(
+            "hydra_plugins.hydra_joblib_launcher.joblib_launcher",
+            ["-m", "hydra/launcher=parallel", "seed=0,1"],
+            "hydra/launcher=parallel needs hydra-joblib-launcher: pip install 'grn[joblib]'",
+            marks=pytest.mark.full,
+        ),
+    ],
+)
+def test_launchers_without_their_extra(tmp_path, launcher, arguments, told):
     """What a missing package means is said, not the plugin's name; in a process of its own, since Hydra looks once."""
-    launcher = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
-    arguments = ["grn.train", "cluster=slurm_1x8", f"paths.runs={tmp_path}"]
+    arguments = ["grn.train", *arguments, f"paths.runs={tmp_path}"]
     code = f"import sys; sys.modules['{launcher}'] = None; sys.argv = {arguments}; from grn import train; train.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    expected = "error: cluster=slurm... submits by hydra-submitit-launcher: pip install 'grn[cluster]'\n"
-    assert (done.returncode, done.stderr) == (1, expected)
+    assert (done.returncode, done.stderr) == (1, f"error: {told}\n")
 
 
 @pytest.mark.parametrize(

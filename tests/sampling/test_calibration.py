@@ -133,6 +133,23 @@ def test_the_limits_are_the_checkpoints_unless_given(untrained, tmp_path):
     assert (schedule.warmup, schedule.min_steps, schedule.max_steps) == (1, 2, 8)
 
 
+def test_ranks_share_the_samples(untrained, tmp_path, monkeypatch):
+    measured = []
+    measure = command.decision_entropies
+    monkeypatch.setattr(
+        command, "decision_entropies", lambda *a, **k: measured.append(measure(*a, **k)) or measured[-1]
+    )
+    alone = command.calibrate(composed("calibrate", tmp_path / "alone", *CALIBRATE))
+    (whole,) = measured
+    for rank in range(2):
+        monkeypatch.setattr(command, "rank_and_world_size", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(command, "gather", lambda own: [whole[::2], whole[1::2]])
+        assert command.calibrate(composed("calibrate", tmp_path / str(rank), *CALIBRATE)) == alone
+    assert torch.equal(measured[1], whole[::2])
+    assert torch.equal(measured[2], whole[1::2])
+    assert not (tmp_path / "1").exists()  # the first one writes for all
+
+
 def test_what_misses_on_fresh_samples_is_not_written(untrained, tmp_path, monkeypatch):
     drifting = torch.cat([entropies(100), entropies(100) + 0.05])
     monkeypatch.setattr(command, "decision_entropies", lambda *_, **__: drifting)
