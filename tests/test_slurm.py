@@ -236,7 +236,7 @@ def test_shards_are_dealt_to_tasks_that_go_on(workspace):
 
 def test_samples_are_dealt_to_tasks(workspace):
     folder, environment = workspace
-    evaluate = "evaluate ckpt=runs/whole num=20 batch_size=10 scores=digits sampler.schedule.steps=2"
+    evaluate = "evaluate ckpt=runs/whole num=20 batch_size=10 scores=digits sampler=linear sampler.schedule.steps=2"
     numbers = []
     for more in (" out=one", " out=two" + TASKS):
         done = start(folder, environment, evaluate + more)

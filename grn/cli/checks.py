@@ -22,7 +22,15 @@ OF_TOKENS = ("grn.data.tokens", "grn.data.text_tokens")
 
 
 # Of a cluster's keys, those that say how to train; others say where a command runs.
-OF_TRAINING = ("accelerator", "strategy", "precision", "matmul_precision", "activation_checkpointing", "compile")
+OF_TRAINING = (
+    "accelerator",
+    "strategy",
+    "precision",
+    "matmul_precision",
+    "activation_checkpointing",
+    "compile",
+    "compile_mode",
+)
 
 
 def check_cluster(config: DictConfig, running: DictConfig) -> None:
