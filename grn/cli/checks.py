@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,21 +20,12 @@ from grn.weights.releases import check_task_given, find_release
 OF_PIXELS = ("grn.data.images", "grn.data.videos", "grn.data.text_images", "grn.data.text_videos")
 RESULTS = ("samples", "evaluation", "calibration")  # what goes into a run folder unless out=... says otherwise
 OF_TOKENS = ("grn.data.tokens", "grn.data.text_tokens")
-
-
 # Of a cluster's keys, those that say how to train; others say where a command runs.
-OF_TRAINING = (
-    "accelerator",
-    "strategy",
-    "precision",
-    "matmul_precision",
-    "activation_checkpointing",
-    "compile",
-    "compile_mode",
-)
+OF_TRAINING = ("accelerator", "strategy", "precision", "matmul_precision")
+OF_TRAINING += ("activation_checkpointing", "compile", "compile_mode")
 
 
-def check_cluster(config: DictConfig, running: DictConfig) -> None:
+def check_cluster(config: DictConfig, running: DictConfig | HydraConf) -> None:
     """Of every command, before its job is submitted, too; `running`: Hydra's part of the config.
 
     Raises:

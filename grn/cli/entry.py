@@ -72,7 +72,7 @@ def entry_point(
             failed.append(point)
             return Failed(reason)
 
-        explained.failed = failed  # for points in other processes (hydra_plugins/grn_parallel.py)
+        vars(explained)["failed"] = failed  # for points in other processes (hydra_plugins/grn_parallel.py)
 
         def single(config: DictConfig) -> object:
             try:
