@@ -37,7 +37,7 @@ PAGES = [
 ]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 SOURCES = ("grn", "hydra_plugins", "conf", "tests", "experiments", "docs", ".ci")
-OTHERS = {"docker", "wandb", "eval", "export", "pre-commit"}  # programs that are not of this repository
+OTHERS = {"docker", "img2dataset", "wandb", "eval", "export", "pre-commit"}  # programs that are not of this repository
 FIRST_PAGES = ("README.md", "docs/getting_started.md")
 OWN_PACKAGE = ("hydra.searchpath=", "+experiment=stripes")  # of docs/template, which has a test of its own
 OTHER_KEYS = {"reservation", "max_batch_size", "storage", "searchpath"}  # of sbatch and Hydra; files
