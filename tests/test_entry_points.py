@@ -114,6 +114,8 @@ def test_help_explains_keys(told):
     assert "lr_schedule: constant       # or cosine" in whole
     assert whole.startswith(page[: page.index("--help-all")])
     of_samples = told([["sample", "--help"]])[0][1]
+    assert "\ncluster: none, slurm, " in of_samples
+    assert "\ncluster: auto, cpu, ddp, " in page
     assert "experiment:" not in of_samples
     assert "labels: null            # classes that take turns" in of_samples
 

@@ -25,6 +25,11 @@ OF_TRAINING = ("accelerator", "strategy", "precision", "matmul_precision")
 OF_TRAINING += ("activation_checkpointing", "compile", "compile_mode")
 
 
+def is_for(cluster: str, verb: str) -> bool:
+    """Whether a command takes this option of the group `cluster`, of those that are here."""
+    return cluster != "none" if verb == "train" else cluster == "none" or cluster.startswith("slurm")
+
+
 def check_cluster(config: DictConfig, running: DictConfig | HydraConf) -> None:
     """Of every command, before its job is submitted, too; `running`: Hydra's part of the config.
 

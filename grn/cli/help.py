@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf, open_dict
 
+from grn.cli.checks import is_for
 from grn.runtime.config_folder import own_groups
 
 # What is added to a config, +experiment=..., and is no part of it otherwise.
@@ -38,6 +39,8 @@ def page(
         }
     header, footer = config.hydra.help.header, config.hydra.help.footer
     lines = [header.strip()]
+    if "cluster" in groups:  # each command takes some of them (`grn.cli.checks.check_cluster`)
+        groups["cluster"] = [it for it in groups["cluster"] if is_for(it, config_name)]
     if shown := [f"{name}: {', '.join(options)}" for name, options in groups.items() if options]:
         lines += ["", "== Groups (group=option) ==", *shown]
     lines += ["", "== Keys (key=value) ==", *_keys(conf / f"{config_name}.yaml")]
