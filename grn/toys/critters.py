@@ -1,27 +1,24 @@
 """Critters: cartoon creatures in colour whose every attribute is known, with captions; unlimited, made on the spot.
 
-They are drawn by DiceBear's style "critters" (CC0 1.0): `pip install '.[critters]'`.
+They are drawn by DiceBear's style "critters" (CC0 1.0): `pip install '.[critters]'`. Its other CC0 styles are read by
+`grn.toys.dicebear`.
 """
 
 import functools
-import io
-import itertools
 import json
 import os
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
+from typing import Any, NamedTuple
 
 from grn.data.prepare.folders import worker_count
 from grn.data.prepare.shards import write_shards
 from grn.runtime.errors import UserError
 from grn.runtime.files import write_text
+from grn.toys.dicebear import Attribute, Values, World, derived, drawing
 
 # How the values of each attribute are called in captions -> what DiceBear calls them.
 COLORS = {
@@ -53,7 +50,6 @@ HELDOUT_PAIRS = (
     ("blue", "horns"), ("pink", "an antenna"), ("yellow", "a sprout"), ("green", "round ears"), ("purple", "a fin"),
     ("orange", "horns"),
 )  # fmt: skip
-LABEL_NAMES = tuple(f"{color} {shape}" for color, shape in itertools.product(COLORS, SHAPES))
 
 # The first is what `caption` writes; the data draw among all.
 WORDINGS = (
@@ -86,18 +82,17 @@ class Critter(NamedTuple):
     @property
     def label(self) -> int:
         """Its class, color by shape: the place in `LABEL_NAMES`."""
-        return ATTRIBUTES["color"].index(self.color) * len(SHAPES) + ATTRIBUTES["shape"].index(self.shape)
+        return WORLD.label(self)
 
     @property
     def is_new(self) -> bool:
         """Whether training shows no critter of this color with this hat."""
-        return (self.color, self.hat) in HELDOUT_PAIRS
+        return WORLD.is_new(self)
 
 
 def caption(critter: Critter, wording: str = WORDINGS[0]) -> str:
     """E.g. "a blue bell critter with three eyes, a frown and a sprout on teal"."""
-    a_color = f"{'an' if critter.color[0] in 'aeiou' else 'a'} {critter.color}"
-    return wording.format(a_color=a_color, **critter._asdict())
+    return WORLD.caption(critter, wording)
 
 
 def read_caption(text: str) -> list[int]:
@@ -109,43 +104,58 @@ def read_caption(text: str) -> list[int]:
     ]
 
 
-def draw(critter: Critter, size: int) -> bytes:
-    """A PNG of size x size RGB pixels.
+def draw(critter: Critter, size: int, **options: Any) -> bytes:
+    """A PNG of size x size RGB pixels; `options` are further ones of DiceBear.
 
     Raises:
         UserError: DiceBear is not installed.
     """
-    avatar, style, svg_to_bytes = _drawing()
-    options = {
-        "seed": "critter",
-        "bodyColor": COLORS[critter.color],
-        "bodyVariant": SHAPES[critter.shape],
-        "eyesVariant": EYES[critter.eyes],
-        "mouthVariant": MOUTHS[critter.mouth],
-        "backgroundColor": BACKGROUNDS[critter.background],
-        "accentColor": ACCENTS[critter.accent],
-        "topProbability": 0 if HATS[critter.hat] is None else 100,
-        "patternProbability": 0,
-        "cheeksProbability": 0,
-        "animationProbability": 0,
-    }
-    if HATS[critter.hat] is not None:
-        options["topVariant"] = HATS[critter.hat]
-    png = svg_to_bytes(svg_string=str(avatar(style, options)), width=size, height=size, skip_system_fonts=True)
-    file = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(file, format="PNG")
-    return file.getvalue()
+    return WORLD.draw(critter, size, **options)
+
+
+WORLD = World(
+    "critters",
+    attributes=(
+        Attribute("color", COLORS, "bodyColor"),
+        Attribute("shape", SHAPES, "bodyVariant"),
+        Attribute("eyes", EYES, "eyesVariant"),
+        Attribute("mouth", MOUTHS, "mouthVariant"),
+        Attribute("hat", HATS, "topVariant", probability="topProbability"),
+        Attribute("background", BACKGROUNDS, "backgroundColor"),
+        Attribute("accent", ACCENTS, "accentColor", of="hat", told=False),
+    ),
+    fixed={"seed": "critter", "patternProbability": 0, "cheeksProbability": 0, "animationProbability": 0},
+    wordings=WORDINGS,
+    short_wordings=SHORT_WORDINGS,
+    classes=("color", "shape"),
+    heldout=("color", "hat"),
+    heldout_pairs=HELDOUT_PAIRS,
+)
+LABEL_NAMES = WORLD.label_names
+
+
+def world(style: str) -> World:
+    """Of `source.style`.
+
+    Raises:
+        UserError: DiceBear is not installed, or has no such style under CC0.
+    """
+    return WORLD if style == WORLD.style else derived(style)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrittersSource:
-    """Critters, no two alike, in three splits: of colors and hats that go together in training, `train` and `val`
-    (whose critters training does not show either); and `new`, of `HELDOUT_PAIRS`.
+    """Pictures of one of DiceBear's styles, no two alike, in three splits: of pairs of attributes that go together in
+    training, `train` and `val` (whose pictures training does not show either); and `new`, of the other pairs, of
+    critters `HELDOUT_PAIRS`.
 
-    Samples have a PNG, a class (`LABEL_NAMES`), a caption, and their attributes in the json. Beside the shards stands
-    `suite.jsonl`, the prompts of suite=critters: whole captions of held-out critters, of both kinds of pairs.
+    Samples have a PNG, a class (of critters `LABEL_NAMES`), a caption, and their attributes in the json. Beside the
+    shards stands `suite.jsonl`, prompts (of critters those of suite=critters): whole captions of held-out pictures, of
+    both kinds of pairs.
 
     Args:
+        style: critters, or another of DiceBear's under CC0, whose attributes are its own options
+            (`grn.toys.dicebear.derived`).
         size: height and width in pixels.
         samples, val, new: how many in each split.
         seed: of the choice, and of the captions' wording.
@@ -153,6 +163,7 @@ class CrittersSource:
         num_workers: processes; None: one per CPU, 0: none but this.
     """
 
+    style: str = "critters"
     size: int = 64
     samples: int = 8000
     val: int = 1000
@@ -175,76 +186,63 @@ class CrittersSource:
                 raise UserError(f"source.{name}={getattr(self, name)} must be at least 1")
         if not 16 <= self.size <= 1024:
             raise UserError(f"source.size={self.size} must lie in 16 to 1024")
-        _drawing()
-        shown, new = _all()
-        if self.samples + self.val > len(shown) or self.new > len(new):
+        own = world(self.style)
+        drawing()
+        shown, new = own.count(new=False), own.count(new=True)
+        if self.samples + self.val > shown or self.new > new:
             raise UserError(
-                f"source.samples={self.samples} and source.val={self.val} are of the {len(shown)} different "
-                f"critters of the pairs in training, source.new={self.new} of {len(new)} others: ask for fewer"
+                f"source.samples={self.samples} and source.val={self.val} are of the {shown} different "
+                f"{self.style} of the pairs in training, source.new={self.new} of {new} others: ask for fewer"
             )
         draws = random.Random(f"critters/{self.seed}")
-        chosen = draws.sample(range(len(shown)), self.samples + self.val)
+        chosen = draws.sample(range(shown), self.samples + self.val)
         splits = {
-            "train": [(index, shown[index]) for index in chosen[: self.samples]],
-            "val": [(index, shown[index]) for index in chosen[self.samples :]],
-            "new": [(len(shown) + index, new[index]) for index in draws.sample(range(len(new)), self.new)],
+            "train": [(index, own.at(index, new=False)) for index in chosen[: self.samples]],
+            "val": [(index, own.at(index, new=False)) for index in chosen[self.samples :]],
+            "new": [(shown + index, own.at(index, new=True)) for index in draws.sample(range(new), self.new)],
         }
         parameters = {k: v for k, v in asdict(self).items() if k != "num_workers"}
+        if self.style == WORLD.style:
+            del parameters["style"]  # so that data sets from before there were others are up to date
         written = write_shards(
             root,
             name="critters",
             parameters=parameters,
-            shards={split: _dealt(critters, self.shard_size) for split, critters in splits.items()},
-            write=functools.partial(_samples, self.size, self.seed),
-            facts={"image_size": self.size, "num_labels": len(LABEL_NAMES), "label_names": LABEL_NAMES},
+            shards={split: _dealt(pictures, self.shard_size) for split, pictures in splits.items()},
+            write=functools.partial(_samples, self.style, self.size, self.seed),
+            facts={"image_size": self.size, "num_labels": len(own.label_names), "label_names": own.label_names},
             num_workers=worker_count(self.num_workers),
             overwrite=overwrite,
             rank=rank,
             world_size=world_size,
         )
         if rank == 0:
-            asked = [(split, critter) for split in ("val", "new") for _, critter in splits[split][:SUITE]]
-            lines = ({"prompt": caption(critter), "tag": TAGS[split], **critter._asdict()} for split, critter in asked)
+            asked = [(split, values) for split in ("val", "new") for _, values in splits[split][:SUITE]]
+            lines = (
+                {"prompt": own.caption(values, own.wordings[0]), "tag": TAGS[split]} | dict(zip(own.names, values))
+                for split, values in asked
+            )
             write_text(Path(root) / "suite.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
         return written
 
 
-def _samples(size: int, seed: int, critters: Sequence[tuple[int, Critter]]) -> Iterator[dict[str, str | bytes]]:
-    for index, critter in critters:
+def _samples(
+    style: str, size: int, seed: int, pictures: Sequence[tuple[int, Values]]
+) -> Iterator[dict[str, str | bytes]]:
+    own = world(style)
+    for index, values in pictures:
         draws = random.Random(f"critters/{seed}/{index}")
-        wording = draws.choice(SHORT_WORDINGS if draws.random() < SHORT else WORDINGS)
+        wording = draws.choice(own.short_wordings if draws.random() < SHORT else own.wordings)
         yield {
             "__key__": f"{index:05d}",
-            "png": draw(critter, size),
-            "cls": str(critter.label),
-            "txt": caption(critter, wording),
-            "json": json.dumps(critter._asdict()),
+            "png": own.draw(values, size),
+            "cls": str(own.label(values)),
+            "txt": own.caption(values, wording),
+            "json": json.dumps(dict(zip(own.names, values))),
         }
 
 
-def _dealt(critters: Sequence[tuple[int, Critter]], most: int) -> list[list[tuple[int, Critter]]]:
+def _dealt(pictures: Sequence[tuple[int, Values]], most: int) -> list[list[tuple[int, Values]]]:
     """To as few shards as there must be, all as large as the others, or by one smaller."""
-    shards = -(-len(critters) // most)
-    return [list(critters[start::shards]) for start in range(shards)]
-
-
-@functools.cache
-def _all() -> tuple[list[Critter], list[Critter]]:
-    """(all whose color and hat go together in training, the others)."""
-    critters = [Critter(*values) for values in itertools.product(*ATTRIBUTES.values(), ACCENTS)]
-    # Without a hat its color is not to be seen: one of these is enough.
-    critters = [it for it in critters if HATS[it.hat] is not None or it.accent == "amber"]
-    return [it for it in critters if not it.is_new], [it for it in critters if it.is_new]
-
-
-@functools.cache
-def _drawing():
-    """(DiceBear's class of pictures, the style, the renderer)."""
-    try:
-        from dicebear import Avatar, Style
-        from resvg_py import svg_to_bytes
-
-        definition = files("dicebear_styles").joinpath("critters.json").read_text(encoding="utf-8")
-    except ModuleNotFoundError as error:
-        raise UserError(f"critters are drawn by {error.name}: pip install 'grn[critters]'") from None
-    return Avatar, Style(json.loads(definition)), svg_to_bytes
+    shards = -(-len(pictures) // most)
+    return [list(pictures[start::shards]) for start in range(shards)]

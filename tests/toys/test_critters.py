@@ -1,8 +1,10 @@
 """Critters: what captions say is what is drawn, and new pairs of color and hat are nowhere in training."""
 
+import hashlib
 import io
 import itertools
 import json
+import math
 import random
 
 import numpy as np
@@ -26,8 +28,10 @@ from grn.toys.critters import (
     caption,
     draw,
     read_caption,
+    world,
 )
 from grn.toys.critters_judge import CrittersJudge
+from grn.toys.dicebear import color_name
 
 SOME = Critter("orange", "bell", "one eye", "a frown", "a fin", "teal")
 
@@ -99,9 +103,61 @@ def test_training_never_shows_new_pairs(folder):
     assert [line["tag"] for line in lines] == ["seen"] * 40 + ["new"] * 30
 
 
+def test_shards_stay_as_they_are(tmp_path):
+    CrittersSource(samples=30, val=6, new=6, shard_size=15, num_workers=0).write(tmp_path / "x")
+    digest = hashlib.sha256((tmp_path / "x" / "suite.jsonl").read_bytes())
+    for split in ("train", "val", "new"):
+        for raw in samples(tmp_path / "x", split):
+            digest.update(raw["__key__"].encode() + raw["cls"] + raw["txt"] + raw["json"])
+    assert digest.hexdigest() == "6a009e5cd221076f48ea1f7e47ca6f02d9400617875e027c92240be3d3d9efb3"
+    assert "style" not in read_manifest(tmp_path / "x")["parameters"]  # older data sets are up to date
+
+
+@pytest.mark.parametrize("style", ["planets", "landscape", "pixel-art"])
+def test_other_styles(tmp_path, style):
+    assert CrittersSource(style=style, samples=20, val=6, new=6, shard_size=20, num_workers=0).write(tmp_path / "x")
+    own, manifest = world(style), read_manifest(tmp_path / "x")
+    assert manifest["num_labels"] == len(own.label_names) > 10
+    raws = {split: samples(tmp_path / "x", split) for split in ("train", "val", "new")}
+    assert len({raw["json"] for some in raws.values() for raw in some}) == 32
+    for split, some in raws.items():
+        for raw in some:
+            values = tuple(json.loads(raw["json"]).values())
+            assert own.is_new(values) == (split == "new")
+            assert own.label_names[int(raw["cls"])] == " ".join(values[own.names.index(it)] for it in own.classes)
+            caption = raw["txt"].decode()
+            assert caption in {own.caption(values, it) for it in (*own.wordings, *own.short_wordings)}
+            assert Image.open(io.BytesIO(raw["png"])).size == (64, 64)
+    assert len({raw["png"] for raw in raws["train"]}) == 20
+
+
+def test_what_is_counted_is_there():
+    own = world("patchwork")
+    every = {new: [own.at(index, new=new) for index in range(own.count(new=new))] for new in (False, True)}
+    assert all(own.is_new(values) == new for new, some in every.items() for values in some)
+    found = every[False] + every[True]
+    assert len(set(found)) == len(found) == math.prod(len(it.values) for it in own.attributes)
+    # Of a part that is missing, the color is always the first.
+    planets = world("planets")
+    moons, moon = (planets.names.index(name) for name in ("moons", "moon_color"))
+    some = [planets.at(index, new=False) for index in range(0, planets.count(new=False), 997)]
+    assert {values[moon] for values in some if values[moons] == "no moons"} == {
+        next(iter(planets.attributes[moon].values))
+    }
+    assert len({values[moon] for values in some if values[moons] != "no moons"}) > 1
+
+
+def test_colors_have_names():
+    named = {"#ffffff": "white", "#000000": "black", "#17233f": "dark blue", "#8d5524": "brown", "#fda4af": "pale red"}
+    assert {value: color_name(value) for value in named} == named
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        ({"style": "adventurer"}, r"source\.style=adventurer must be one of DiceBear's styles under CC0: blobs, cameo"),
+        ({"style": "../critters"}, r"source\.style=\.\./critters must be one of"),
+        ({"style": "glass"}, r"source\.style=glass has too few options"),
         ({"samples": 0}, r"source\.samples=0"),
         ({"samples": 10**6}, "ask for fewer"),
         ({"size": 8}, r"source\.size=8 must lie in 16 to 1024"),
