@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from grn.data.prepare.folders import worker_count
 from grn.data.prepare.shards import write_shards
@@ -65,6 +65,7 @@ SHORT_WORDINGS = (
     "a critter with {eyes}, {mouth} and {hat}",
 )
 SUITE, TAGS = 100, {"val": "seen", "new": "new"}  # prompts of each kind in suite.jsonl
+T = TypeVar("T")
 SHORT = 0.2  # share of captions that tell some attributes only
 
 
@@ -208,7 +209,7 @@ class CrittersSource:
             root,
             name="critters",
             parameters=parameters,
-            shards={split: _dealt(pictures, self.shard_size) for split, pictures in splits.items()},
+            shards={split: dealt(pictures, self.shard_size) for split, pictures in splits.items()},
             write=functools.partial(_samples, self.style, self.size, self.seed),
             facts={"image_size": self.size, "num_labels": len(own.label_names), "label_names": own.label_names},
             num_workers=worker_count(self.num_workers),
@@ -242,7 +243,7 @@ def _samples(
         }
 
 
-def _dealt(pictures: Sequence[tuple[int, Values]], most: int) -> list[list[tuple[int, Values]]]:
+def dealt(pictures: Sequence[T], most: int) -> list[list[T]]:
     """To as few shards as there must be, all as large as the others, or by one smaller."""
     shards = -(-len(pictures) // most)
     return [list(pictures[start::shards]) for start in range(shards)]
