@@ -60,6 +60,15 @@ def test_film_has_every_frame_and_is_whole_or_absent(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_films_keep_few_colours_and_come_near_to_many(tmp_path):
+    rows, columns = np.mgrid[:128, :128] * 2
+    grey, many = (np.stack(bands, axis=-1).astype(np.uint8) for bands in ([rows] * 3, [rows, columns, rows[::-1]]))
+    for picture, most in ((grey, 0), (many, 6)):
+        path = pictures.save_film([Image.fromarray(picture)] * 2, tmp_path / "film.gif")
+        shown = np.asarray(Image.open(path).convert("RGB")).astype(float)
+        assert np.sqrt(((shown - picture) ** 2).mean()) <= most
+
+
 def step(index, rows, predicted, tokens, kept, shape=(1, 1, 2)):
     ones = torch.ones(len(rows))
     tokens, predicted, kept = (
