@@ -107,7 +107,9 @@ class Video:
     @property
     def time_base(self) -> Fraction:
         """Seconds that one unit of the stream's timestamps lasts."""
-        return self.stream.time_base or Fraction(1, av.time_base)
+        if self.stream.time_base is None:
+            raise Skip(Reason.UNDECODABLE_VIDEO)
+        return self.stream.time_base
 
     @property
     def first_pts(self) -> int:

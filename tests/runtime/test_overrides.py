@@ -73,7 +73,8 @@ def test_any_text(typed):
     is_list = typed.startswith("[") and typed.endswith("]")
     if typed not in ("", "null") and not quoted and not is_list:
         assert read(f"negative_prompt={typed}") == typed
-        assert read(f"data.root={typed}") == typed or "${" in typed
+        if "${" not in typed:  # paths may refer to other keys
+            assert read(f"data.root={typed}") == typed
         assert literal(literal([f"prompts=[a {typed}]"])) == literal([f"prompts=[a {typed}]"])
 
 
