@@ -189,19 +189,8 @@ class CrittersSource:
             raise UserError(f"source.size={self.size} must lie in 16 to 1024")
         own = world(self.style)
         drawing()
-        shown, new = own.count(new=False), own.count(new=True)
-        if self.samples + self.val > shown or self.new > new:
-            raise UserError(
-                f"source.samples={self.samples} and source.val={self.val} are of the {shown} different "
-                f"{self.style} of the pairs in training, source.new={self.new} of {new} others: ask for fewer"
-            )
         draws = random.Random(f"critters/{self.seed}")
-        chosen = draws.sample(range(shown), self.samples + self.val)
-        splits = {
-            "train": [(index, own.at(index, new=False)) for index in chosen[: self.samples]],
-            "val": [(index, own.at(index, new=False)) for index in chosen[self.samples :]],
-            "new": [(shown + index, own.at(index, new=True)) for index in draws.sample(range(new), self.new)],
-        }
+        splits = dict(own.splits(draws, samples=self.samples, val=self.val, new=self.new))
         parameters = {k: v for k, v in asdict(self).items() if k != "num_workers"}
         if self.style == WORLD.style:
             del parameters["style"]  # so that data sets from before there were others are up to date

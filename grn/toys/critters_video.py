@@ -122,18 +122,10 @@ class CrittersVideoSource(Source):
         if not 16 <= self.size <= 512 or self.size % 2:
             raise UserError(f"source.size={self.size} must be even, in 16 to 512")
         drawing()
-        shown, new = WORLD.count(new=False), WORLD.count(new=True)
-        if self.samples + self.val > shown or self.new > new:
-            raise UserError(
-                f"source.samples={self.samples} and source.val={self.val} are of the {shown} different critters of the "
-                f"pairs in training, source.new={self.new} of {new} others: ask for fewer"
-            )
         draws = random.Random(f"critters_video/{self.seed}")
-        chosen = draws.sample(range(shown), self.samples + self.val)
         splits = {
-            "train": [_clip(index, index, draws, new=False) for index in chosen[: self.samples]],
-            "val": [_clip(index, index, draws, new=False) for index in chosen[self.samples :]],
-            "new": [_clip(shown + index, index, draws, new=True) for index in draws.sample(range(new), self.new)],
+            split: [_clip(number, Critter(*values), draws) for number, values in pictures]
+            for split, pictures in WORLD.splits(draws, samples=self.samples, val=self.val, new=self.new)
         }
         return {
             "parameters": {k: v for k, v in asdict(self).items() if k != "num_workers"},
@@ -143,8 +135,7 @@ class CrittersVideoSource(Source):
         }
 
 
-def _clip(number: int, index: int, draws: random.Random, *, new: bool) -> Clip:
-    critter = Critter(*WORLD.at(index, new=new))
+def _clip(number: int, critter: Critter, draws: random.Random) -> Clip:
     return number, critter, draws.choice([it for it in MOTIONS if it != "blinking" or critter.eyes != CLOSED])
 
 

@@ -9,6 +9,7 @@ import functools
 import io
 import itertools
 import json
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,26 @@ class World:
                     break
                 index -= inside
         return values
+
+    def splits(
+        self, draws: random.Random, *, samples: int, val: int, new: int
+    ) -> Iterator[tuple[str, list[tuple[int, Values]]]]:
+        """Different pictures for each split, with their numbers among all: `train` and `val` of pairs that training
+        shows, `new` of the others. What is drawn between two splits changes the later one.
+
+        Raises:
+            UserError: there are not as many.
+        """
+        shown, others = self.count(new=False), self.count(new=True)
+        if samples + val > shown or new > others:
+            raise UserError(
+                f"source.samples={samples} and source.val={val} are of the {shown} different {self.style} of the pairs "
+                f"in training, source.new={new} of {others} others: ask for fewer"
+            )
+        chosen = draws.sample(range(shown), samples + val)
+        yield "train", [(index, self.at(index, new=False)) for index in chosen[:samples]]
+        yield "val", [(index, self.at(index, new=False)) for index in chosen[samples:]]
+        yield "new", [(shown + index, self.at(index, new=True)) for index in draws.sample(range(others), new)]
 
     def _choices(self, values: Sequence[str | None]) -> Iterator[str]:
         """What the next attribute may be."""
