@@ -1,9 +1,7 @@
 """What one GPU does, part by part, against goals: for the minutes in which there is one."""
 
-import io
 import json
 import math
-import tarfile
 import tempfile
 import time
 import traceback
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import webdataset as wds
 from lightning.fabric.utilities.throughput import get_available_flops
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich import box
@@ -75,7 +74,8 @@ def benchmark(
             row["share_of_matmul"] = row["flop_per_second"] / rate
         row["took_seconds"] = time.monotonic() - since
         print(json.dumps({name: row}), flush=True)
-        _release(device)
+        torch._dynamo.reset()
+        torch.accelerator.empty_cache()
     Console(width=120).print(_table(measured, rate))
     return {
         "matmul_flop_per_second": rate,
@@ -274,12 +274,9 @@ def _loader(*, device: torch.device, repeats: int, keys: dict[str, Any]) -> dict
     with tempfile.TemporaryDirectory() as folder:
         urls = [str(Path(folder) / f"{number:02d}.tar") for number in range(max(8, workers))]
         for url in urls:
-            with tarfile.open(url, "w") as archive:
+            with wds.TarWriter(url, encoder=False) as archive:
                 for number in range(images):
-                    for ending, content in entries.items():
-                        entry = tarfile.TarInfo(f"{number:06d}.{ending}")
-                        entry.size = len(content)
-                        archive.addfile(entry, io.BytesIO(content))
+                    archive.write({"__key__": f"{number:06d}"} | entries)
         data = GlobalBatches(
             urls,
             TokenDecoder((1, size, size), 8, num_labels=10),
@@ -288,7 +285,7 @@ def _loader(*, device: torch.device, repeats: int, keys: dict[str, Any]) -> dict
             worker_streams=max(1, workers),
             num_workers=workers,
         )
-        batches = iter(ResumableLoader(data, pin_memory=device.type == "cuda"))
+        batches = iter(ResumableLoader(data, pin_memory=device.type != "cpu"))
         deque(islice(batches, 2 * max(1, workers)), maxlen=0)
         count, begun = 40 * repeats, time.perf_counter()
         for loaded in islice(batches, count):
@@ -297,12 +294,6 @@ def _loader(*, device: torch.device, repeats: int, keys: dict[str, Any]) -> dict
         seconds = time.perf_counter() - begun
         del batches
     return {"per_second": count * batch / seconds}
-
-
-def _release(device: torch.device) -> None:
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _table(measured: dict[str, dict[str, Any]], rate: float) -> Table:
