@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class UserError(Exception):
@@ -34,7 +34,7 @@ def check_number(key: str, value: object, *, least: float, most: float = math.in
     """Raises:
     UserError: no finite number, or one outside `least` to `most`.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most or value == math.inf:
+    if not _is_plain(value) or not least <= value <= most or value == math.inf:
         bounds = f"of at least {least}" if most == math.inf else f"in {least} to {most}"
         raise UserError(f"{key}={value} must be a number {bounds}")
 
@@ -62,7 +62,11 @@ def check_kinds(settings: Any, key: str, *, most: int) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return _is_plain(value) and abs(value) <= sys.float_info.max
+
+
+def _is_plain(value: object) -> TypeGuard[int | float]:
+    return type(value) in (int, float)
 
 
 def check(holds: bool, key: str, needed: str, value: object) -> None:
