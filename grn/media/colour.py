@@ -44,7 +44,8 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         if image.mode != mode and (image.mode, mode) != ("L", "RGB"):
             raise ProfileError
         image = image.convert(mode)
-        return (transform and ImageCms.applyTransform(image, transform)) or image
+        shown = None if transform is None else ImageCms.applyTransform(image, transform)
+        return image if shown is None else shown
     except (ImageCms.PyCMSError, OSError, ValueError, KeyError, TypeError):
         raise ProfileError from None
 

@@ -28,7 +28,9 @@ def frame_rate(fps: object) -> Fraction:
         UserError: no number, or one outside of `FPS`.
     """
     # The stubs of Real know no order.
-    if not isinstance(fps, Real) or isinstance(fps, bool) or not FPS[0] <= fps <= FPS[1]:  # pyright: ignore[reportOperatorIssue]
+    if (
+        not isinstance(fps, Real) or isinstance(fps, bool) or not FPS[0] <= fps <= FPS[1]  # pyright: ignore[reportOperatorIssue]
+    ):
         raise UserError(f"fps={fps}: frames a second, a number from {FPS[0]} to {FPS[1]}")
     return Fraction(float(fps)).limit_denominator(1001)
 

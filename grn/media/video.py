@@ -54,9 +54,8 @@ ROUNDING = Fraction(1, 1000)  # seconds; Matroska rounds times to this
 STRANGEST_PIXEL = 4  # of a pixel's longer side to the shorter; what claims more is mistaken. Of DVDs it is 1.42
 UNSPECIFIED = 2  # FFmpeg's number for a colour matrix that the stream does not name
 SAMPLE_COUNTS = {b"stsz": 8, b"trun": 4}  # boxes of an MP4's index, where in them the number of samples stands
-TRANSPOSITIONS: dict[
-    tuple[int, ...], Image.Transpose
-] = {  # signs of the display matrix's (a, b, c, d): x' = ax + cy, y' = bx + dy, y downwards
+# By the signs of the display matrix's (a, b, c, d): x' = ax + cy, y' = bx + dy, y downwards.
+TRANSPOSITIONS: dict[tuple[int, ...], Image.Transpose] = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,

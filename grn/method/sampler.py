@@ -297,12 +297,11 @@ class Refinement:
             UserError: the sample is not in the batch, or the positions are not of its map.
         """
         slots = self._slots
-        place = None if slots is None else torch.nonzero(slots.rows == sample).squeeze(1)
-        if slots is None or place is None or len(place) == 0:
+        if slots is None or sample not in slots.rows.tolist():
             raise UserError(f"sample {sample} is not being refined: it waits or is done")
         if positions.dtype != torch.bool or tuple(positions.shape) != self._shape[1:]:
             raise UserError(f"positions to erase must be bool {list(self._shape[1:])}, got {list(positions.shape)}")
-        erasure = Erasure(sample, int(slots.taken[place]), positions.cpu())
+        erasure = Erasure(sample, int(slots.taken[slots.rows == sample]), positions.cpu())
         self._erasures.setdefault((sample, erasure.after), []).append(erasure.positions)
         return erasure
 
@@ -435,8 +434,7 @@ def _advance(
     logits, conditional = _guided_logits(predict, slots.tokens, t, slots.condition, sampler)
     entropies = token_entropies(conditional)
     entropy = normalized_entropy(entropies, slots.free, conditional.shape[1]).float()
-    deciding = torch.nonzero(slots.step == schedule.decide_at).squeeze(1) if schedule.decide_at is not None else None
-    if deciding is not None and len(deciding):
+    if schedule.decide_at is not None and len(deciding := torch.nonzero(slots.step == schedule.decide_at).squeeze(1)):
         decisive = _rows(entropy, deciding).cpu()
         _check_finite(decisive, sampler)
         plan = schedule.plan(decisive)
