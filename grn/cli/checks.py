@@ -39,13 +39,12 @@ def check_cluster(config: DictConfig, running: DictConfig | HydraConf) -> None:
     if "cluster" not in config:
         return
     verb, cluster = running.job.config_name, running.runtime.choices.get("cluster")
-    jobs = ", ".join(f"cluster={path.stem}" for path in sorted((CONF / "cluster").glob("slurm*.yaml")))
     if verb == "train":
         if cluster == "none":
-            raise UserError(f"cluster=none is not for grn.train: choose cluster=auto, cpu, gpu, ddp, ..., or {jobs}")
+            raise UserError(f"cluster=none is not for grn.train: choose cluster=auto, cpu, gpu, ddp, ..., or {_jobs()}")
         return
     if cluster != "none" and "dry_run" not in config.cluster:
-        raise UserError(f"cluster={cluster} says how to train: grn.{verb} takes {jobs}; or start it by torchrun")
+        raise UserError(f"cluster={cluster} says how to train: grn.{verb} takes {_jobs()}; or start it by torchrun")
     for override in running.overrides.task:
         key = override.partition("=")[0].lstrip("+~")
         if key.startswith("cluster.") and key.split(".")[1] in OF_TRAINING:
@@ -54,6 +53,11 @@ def check_cluster(config: DictConfig, running: DictConfig | HydraConf) -> None:
         tasks = place()[2] if cluster == "none" else config.cluster.devices * config.cluster.num_nodes
         if tasks != 1:
             raise UserError(f"grn.sample is one process, and each of {tasks} would draw all: take cluster=slurm")
+
+
+def _jobs() -> str:
+    """The options of the group that are SLURM's jobs."""
+    return ", ".join(f"cluster={path.stem}" for path in sorted((CONF / "cluster").glob("slurm*.yaml")))
 
 
 def check_given(config: DictConfig) -> None:
