@@ -42,19 +42,22 @@ def make_scores(splits, classifier_weights):
     return make
 
 
+def torch_fidelitys(images, real, weights, **asked):
+    """Its scores of images, by the digits' classifier."""
+    return torch_fidelity.calculate_metrics(
+        input1=Images(images),
+        input2=Images(real),
+        cuda=False,
+        feature_extractor="digits-classifier",
+        feature_extractor_weights_path=str(weights),
+        verbose=False,
+        **asked,
+    )
+
+
 def test_equals_torch_fidelity(make_scores, generated, digits, classifier_weights):
     """The same images and extractor, the same FID and inception score."""
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Images(generated),
-        input2=Images(digits["train"][0]),
-        cuda=False,
-        fid=True,
-        isc=True,
-        feature_extractor="digits-classifier",
-        feature_extractor_weights_path=str(classifier_weights),
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    theirs = torch_fidelitys(generated, digits["train"][0], classifier_weights, fid=True, isc=True, save_cpu_ram=True)
     scores = make_scores()
     for batch in generated.split(50):
         scores.update(batch, None)
@@ -74,17 +77,7 @@ def test_kid_precision_and_recall_equal_torch_fidelity(make_scores, generated, d
     """With its defaults and with keys of ours, whose names are its own."""
     real = digits["train"][0]
     images = generated if keys else noisy(real, 80)  # enough for the default size of a subset
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Images(images),
-        input2=Images(real),
-        cuda=False,
-        kid=True,
-        prc=True,
-        feature_extractor="digits-classifier",
-        feature_extractor_weights_path=str(classifier_weights),
-        verbose=False,
-        **keys,
-    )
+    theirs = torch_fidelitys(images, real, classifier_weights, kid=True, prc=True, **keys)
     scores = make_scores(isc=False, kid=True, prc=True, **keys)
     for batch in images.split(50):
         scores.update(batch, None)
