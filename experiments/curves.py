@@ -22,6 +22,13 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "curves"
 BATCH = 64  # images a step of digits_c2i
+# `python -m grn.<verb>` of each stage, one after the other, so that a side imports everything once.
+ONE_PROCESS = """
+import json, runpy, sys
+for verb, *arguments in json.loads(sys.argv[1]):
+    sys.argv = ["grn." + verb, *arguments]
+    runpy.run_module("grn." + verb, run_name="__main__")
+"""
 
 
 def stages(steps: int) -> list[list[str]]:
@@ -46,9 +53,8 @@ def train(tree: Path, folder: Path, steps: int) -> dict[str, list]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(tree),
     }
-    for verb, *arguments in stages(steps):
-        print(f"{tree}: grn {verb} {' '.join(arguments)}", flush=True)
-        subprocess.run([sys.executable, "-m", f"grn.{verb}", *arguments], cwd=tree, env=environment, check=True)
+    print(f"{tree}:", *(" ".join(["grn", *stage]) for stage in stages(steps)), sep="\n  ", flush=True)
+    subprocess.run([sys.executable, "-c", ONE_PROCESS, json.dumps(stages(steps))], cwd=tree, env=environment, check=True)
     (path,) = (folder / "runs" / "digits_c2i" / "csv").rglob("metrics.csv")
     return curves(path)
 

@@ -63,10 +63,14 @@ def _process_as_found():
 
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory, worker_id):
-    """built_once(name, build): what build(folder) leaves there; one of pytest's workers builds, each has a copy."""
+    """built_once(name, build): what build(folder) leaves there; one of pytest's workers builds, each has a copy.
+
+    Several runs of pytest on the same tree share what is in the folder GRN_TESTS_BUILT.
+    """
     shared = tmp_path_factory.getbasetemp()
     if worker_id != "master":
         shared = shared.parent
+    shared = Path(os.environ.get("GRN_TESTS_BUILT", shared))
 
     def built(name, build):
         template, done = shared / name, shared / f"{name}.done"
