@@ -54,7 +54,9 @@ def train(tree: Path, folder: Path, steps: int) -> dict[str, list]:
         "PYTHONPATH": str(tree),
     }
     print(f"{tree}:", *(" ".join(["grn", *stage]) for stage in stages(steps)), sep="\n  ", flush=True)
-    subprocess.run([sys.executable, "-c", ONE_PROCESS, json.dumps(stages(steps))], cwd=tree, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", ONE_PROCESS, json.dumps(stages(steps))], cwd=tree, env=environment, check=True
+    )
     (path,) = (folder / "runs" / "digits_c2i" / "csv").rglob("metrics.csv")
     return curves(path)
 
