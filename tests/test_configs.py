@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 
 from grn.callbacks import EMA
 from grn.checkpoints.native import build_network
+from grn.checkpoints.sampler_config import build_sampler
 from grn.data.text_videos import TextVideoDataModule
 from grn.method.sampler import Sampler
 from grn.method.schedules import EntropyGuided, Shifted
 from grn.runtime.config_folder import CONF, top_level_keys
-from grn.training.building import build_sampler
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml") if path.stem != "none")

@@ -281,3 +281,11 @@ def test_threads_spin_briefly_unless_told_otherwise(given, expected):
     code = f"import grn, json, os; print(json.dumps({{n: os.environ[n] for n in {names} if n in os.environ}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain | given)
     assert json.loads(done.stdout) == expected
+
+
+@pytest.mark.parametrize("module", ["grn.sampling.sample", "grn.sampling.pipeline", "grn.web.server"])
+def test_sampling_needs_no_lightning(module):
+    """Nor what that imports, which takes seconds."""
+    code = f"import sys, {module}; print({{'lightning', 'torchmetrics', 'torchvision', 'scipy'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -9,8 +9,8 @@ import grn
 
 ROOT = Path(grn.__file__).parent
 ROOMS = (  # from below
-    "runtime", "method", "media", "weights", "networks", "checkpoints", "data", "metrics", "toys", "runs", "training",
-    "sampling", "evaluation", "callbacks", "benchmarks", "web", "cli",
+    "runtime", "method", "media", "weights", "networks", "checkpoints", "data", "metrics", "toys", "runs", "sampling",
+    "training", "evaluation", "callbacks", "benchmarks", "web", "cli",
 )  # fmt: skip
 
 

@@ -32,11 +32,11 @@ from grn.media import pictures
 from grn.method.request import Request
 from grn.method.schedules import Cosine, EntropyGuided, Linear, Schedule
 from grn.runtime.files import write_atomically, write_json
+from grn.sampling.bundle import RefinerBundle
 from grn.sampling.calibration import decision_entropies, fit, steps_taken
 from grn.sampling.generation import Batch
+from grn.sampling.loading import bundle_from_checkpoint
 from grn.toys.judge import DigitsJudge
-from grn.training import RefinerModule
-from grn.training.building import module_from_checkpoint
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -83,16 +83,16 @@ def warmup_of(steps: int) -> int:
     return max(1, round(steps / 6))
 
 
-def schedule(name: str, steps: int, module: RefinerModule, guidance: float, num: int) -> Schedule:
+def schedule(name: str, steps: int, bundle: RefinerBundle, guidance: float, num: int) -> Schedule:
     """The schedule of a point, calibrated where it looks at entropies; limits in the proportions of the reference's."""
     if name == "linear":
         return Linear(steps)
     if name == "cosine":
         return Cosine(steps)
     guided = EntropyGuided(warmup=warmup_of(steps), min_steps=round(steps * 2 / 3), max_steps=round(steps * 5 / 3))
-    sampler = replace(module.sampler, schedule=guided, guidance=guidance)
+    sampler = replace(bundle.sampler, schedule=guided, guidance=guidance)
     request = Request(num=num, seed=CALIBRATION_SEED, sampler=sampler)
-    entropy = decision_entropies(module, request, batch_size=BATCH)
+    entropy = decision_entropies(bundle, request, batch_size=BATCH)
     guided = fit(guided, entropy, target=steps)
     if name == "unscaled":
         return Unscaled(**vars(guided))
@@ -104,11 +104,11 @@ def schedule(name: str, steps: int, module: RefinerModule, guidance: float, num:
 def measure(ckpt: str, num: int) -> None:
     """Leaves `<point>.json` of every point in OUT, and `<point>.pt`, the samples, of those that are looked at."""
     checkpoint = read_checkpoint(ckpt)
-    module = module_from_checkpoint(checkpoint)
+    bundle = bundle_from_checkpoint(checkpoint)
     datamodule = instantiate(checkpoint.config.data)
     configs = {name: checkpoint.config.scores[name] for name in ("fid", "judge")}
     partials = instantiate(OmegaConf.merge(configs, {"fid": {"isc": False}}))
-    scores = build_scores(partials, datamodule, device=module.device, cache_dir=OUT / "cache")
+    scores = build_scores(partials, datamodule, device=bundle.device, cache_dir=OUT / "cache")
     for point in POINTS:
         guidance, name, steps = point
         path = OUT / f"{name}-{steps}-{guidance}.json"
@@ -117,10 +117,10 @@ def measure(ckpt: str, num: int) -> None:
         batches: list[Batch] = []
         started = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
-            chosen = schedule(name, steps, module, guidance, num // 2)
-            sampler = replace(module.sampler, schedule=chosen, guidance=guidance)
+            chosen = schedule(name, steps, bundle, guidance, num // 2)
+            sampler = replace(bundle.sampler, schedule=chosen, guidance=guidance)
             metrics, _ = score_samples(
-                module,
+                bundle,
                 scores,
                 num=num,
                 batch_size=BATCH,

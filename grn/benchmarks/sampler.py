@@ -17,7 +17,7 @@ from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.errors import UserError
 from grn.sampling.calibration import fit
-from grn.training.building import load_refiner
+from grn.sampling.loading import load_refiner
 
 SEED = 0
 BAR = 1.15  # entropy-guided sampling in S steps in the mean takes at most this times S/N of what N fixed steps take
@@ -101,10 +101,10 @@ def _refiner(model: DictConfig, ckpt: str | None) -> tuple[ClassRefiner, Sampler
     """A trained one with its sampler, or one of random weights whose predictions depend on all that it sees."""
     if ckpt is not None:
         try:
-            module, _ = load_refiner(ckpt)
+            bundle, _ = load_refiner(ckpt)
         except UserError as error:
             raise UserError(f"benchmark.{error}") from None
-        return module.network, module.sampler
+        return bundle.network, bundle.sampler
     network = build_network(model)
     if not isinstance(network, ClassRefiner):
         raise UserError(

@@ -40,11 +40,12 @@ class SampleGrid(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        tokens = pl_module.generate(Request(num=self.num, seed=self.seed)).tokens
-        frames = pl_module.decode_stream(tokens)
+        tokens = pl_module.bundle.generate(Request(num=self.num, seed=self.seed)).tokens
+        frames = pl_module.bundle.decode_stream(tokens)
         images = next(frames)
-        columns = pl_module.num_conditions if self.num % pl_module.num_conditions == 0 else None
-        wanted = pl_module.complete(Request()).wanted
+        classes = pl_module.bundle.num_conditions
+        columns = classes if self.num % classes == 0 and self.num > classes else None  # a class a column
+        wanted = pl_module.bundle.complete(Request()).wanted
         captions = [str(wanted[number % len(wanted)]) for number in range(self.num)]
         picture = pictures.grid(images, columns, pictures.scale_for(images.shape[-1]), captions)
         name = f"samples-step{trainer.global_step:07d}"
@@ -110,12 +111,12 @@ class RefinementFilm(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not is_last_validation(trainer):
             return
-        num = min(16, pl_module.num_conditions)
-        recording, request = Recording(), pl_module.complete(Request(num=num, seed=self.seed))
-        pl_module.generate(request, callback=recording)
+        num = min(16, pl_module.bundle.num_conditions)
+        recording, request = Recording(), pl_module.bundle.complete(Request(num=num, seed=self.seed))
+        pl_module.bundle.generate(request, callback=recording)
 
         def decode(tokens: Tensor) -> Iterator[Tensor]:
-            return pl_module.decode_stream(tokens.to(pl_module.device))
+            return pl_module.bundle.decode_stream(tokens.to(pl_module.bundle.device))
 
         path = pictures.save_film(films.film(recording, decode), self.folder / "refinement.gif")
         _log_video(trainer, "sample/film", path)

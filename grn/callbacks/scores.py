@@ -48,7 +48,7 @@ class EvaluateSamples(Callback):
         """What would end the run with its last validation ends it here."""
         if self.configured:
             with together():
-                check_num(self.num, pl_module.num_conditions, key="callbacks.scores.num")
+                check_num(self.num, pl_module.bundle.num_conditions, key="callbacks.scores.num")
                 check_scores(self.configured, self.num)
                 real_splits(trainer.datamodule, clips=None)
 
@@ -59,10 +59,10 @@ class EvaluateSamples(Callback):
         if not is_last_validation(trainer) and (self.every == 0 or self._validations % self.every):
             return
         if self.scores is None:
-            splits = real_splits(trainer.datamodule, clips=pl_module.token_shape[1] > 1)
+            splits = real_splits(trainer.datamodule, clips=pl_module.bundle.token_shape[1] > 1)
             self.scores = build_scores(self.configured, splits, device=pl_module.device, cache_dir=self.cache_dir)
         metrics, steps = score_samples(
-            pl_module,
+            pl_module.bundle,
             self.scores,
             num=self.num,
             batch_size=self.batch_size,

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from grn.checkpoints.exported import sampler_from_plain
 from grn.method.sampler import Sampler
-from grn.method.schedules import Linear
+from grn.method.schedules import FIXED, EntropyGuided, Linear
 from grn.runtime.errors import UserError
 from grn.runtime.files import write_text
 
@@ -24,7 +26,7 @@ class _Plain(yaml.SafeLoader):
 
 
 def sampler_config(sampler: Sampler) -> dict[str, Any]:
-    """The config, in plain containers, that `grn.training.building.build_sampler` makes this sampler of."""
+    """The config, in plain containers, that `build_sampler` makes this sampler of."""
     parts = {}
     for name, part in {"sampler": sampler, "schedule": sampler.schedule}.items():
         values = {key: value for key, value in vars(part).items() if value is not None}
@@ -65,3 +67,43 @@ def read_sampler(path: str | Path) -> Sampler:
     target = str(values["schedule"].pop("_target_", None))
     values["schedule"]["_class_name"] = target.removeprefix(f"{Linear.__module__}.")
     return sampler_from_plain(values, path)
+
+
+def build_sampler(config: DictConfig | dict, fallback: Sampler | DictConfig | dict | None = None) -> Sampler:
+    """A `Sampler` from its config, nulls taken from `fallback` (a trained module's, or the config of one) and then from
+    the defaults.
+
+    A schedule's keys fall back only on a schedule of the same kind; but the grid of an entropy-guided one falls back on
+    that of any schedule, so that adaptive steps follow what the weights were tuned for.
+    """
+    if isinstance(fallback, Sampler):
+        fallback = sampler_config(fallback)
+    configs = (c if isinstance(c, DictConfig) else OmegaConf.create(c or {}) for c in (config, fallback))
+    chosen, trained = (OmegaConf.to_container(c, resolve=True) for c in configs)  # in its place, for what it refers to
+    schedule, trained_schedule = chosen.pop("schedule", None), trained.pop("schedule", None) or {}
+    if schedule is None:
+        schedule = trained_schedule
+    elif schedule.get("_target_") == trained_schedule.get("_target_"):
+        schedule = _filled(schedule, trained_schedule)
+    elif schedule.get("_target_") == target(EntropyGuided):
+        grid = _grid(trained_schedule)
+        if schedule.get("grid") in (None, grid.get("grid")):
+            schedule = _filled(schedule, grid)
+    chosen = _filled(chosen, trained)
+    if schedule:
+        chosen["schedule"] = instantiate(_filled(schedule))
+    for key in ("_target_", "file"):  # where the values of sampler=calibrated are from
+        chosen.pop(key, None)
+    return Sampler(**_filled(chosen))
+
+
+def _grid(fixed: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `EntropyGuided` that make it advance along the grid of a fixed schedule's config."""
+    kinds = {target(kind): kind for kind in FIXED.values()}
+    kind = kinds.get(fixed.get("_target_"))
+    return {} if kind is None else {"grid": kind.grid} | {key: fixed.get(key) for key in ("alpha", "cap")}
+
+
+def _filled(values: dict[str, Any], fallback: dict[str, Any] | None = None) -> dict[str, Any]:
+    merged = (fallback or {}) | {key: value for key, value in values.items() if value is not None}
+    return {key: value for key, value in merged.items() if value is not None}

@@ -11,7 +11,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from grn.checkpoints.exported import is_exported_refiner
 from grn.checkpoints.native import load_tokenizer, read_checkpoint
-from grn.checkpoints.sampler_config import sampler_config
+from grn.checkpoints.sampler_config import build_sampler, sampler_config
 from grn.checkpoints.trust import check_group, named_files
 from grn.data.datamodule import SPLITS, ShardsDataModule
 from grn.data.stream.streaming import check_foreign_urls, report_skipped
@@ -41,17 +41,18 @@ from grn.method.request import Request
 from grn.metrics.headlines import headlines
 from grn.metrics.nearest import NearestTrainingDistance
 from grn.metrics.splits import Split, image_batches
-from grn.networks.tokenizer import for_inference
+from grn.networks.tokenizer import HBQTokenizer, for_inference
 from grn.runs.wandb_runs import log_results
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
 from grn.runtime.ranks import gather, gather_counts, join, rank_and_world_size, together
 from grn.runtime.wandb_login import wandb_offline
+from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, Refining, best_device, check_memory
-from grn.training import RefinerModule, TextRefinerModule, TokenizerModule
-from grn.training.building import build_sampler, load_refiner, module_from_checkpoint
+from grn.sampling.loading import bundle_from_checkpoint, load_refiner, network_from_checkpoint
+from grn.sampling.official import load_official_refiner
+from grn.sampling.text_bundle import TextRefinerBundle
 from grn.training.compiling import check_mode, compile_network
-from grn.training.official import load_official_refiner
 from grn.weights.kinds import is_pretrained
 
 log = logging.getLogger(__name__)
@@ -74,27 +75,27 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     rank, _ = rank_and_world_size()
     with together():
         suite = read_suite(config.suite)
-        module, trained, subject = _load(config)
+        model, trained, subject = _load(config)
         if suite is not None:
-            if not isinstance(module, TextRefinerModule):
+            if not isinstance(model, TextRefinerBundle):
                 raise UserError(f"suite={suite.name} has prompts, and {config.ckpt} is no text refiner: leave it out")
             if HydraConfig.initialized() and any(it.startswith("num=") for it in HydraConfig.get().overrides.task):
                 raise UserError(
                     f"num={config.num}: suite={suite.name} draws suite.samples of each prompt: leave num out"
                 )
             config.num = suite.num
-        if isinstance(module, TextRefinerModule):  # scores refer to them, as they do in a run's config
-            prompts = module.prompts if suite is None else list(suite.prompts)
+        if isinstance(model, TextRefinerBundle):  # scores refer to them, as they do in a run's config
+            prompts = model.prompts if suite is None else list(suite.prompts)
             OmegaConf.update(config, "training.prompts", prompts, force_add=True)
-        module = module.to(device)
-        if isinstance(module, TokenizerModule):
+        model = model.to(device)
+        if not isinstance(model, RefinerBundle):
             if config.images:
                 raise UserError("images=true keeps the samples of a refiner: leave it out for a tokenizer")
             if mode != "default":
                 raise UserError(f"compile_mode={mode} is for refiners: leave it out for a tokenizer")
-            for_inference(module.network, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
+            for_inference(model, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
         elif config.compile:
-            compile_network(module.network, device, key="compile", mode=mode)
+            compile_network(model.network, device, key="compile", mode=mode)
         if suite is None or config.scores is not None:
             data, scored = _data(config, trained), _scores(config, trained)
         else:  # all that a suite's own scores need are samples
@@ -104,7 +105,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         datamodule, partials = None if data is None else instantiate(data), instantiate(scored)
         if suite is not None:
             partials = with_lines(partials, suite)
-        wanted = _settings(config, module, subject, data, scored, suite)
+        wanted = _settings(config, model, subject, data, scored, suite)
         config.out = str(_out(config, wanted))
     config.out = gather(config.out)[0]  # the first rank has looked before any of them writes
     start = time.perf_counter()
@@ -112,7 +113,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         Progress(transient=True, disable=rank > 0) as progress,
         torch.autocast(device.type, torch.bfloat16, enabled=config.bf16),
     ):
-        if isinstance(module, TokenizerModule):
+        if not isinstance(model, RefinerBundle):
             metrics, uncertainty, told = {}, {}, {}
             # Of a mixture, each data set is scored for itself.
             for prefix, part in getattr(datamodule, "parts", {"": datamodule}).items():
@@ -122,19 +123,20 @@ def evaluate(config: DictConfig) -> dict[str, float]:
                         part.check_val()
                     splits = real_splits(part)
                     scores = build_scores(partials, splits, device=device, cache_dir=Path(config.cache_dir))
-                found = score_reconstructions(module, scores, part, lambda n, task=task: progress.advance(task, n))
+                found = score_reconstructions(model, scores, part, lambda n, task=task: progress.advance(task, n))
                 metrics |= {f"{prefix}/{key}" if prefix else key: value for key, value in found.items()}
             report_skipped(gather_counts(datamodule.skipped()), gather_counts(datamodule.noted()))
         else:
-            metrics, uncertainty, told = _score_refiner(config, module, datamodule, partials, progress, suite)
+            metrics, uncertainty, told = _score_refiner(config, model, datamodule, partials, progress, suite)
     metrics["seconds"] = round(time.perf_counter() - start, 2)
     metrics = {name: value if isinstance(value, int) else round(float(value), 6) for name, value in metrics.items()}
     if rank == 0:
-        told |= {"settings": wanted, "provenance": provenance(module.network), "uncertainty": uncertainty}
+        network = model.network if isinstance(model, RefinerBundle) else model
+        told |= {"settings": wanted, "provenance": provenance(network), "uncertainty": uncertainty}
         write_json(Path(config.out) / "metrics.json", {**subject, **told, "metrics": metrics})
         if config.wandb and "ckpt" in subject:
             shown = dict(metrics)
-            if isinstance(module, RefinerModule):
+            if isinstance(model, RefinerBundle):
                 shown |= {name: Path(config.out) / f"{name}.png" for name in ("samples", "steps")}
             results = {f"evaluate/{name}": value for name, value in shown.items()}
             log_results(subject["ckpt"], results, step=subject["step"], offline=wandb_offline())
@@ -144,7 +146,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 def _score_refiner(
     config: DictConfig,
-    module: RefinerModule,
+    bundle: RefinerBundle,
     datamodule: LightningDataModule | None,
     partials: dict[str, Any],
     progress: Progress,
@@ -155,26 +157,26 @@ def _score_refiner(
     out, (rank, world_size) = Path(config.out), rank_and_world_size()
     with together():
         prompts = None if suite is None else suite.drawn
-        num_labels = module.num_conditions if prompts is None else len(prompts)
+        num_labels = bundle.num_conditions if prompts is None else len(prompts)
         check_num(config.num, num_labels)
         check_scores(partials, config.num)
         if rank == 0:
             remove_parts(out / ARCHIVE)
-        clips = module.token_shape[1] > 1
+        clips = bundle.token_shape[1] > 1
         splits = dict.fromkeys(SPLITS, tuple) if datamodule is None else real_splits(datamodule, clips=clips)
         layout = None
         if suite is not None and config.suite.layout:
             layout = Layout(config.suite.kind, suite, out / suite.name, clips=clips, fps=config.suite.fps)
-        scores = build_scores(partials, splits, device=module.device, cache_dir=Path(config.cache_dir))
-        sampler = build_sampler(config.sampler, module.sampler)
-    if config.images and module.token_shape[1] > 1:
+        scores = build_scores(partials, splits, device=bundle.device, cache_dir=Path(config.cache_dir))
+        sampler = build_sampler(config.sampler, bundle.sampler)
+    if config.images and bundle.token_shape[1] > 1:
         raise UserError(
             "images=true keeps images, this refiner's samples are clips: leave it out (grn.sample writes mp4)"
         )
     archive = SampleArchive(out / ARCHIVE, rank=rank, world_size=world_size) if config.images else None
     check_count("num", config.num)
     check_memory(
-        module, module.complete(Request(num=config.num, sampler=sampler, prompts=prompts)), batch_size=config.batch_size
+        bundle, bundle.complete(Request(num=config.num, sampler=sampler, prompts=prompts)), batch_size=config.batch_size
     )
     share = len(range(rank, config.num, world_size))
     task = progress.add_task("sampling and scoring", total=share)
@@ -190,7 +192,7 @@ def _score_refiner(
 
     with archive or nullcontext():
         metrics, steps = score_samples(
-            module,
+            bundle,
             scores,
             num=config.num,
             batch_size=config.batch_size,
@@ -220,7 +222,7 @@ def _score_refiner(
 
 def _settings(
     config: DictConfig,
-    module: LightningModule,
+    model: RefinerBundle | HBQTokenizer,
     subject: dict[str, Any],
     data: DictConfig | None,
     scores: DictConfig,
@@ -231,9 +233,9 @@ def _settings(
     data, scores = (OmegaConf.to_container(part, resolve=True) if part else {} for part in (data, scores))
     found = {"ckpt": subject.get("ckpt", subject.get("path")), "ema": config.ema, "bf16": config.bf16}
     found |= {key: subject[key] for key in ("task", "size") if key in subject}
-    if isinstance(module, RefinerModule):
+    if isinstance(model, RefinerBundle):
         found |= {"num": config.num, "seed": config.seed}
-        found["sampler"] = sampler_config(build_sampler(config.sampler, module.sampler))
+        found["sampler"] = sampler_config(build_sampler(config.sampler, model.sampler))
     if suite is not None:
         found["suite"] = suite.record | {"prompts": list(suite.drawn)}
     return settings(**found, data=data, scores=scores)
@@ -247,8 +249,9 @@ def _out(config: DictConfig, wanted: dict[str, Any]) -> Path:
     return folder_for(Path(config.out), wanted, given=given, overwrite=config.overwrite)
 
 
-def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[str, Any]]:
-    """(the module, its training config, what `metrics.json` says of it); exports and official files have no config."""
+def _load(config: DictConfig) -> tuple[RefinerBundle | HBQTokenizer, DictConfig | None, dict[str, Any]]:
+    """(What is scored, its training config, what `metrics.json` says of it); exports and official files have no
+    config."""
     official = config.tokenizer.model is not None
     if config.task is not None or official or is_pretrained(config.ckpt) or is_exported_refiner(config.ckpt):
         if config.suite.name is None and ("_target_" not in config.data or config.scores is None):
@@ -257,21 +260,22 @@ def _load(config: DictConfig) -> tuple[LightningModule, DictConfig | None, dict[
                 "data=imagenet scores=imagenet (of a tokenizer scores=imagenet_reconstruction)"
             )
         if config.task is not None:
-            module, subject = load_official_refiner(
+            bundle, subject = load_official_refiner(
                 config.ckpt, task=config.task, size=config.model_size, size_key="model_size", ema=config.ema
             )
-            return module, None, subject
+            return bundle, None, subject
         if not official and is_exported_refiner(config.ckpt):
-            module, subject = load_refiner(config.ckpt, ema=config.ema)
-            return module, None, subject
-        network, record = load_tokenizer(
+            bundle, subject = load_refiner(config.ckpt, ema=config.ema)
+            return bundle, None, subject
+        tokenizer, record = load_tokenizer(
             config.ckpt, embed=False, official=config.tokenizer.model, ema=config.ema, key="ckpt"
         )
-        module = TokenizerModule(network, perceptual_weight=0.0, gan_weight=0.0).eval()
-        return module, None, {key: record[key] for key in ("path", "step", "sha256")}
+        return tokenizer.eval(), None, {key: record[key] for key in ("path", "step", "sha256")}
     checkpoint = read_checkpoint(config.ckpt)
-    module = module_from_checkpoint(checkpoint, ema=config.ema)
-    return module, checkpoint.config, {"ckpt": str(checkpoint.path), "step": checkpoint.step}
+    subject = {"ckpt": str(checkpoint.path), "step": checkpoint.step}
+    if checkpoint.kind == "tokenizer":
+        return network_from_checkpoint(checkpoint, ema=config.ema).eval(), checkpoint.config, subject
+    return bundle_from_checkpoint(checkpoint, ema=config.ema), checkpoint.config, subject
 
 
 def _data(config: DictConfig, trained: DictConfig | None) -> DictConfig:

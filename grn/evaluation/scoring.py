@@ -18,10 +18,11 @@ from grn.metrics.quantization import QuantizationScores
 from grn.metrics.ranks import Totals
 from grn.metrics.reconstruction import LPIPSScore, ReconstructionScores, TemporalPSNR
 from grn.metrics.splits import Split, as_images, of_kind
+from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.ranks import gather, together
+from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, generate
-from grn.training import RefinerModule, TokenizerModule
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def check_num(num: int, num_labels: int, *, key: str = "num") -> None:
 
 
 def score_samples(
-    module: RefinerModule,
+    bundle: RefinerBundle,
     scores: Mapping[str, Any],
     *,
     num: int,
@@ -103,15 +104,15 @@ def score_samples(
     Raises:
         UserError: `num` is not a multiple of the number of classes, or another rank failed.
     """
-    num_labels = module.num_conditions if prompts is None else len(prompts)
+    num_labels = bundle.num_conditions if prompts is None else len(prompts)
     check_num(num, num_labels)
     for score in scores.values():
         score.reset()
-    most = (sampler or module.sampler).schedule.max_steps
-    steps = Totals(num_labels, most + 1, dtype=torch.int64).to(module.device)
+    most = (sampler or bundle.sampler).schedule.max_steps
+    steps = Totals(num_labels, most + 1, dtype=torch.int64).to(bundle.device)
     with together():
         for batch in generate(
-            module,
+            bundle,
             Request(num=num, seed=seed, sampler=sampler, prompts=prompts),
             batch_size=batch_size,
             rank=rank,
@@ -169,7 +170,7 @@ def _reads_clips(score: Any) -> bool:
 
 @torch.no_grad()
 def score_reconstructions(
-    module: TokenizerModule,
+    tokenizer: HBQTokenizer,
     scores: Mapping[str, Any],
     datamodule: LightningDataModule,
     advance: Callable[[int], None] | None = None,
@@ -183,28 +184,28 @@ def score_reconstructions(
         reconstructions as `r<name>` (rFID; of clips alone rFVD); `QuantizationScores`; and `bits_per_image` (of a clip,
         all of it).
     """
-    network = module.network
-    temporal = TemporalPSNR(device=module.device)
-    of_pairs = [ReconstructionScores(device=module.device)]
+    device = next(tokenizer.parameters()).device
+    temporal = TemporalPSNR(device=device)
+    of_pairs = [ReconstructionScores(device=device)]
     of_pairs += [score for score in scores.values() if isinstance(score, LPIPSScore)]
     alone = {name: score for name, score in scores.items() if not isinstance(score, LPIPSScore)}
     of_images = [score for score in alone.values() if not _reads_clips(score)]
-    quantization = QuantizationScores(network.latent_channels, network.rounds).to(module.device)
+    quantization = QuantizationScores(tokenizer.latent_channels, tokenizer.rounds).to(device)
     bits = 0
     with together():
         for batch in datamodule.split_dataloader("val", share=True):
-            pixels = batch["pixels"].to(module.device)
-            reconstruction, features = network(from_uint8(pixels))
+            pixels = batch["pixels"].to(device)
+            reconstruction, features = tokenizer(from_uint8(pixels))
             reconstruction = to_uint8(reconstruction)
             temporal.update(pixels, reconstruction)
             real, reconstructed = as_images(pixels), as_images(reconstruction)
             for score in of_pairs:
                 score.update(real, reconstructed)
-            labels = batch["label"].to(module.device) if "label" in batch else None
+            labels = batch["label"].to(device) if "label" in batch else None
             ids = torch.tensor([key_id(key) for key in batch["key"]])
             _update(of_images if pixels.shape[2] == 1 else alone.values(), reconstruction, labels, ids)
             quantization.update(features)
-            bits = features[0].numel() * network.rounds
+            bits = features[0].numel() * tokenizer.rounds
             if advance is not None:
                 advance(len(pixels))
     metrics = {key: value for score in (*of_pairs, temporal) for key, value in score.compute().items()}

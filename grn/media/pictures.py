@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
+from torch.nn import functional as F
 
 from grn.media.mp4 import save_mp4
 from grn.runtime.files import write_atomically
@@ -63,7 +64,12 @@ def save_clips(frames: Iterable[Tensor], path: Path, *, fps: float, columns: int
 
 
 def _tiled(images: Tensor, columns: int | None, scale: int) -> Tensor:
-    tiled = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=GROUND[0])
+    """uint8 [N, 3, H, W] -> [3, H', W'], a line of two pixels around each of several, not of one."""
+    count, tiled = len(images), images[0].cpu()
+    if count > 1:
+        columns = min(columns or math.ceil(math.sqrt(count)), count)
+        framed = F.pad(images.cpu(), (2, 0, 2, 0, 0, 0, 0, -count % columns), value=GROUND[0])
+        tiled = F.pad(rearrange(framed, "(r c) k h w -> k (r h) (c w)", c=columns), (0, 2, 0, 2), value=GROUND[0])
     return tiled.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
 
 

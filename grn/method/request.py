@@ -7,7 +7,7 @@ from grn.method.sampler import Erasure, Sampler, Start
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to draw, and how; None leaves it to the refiner, as it was trained to be sampled (`RefinerModule.complete`).
+    """What to draw, and how; None leaves it to the refiner, as it was trained to be sampled (`grn.sampling.bundle`).
 
     Sample i is of label or prompt i modulo their number, and a function of the seed and i: the same whatever `num` is.
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from grn.checkpoints.sampler_config import write_sampler
+from grn.checkpoints.sampler_config import build_sampler, write_sampler
 from grn.method.request import Request
 from grn.method.schedules import EntropyGuided
 from grn.runtime.errors import UserError, check_count
@@ -21,7 +21,7 @@ from grn.runtime.files import write_json
 from grn.runtime.ranks import gather, join, rank_and_world_size, together
 from grn.sampling.calibration import TOLERANCE, decision_entropies, fit, steps_taken, wanted_spread
 from grn.sampling.generation import best_device, check_memory
-from grn.training.building import build_sampler, load_refiner
+from grn.sampling.loading import load_refiner
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +37,18 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     check_count("batch_size", config.batch_size)
     if config.num is not None:
         check_count("num", config.num)
-    module, source = load_refiner(config.ckpt, ema=config.ema)
+    bundle, source = load_refiner(config.ckpt, ema=config.ema)
     if config.sampler.schedule.get("_target_") != "grn.method.schedules.EntropyGuided":
         raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
-    sampler = build_sampler(config.sampler, module.sampler)
+    sampler = build_sampler(config.sampler, bundle.sampler)
     target, spread = (_number(config, key) for key in ("target_steps", "spread"))
     spread = wanted_spread(sampler.schedule, target, spread)
-    num = _number_of_samples(config.num, module.num_conditions)
+    num = _number_of_samples(config.num, bundle.num_conditions)
     device = join(best_device(config.device))
     rank, world_size = rank_and_world_size()
     ids = torch.arange(rank, num, world_size)
-    check_memory(module, module.complete(Request(num=num, sampler=sampler)), batch_size=config.batch_size)
-    module = module.to(device)
+    check_memory(bundle, bundle.complete(Request(num=num, sampler=sampler)), batch_size=config.batch_size)
+    bundle = bundle.to(device)
 
     with (
         Progress(transient=True, disable=rank > 0) as progress,
@@ -57,7 +57,7 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     ):
         task = progress.add_task("measuring entropies", total=len(ids))
         entropy = decision_entropies(
-            module,
+            bundle,
             Request(num=num, seed=config.seed, sampler=sampler),
             batch_size=config.batch_size,
             ids=ids,

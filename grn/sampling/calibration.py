@@ -15,13 +15,13 @@ from torch import Tensor
 from grn.method.request import Request
 from grn.method.schedules import EntropyGuided
 from grn.runtime.errors import UserError
-from grn.training import RefinerModule
+from grn.sampling.bundle import RefinerBundle
 
 TOLERANCE = 0.05  # of the mean number of steps, on samples that were not fitted to
 
 
 def decision_entropies(
-    module: RefinerModule,
+    bundle: RefinerBundle,
     request: Request,
     *,
     batch_size: int,
@@ -34,12 +34,12 @@ def decision_entropies(
         ids: int64 [N], which of the samples; None: all.
         advance: gets the number of each few that are measured.
     """
-    request = module.complete(request)
+    request = bundle.complete(request)
     schedule = request.sampler.schedule
     schedule = replace(schedule, scale=0.0, offset=0.0, min_steps=schedule.warmup + 1)
     short = replace(request, sampler=replace(request.sampler, schedule=schedule))
     entropy = torch.empty(request.num if ids is None else len(ids))
-    for rows, refined in module.generate_queue(short, ids=ids, batch_size=batch_size):
+    for rows, refined in bundle.generate_queue(short, ids=ids, batch_size=batch_size):
         entropy[rows] = refined.decision_entropy
         if advance is not None:
             advance(len(rows))

@@ -12,7 +12,7 @@ from torch import Tensor
 from grn.method.request import Request
 from grn.method.sampler import Refined, Step
 from grn.runtime.errors import UserError, check_count
-from grn.training import RefinerModule
+from grn.sampling.bundle import RefinerBundle
 
 DECODED_PIXELS = 2**22  # that are decoded at once: those of 64 images of 256x256
 
@@ -20,7 +20,7 @@ DECODED_PIXELS = 2**22  # that are decoded at once: those of 64 images of 256x25
 @dataclass(frozen=True)
 class Batch:
     """ids int64 [B], ascending; labels int64 [B], of texts the prompts' numbers; what the sampler said; tokens ->
-    pixels, as the module's `decode`."""
+    pixels, as the bundle's `decode`."""
 
     ids: Tensor
     labels: Tensor
@@ -29,7 +29,7 @@ class Batch:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """uint8 [B, 3, T, H, W] on the module's device."""
+        """uint8 [B, 3, T, H, W] on the bundle's device."""
         return self.decode(self.refined.tokens)
 
     @cached_property
@@ -40,7 +40,7 @@ class Batch:
 
 
 def generate(
-    module: RefinerModule,
+    bundle: RefinerBundle,
     request: Request,
     *,
     batch_size: int,
@@ -63,20 +63,20 @@ def generate(
         UserError: a `batch_size` that is none, or something that the refiner does not draw.
     """
     check_count("batch_size", batch_size)
-    request = module.complete(request)
-    check_memory(module, request, batch_size=batch_size)
+    request = bundle.complete(request)
+    check_memory(bundle, request, batch_size=batch_size)
     ids = torch.arange(request.num)[rank::world_size]
     labels = torch.arange(request.num) % len(request.wanted)
     if request.labels is not None:
         labels = torch.tensor(request.labels)[labels]
     first = None if watch_first is None else partial(_watch, watch_first, batch_size)
     callbacks = [callback for callback in (watch, first) if callback is not None]
-    _, latents, height, width = module.shape_of(request)
-    frames = 1 + (latents - 1) * module.tokenizer.temporal_stride
-    pixels = frames * height * width * module.tokenizer.stride**2
-    decode = module.decode if pixels <= DECODED_PIXELS else partial(_decode_long, module)
+    _, latents, height, width = bundle.shape_of(request)
+    frames = 1 + (latents - 1) * bundle.tokenizer.temporal_stride
+    pixels = frames * height * width * bundle.tokenizer.stride**2
+    decode = bundle.decode if pixels <= DECODED_PIXELS else partial(_decode_long, bundle)
     count = max(1, DECODED_PIXELS // pixels)
-    for rows, refined in module.generate_queue(
+    for rows, refined in bundle.generate_queue(
         request,
         ids=ids,
         batch_size=batch_size,
@@ -108,8 +108,8 @@ def _each(callbacks: list[Callable[[Step], None]], step: Step) -> None:
         callback(step)
 
 
-def _decode_long(module: RefinerModule, tokens: Tensor) -> Tensor:
-    return torch.stack(list(module.decode_stream(tokens)), dim=2)
+def _decode_long(bundle: RefinerBundle, tokens: Tensor) -> Tensor:
+    return torch.stack(list(bundle.decode_stream(tokens)), dim=2)
 
 
 def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:
@@ -120,7 +120,7 @@ def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:
 
 
 def check_memory(
-    module: RefinerModule, request: Request, *, batch_size: int, pictures: bool = False, recorded: int = 0
+    bundle: RefinerBundle, request: Request, *, batch_size: int, pictures: bool = False, recorded: int = 0
 ) -> None:
     """Before anything is allocated, by what no run can do without: the numbers and traces of all samples, and the
     logits of those that are refined at a time, with their probabilities.
@@ -131,10 +131,10 @@ def check_memory(
         recorded: of how many samples every step is kept (`grn.sampling.recording.Recording`), all latents of them.
 
     Raises:
-        UserError: this machine, or the module's device, has not so much memory at all.
+        UserError: this machine, or the bundle's device, has not so much memory at all.
     """
-    channels, latents, height, width = module.shape_of(request)
-    stride = module.tokenizer.stride
+    channels, latents, height, width = bundle.shape_of(request)
+    stride = bundle.tokenizer.stride
     each = 64 + 4 * request.sampler.schedule.max_steps + (3 * height * width * stride**2 if pictures else 0)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if request.num * each > there:
@@ -148,14 +148,14 @@ def check_memory(
             f"the {request.sampler.schedule.max_steps} steps of {recorded} samples take {steps / 2**30:.3g} GiB to be "
             f"kept, and this machine has {there / 2**30:.3g}: fewer samples, smaller ones, or fewer steps"
         )
-    at_a_time, logits = min(batch_size, request.num), 8 * module.network.classes * channels * latents * height * width
-    info = getattr(torch.get_device_module(module.device), "mem_get_info", None)  # of accelerators that tell
-    there = there if module.device.type == "cpu" else info(module.device)[1] if info else math.inf
+    at_a_time, logits = min(batch_size, request.num), 8 * bundle.network.classes * channels * latents * height * width
+    info = getattr(torch.get_device_module(bundle.device), "mem_get_info", None)  # of accelerators that tell
+    there = there if bundle.device.type == "cpu" else info(bundle.device)[1] if info else math.inf
     if at_a_time * logits > there:
         size = f"height={height * stride} width={width * stride} frames={request.frames or 1} batch_size={batch_size}"
         raise UserError(
             f"{size}: logits and probabilities of {at_a_time} samples at a time, {logits} bytes each, take "
-            f"{at_a_time * logits / 2**30:.3g} GiB, and {module.device} has {there / 2**30:.3g}: fewer, or smaller ones"
+            f"{at_a_time * logits / 2**30:.3g} GiB, and {bundle.device} has {there / 2**30:.3g}: fewer, or smaller ones"
         )
 
 

@@ -25,12 +25,13 @@ from grn.method.schedules import EntropyGuided, Schedule, fixed, grid_of
 from grn.networks.adapters import load_adapters, merged
 from grn.runtime.errors import UserError, check_count, check_number
 from grn.runtime.failures import MISTAKES, explain
+from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, Refining, best_device, generate
+from grn.sampling.loading import load_refiner, save_refiner
+from grn.sampling.official import load_official_refiner
 from grn.sampling.sizes import resolve_size
 from grn.sampling.start_clip import Init, start_from
-from grn.training import RefinerModule, TextRefinerModule
-from grn.training.building import load_refiner, save_refiner
-from grn.training.official import load_official_refiner
+from grn.sampling.text_bundle import TextRefinerBundle
 from grn.weights.kinds import HUB
 from grn.weights.pretrained import is_hub_id, upload
 
@@ -64,11 +65,11 @@ class GRNPipeline:
     """A refiner with all that sampling needs: `from_pretrained` loads one.
 
     Args:
-        module: a refiner in evaluation mode.
+        bundle: a refiner in evaluation mode.
     """
 
-    def __init__(self, module: RefinerModule):
-        self.module = module
+    def __init__(self, bundle: RefinerBundle):
+        self.bundle = bundle
         self._progress: dict[str, Any] = {}
 
     @classmethod
@@ -109,12 +110,12 @@ class GRNPipeline:
             if task is None:
                 if size is not None:
                     raise UserError(f'size={size} is of the authors\' weights: give task="t2i", too')
-                module, _ = load_refiner(ckpt, ema=ema, **hub)
+                bundle, _ = load_refiner(ckpt, ema=ema, **hub)
             else:
-                module, _ = load_official_refiner(ckpt, task=task, size=size, ema=ema, **hub)
+                bundle, _ = load_official_refiner(ckpt, task=task, size=size, ema=ema, **hub)
         except MISTAKES as error:  # Hydra wraps what is wrong with a run's parts
             raise UserError(explain(error)) from None
-        return cls(module).to(torch_dtype)
+        return cls(bundle).to(torch_dtype)
 
     def load_lora_weights(self, path: str | Path, *, scale: float = 1.0) -> "GRNPipeline":
         """Merges adapters that `grn.export format=adapters` wrote into the weights of a text refiner; returns it.
@@ -125,11 +126,11 @@ class GRNPipeline:
         Raises:
             UserError: no such file, or adapters of another refiner.
         """
-        if not isinstance(self.module, TextRefinerModule):
+        if not isinstance(self.bundle, TextRefinerBundle):
             raise UserError("adapters are of text refiners, and this is one of classes")
         check_number("scale", scale, least=-1e3, most=1e3)
         adapters, own = load_adapters(path)
-        refiner = self.module.refiner
+        refiner = self.bundle.refiner
         refiner.load_state_dict(merged(refiner.state_dict(), adapters, scale * own, source=str(path)))
         return self
 
@@ -144,7 +145,7 @@ class GRNPipeline:
         Raises:
             UserError: `folder` holds something else.
         """
-        return save_refiner(self.module, folder)
+        return save_refiner(self.bundle, folder)
 
     def push_to_hub(
         self, hub_id: str, *, private: bool = False, revision: str | None = None, token: str | bool | None = None
@@ -163,7 +164,7 @@ class GRNPipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.module.device
+        return self.bundle.device
 
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
@@ -179,9 +180,9 @@ class GRNPipeline:
             device, dtype = None, device
         if device is not None:
             _check_device(device)
-            self.module.to(device)
+            self.bundle.to(device)
         if dtype is not None:
-            self.module.network.to(dtype)
+            self.bundle.network.to(dtype)
         return self
 
     def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> "GRNPipeline":
@@ -193,10 +194,10 @@ class GRNPipeline:
             device: None: the accelerator of this machine.
         """
         device = _check_device(best_device(None) if device is None else device)
-        if isinstance(self.module, TextRefinerModule):
-            self.module.offload_encoder(device)
+        if isinstance(self.bundle, TextRefinerBundle):
+            self.bundle.offload_encoder(device)
         else:
-            self.module.to(device)
+            self.bundle.to(device)
         return self
 
     def set_progress_bar_config(self, **config: Any) -> None:
@@ -204,16 +205,16 @@ class GRNPipeline:
         self._progress = config
 
     def __repr__(self) -> str:
-        kind = "texts" if isinstance(self.module, TextRefinerModule) else f"{self.module.num_conditions} classes"
-        _, latents, rows, columns = self.module.token_shape
-        stride, tokenizer = self.module.tokenizer.stride, self.module.tokenizer
+        kind = "texts" if isinstance(self.bundle, TextRefinerBundle) else f"{self.bundle.num_conditions} classes"
+        _, latents, rows, columns = self.bundle.token_shape
+        stride, tokenizer = self.bundle.tokenizer.stride, self.bundle.tokenizer
         size = f"{rows * stride}x{columns * stride}"
         if latents > 1:
             size += f", {1 + (latents - 1) * tokenizer.temporal_stride} frames"
-        millions = sum(parameter.numel() for parameter in self.module.network.parameters()) / 1e6
+        millions = sum(parameter.numel() for parameter in self.bundle.network.parameters()) / 1e6
         return (
-            f"GRNPipeline(a refiner of {kind}, {millions:.2f} M parameters, {size}, {self.module.network.channels} "
-            f"tokens of {self.module.network.classes} values a position, {self.module.sampler}, on {self.device})"
+            f"GRNPipeline(a refiner of {kind}, {millions:.2f} M parameters, {size}, {self.bundle.network.channels} "
+            f"tokens of {self.bundle.network.classes} values a position, {self.bundle.sampler}, on {self.device})"
         )
 
     def request(
@@ -253,9 +254,9 @@ class GRNPipeline:
         check_count("num_images_per_prompt", num_images_per_prompt)
         asked = {"aspect": aspect, "pixels": pixels, "duration": duration}
         wanted = self._wanted(prompt, labels, negative_prompt, height, width, num_frames, asked)
-        if isinstance(self.module, TextRefinerModule):
+        if isinstance(self.bundle, TextRefinerBundle):
             size = resolve_size(
-                self.module, height=height, width=width, frames=num_frames, fps=fps, frames_key="num_frames", **asked
+                self.bundle, height=height, width=width, frames=num_frames, fps=fps, frames_key="num_frames", **asked
             )
             wanted = replace(wanted, **dict(zip(("height", "width", "frames"), size)))
         wanted = replace(
@@ -273,11 +274,11 @@ class GRNPipeline:
             ),
             seed=_seed(seed, generator),
         )
-        request = self.module.complete(wanted)
+        request = self.bundle.complete(wanted)
         start = start_from(
-            self.module,
+            self.bundle,
             image,
-            shape=self.module.shape_of(request),
+            shape=self.bundle.shape_of(request),
             strength=strength,
             mask=mask_image,
             frames=image_frames,
@@ -292,8 +293,8 @@ class GRNPipeline:
         for step in pipeline.stream(request): ... shows `step.predicted`, decoded by `decode`. Between two steps,
         `erase` puts tokens back to noise; the same request with the `Erasure`s it returned draws the same samples.
         """
-        request = self.module.complete(request)
-        return self.module.refinement(request, batch_size=request.num)
+        request = self.bundle.complete(request)
+        return self.bundle.refinement(request, batch_size=request.num)
 
     def sample(
         self,
@@ -304,16 +305,16 @@ class GRNPipeline:
         watch_first: Callable[[Step], None] | None = None,
     ) -> Iterator[Batch]:
         """The samples of a request, `batch_size` (None: all) at a time; see `grn.sampling.generation.generate`."""
-        request = self.module.complete(request)
+        request = self.bundle.complete(request)
         size = request.num if batch_size is None else batch_size
-        return generate(self.module, request, batch_size=size, watch=watch, watch_first=watch_first)
+        return generate(self.bundle, request, batch_size=size, watch=watch, watch_first=watch_first)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """int64 tokens [B, D, T', h, w] -> uint8 pixels [B, T, 3, H, W] on the CPU; of clips, frame by frame."""
         tokens = tokens.to(self.device)
         if tokens.shape[2] == 1:
-            return self.module.decode(tokens).transpose(1, 2).cpu()
-        return torch.stack([frame.cpu() for frame in self.module.decode_stream(tokens)], dim=1)
+            return self.bundle.decode(tokens).transpose(1, 2).cpu()
+        return torch.stack([frame.cpu() for frame in self.bundle.decode_stream(tokens)], dim=1)
 
     def __call__(
         self,
@@ -463,7 +464,7 @@ class GRNPipeline:
         elif clips:
             images = _converted(clips[0][:, :1], output_type)
             images = [clip[0] for clip in images] if output_type == "pil" else images[:, 0]
-        stride, temporal_stride = self.module.tokenizer.stride, self.module.tokenizer.temporal_stride
+        stride, temporal_stride = self.bundle.tokenizer.stride, self.bundle.tokenizer.temporal_stride
         return PipelineOutput(
             images=images,
             frames=moving,
@@ -486,8 +487,8 @@ class GRNPipeline:
         num_frames: int | None,
         asked: dict[str, Any],
     ) -> Request:
-        """What to draw, checked as far as the module's own words would name other arguments than these."""
-        if not isinstance(self.module, TextRefinerModule):
+        """What to draw, checked as far as the bundle's own words would name other arguments than these."""
+        if not isinstance(self.bundle, TextRefinerBundle):
             of_texts = {"prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width}
             of_texts |= {"num_frames": num_frames, **asked}
             if odd := next((name for name, value in of_texts.items() if value is not None), None):
@@ -512,7 +513,7 @@ class GRNPipeline:
         steps: int | str | Schedule | None,
         **chosen: Any,
     ) -> Sampler:
-        own = self.module.sampler
+        own = self.bundle.sampler
         schedule = own.schedule if steps is None else steps
         if schedule == "entropy":
             is_adaptive = isinstance(own.schedule, EntropyGuided)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image
 from rich.progress import Progress
 
+from grn.checkpoints.sampler_config import build_sampler
 from grn.media import pictures
 from grn.media.mp4 import save_mp4
 from grn.method.request import Request
@@ -21,15 +22,16 @@ from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
 from grn.runtime.wandb_login import wandb_offline
 from grn.sampling import films
+from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, Refining, best_device, check_memory, generate
+from grn.sampling.loading import load_refiner
+from grn.sampling.official import load_official_refiner
 from grn.sampling.player import save_page
 from grn.sampling.recording import Recording
 from grn.sampling.reproduce import as_command, read_erasures, read_start
 from grn.sampling.sizes import resolve_size
 from grn.sampling.start_clip import start_from
-from grn.training import RefinerModule, TextRefinerModule
-from grn.training.building import build_sampler, load_refiner
-from grn.training.official import load_official_refiner
+from grn.sampling.text_bundle import TextRefinerBundle
 
 log = logging.getLogger(__name__)
 
@@ -50,18 +52,18 @@ def sample(config: DictConfig) -> Path:
         check_count("columns", config.columns)
     init, mask = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.init, config.mask))
     if config.task is None:
-        module, source = load_refiner(config.ckpt, ema=config.ema)
+        bundle, source = load_refiner(config.ckpt, ema=config.ema)
     else:
-        module, source = load_official_refiner(
+        bundle, source = load_official_refiner(
             config.ckpt, task=config.task, size=config.model_size, size_key="model_size", ema=config.ema
         )
     device = best_device(config.device)
-    module = module.to(device)
-    request = module.complete(_request(config, module))
-    check_memory(module, request, batch_size=config.batch_size, pictures=True)
-    shape = module.shape_of(request)
+    bundle = bundle.to(device)
+    request = bundle.complete(_request(config, bundle))
+    check_memory(bundle, request, batch_size=config.batch_size, pictures=True)
+    shape = bundle.shape_of(request)
     start = start_from(
-        module,
+        bundle,
         init,
         shape=shape,
         strength=None if config.start is not None else config.strength,
@@ -85,7 +87,7 @@ def sample(config: DictConfig) -> Path:
     with Progress(transient=True) as progress, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         task = progress.add_task("sampling", total=request.num)
         for batch in generate(
-            module,
+            bundle,
             request,
             batch_size=config.batch_size,
             watch=Refining(request.num, lambda done: progress.update(task, completed=done)),
@@ -94,7 +96,7 @@ def sample(config: DictConfig) -> Path:
             said = batch.refined
             if clips:
                 shown = -1 if given else 0
-                images = _save_clips(module, batch, Path(config.out), config.fps, progress, shown=shown)
+                images = _save_clips(bundle, batch, Path(config.out), config.fps, progress, shown=shown)
             else:
                 images = batch.images.cpu()
             batches.append((batch.ids, images, said.steps, said.entropy, said.decision_entropy, said.trace))
@@ -111,18 +113,18 @@ def sample(config: DictConfig) -> Path:
     difficulty = trace.nanmean(dim=1) if request.sampler.schedule.decide_at is None else decision_entropy
     pictures.save(pictures.sorted_grid(images, difficulty, steps, config.columns), out / "sorted.png")
     if start is not None:
-        pictures.save(_start_picture(module, start, given), out / "start.png")
+        pictures.save(_start_picture(bundle, start, given), out / "start.png")
     if recording is not None:
-        _show(config, module, request, recording, out)
+        _show(config, bundle, request, recording, out)
     if config.images:
         for i, image in enumerate(images):
             pictures.save(pictures.single(image), out / "images" / f"{i:05d}-{labels[i]}.png")
     used, negative = request.prompts, request.negative_prompt
     if used is not None:
-        taken = module.text_encoder.tokenization
+        taken = bundle.text_encoder.tokenization
         *used, negative = (taken.used(text) if taken.is_cut(text) else text for text in (*used, negative))
-    stride, (_, latents, *positions) = module.tokenizer.temporal_stride, shape
-    height, width = (count * module.tokenizer.stride for count in positions)
+    stride, (_, latents, *positions) = bundle.tokenizer.temporal_stride, shape
+    height, width = (count * bundle.tokenizer.stride for count in positions)
     write_json(
         out / "samples.json",
         {
@@ -157,11 +159,11 @@ def sample(config: DictConfig) -> Path:
     return out
 
 
-def _show(config: DictConfig, module: RefinerModule, request: Request, recording: Recording, out: Path) -> None:
+def _show(config: DictConfig, bundle: RefinerBundle, request: Request, recording: Recording, out: Path) -> None:
     """Writes the film and the page of a recording, as `config` asks for them."""
 
     def decode(tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        return module.decode_stream(tokens.to(module.device))
+        return bundle.decode_stream(tokens.to(bundle.device))
 
     if config.film:
         columns = config.columns and math.ceil(config.columns / (1 + config.film_states))  # pairs are twice as wide
@@ -181,10 +183,10 @@ def _show(config: DictConfig, module: RefinerModule, request: Request, recording
         save_page(recording, decode, out / "refinement.html", title=title, facts=facts, columns=columns)
 
 
-def _start_picture(module: RefinerModule, start: Start, given: int) -> Image.Image:
+def _start_picture(bundle: RefinerBundle, start: Start, given: int) -> Image.Image:
     """What samples started from, decoded from its tokens, and beside it in white what is redrawn."""
     tokens = start.tokens if given == 0 else start.tokens[:, :, :given]
-    *_, image = module.decode_stream(tokens.to(module.device))
+    *_, image = bundle.decode_stream(tokens.to(bundle.device))
     if start.redraw is None or given:
         return pictures.grid(image, None, pictures.scale_for(image.shape[-1]), ["start"] * len(image))
     redraw = 255 * start.redraw[:, 0, :1].to(torch.uint8).repeat_interleave(3, dim=1)
@@ -195,18 +197,18 @@ def _start_picture(module: RefinerModule, start: Start, given: int) -> Image.Ima
 
 
 def _save_clips(
-    module: RefinerModule, batch: Batch, out: Path, fps: float, progress: Progress, *, shown: int
+    bundle: RefinerBundle, batch: Batch, out: Path, fps: float, progress: Progress, *, shown: int
 ) -> torch.Tensor:
     """Decodes clips frame by frame into `out/videos`, one after the other: memory does not grow with their length.
 
     Returns:
         The frames of number `shown` (-1: the last), uint8 [B, 3, H, W] on the CPU.
     """
-    count = 1 + (batch.refined.tokens.shape[2] - 1) * module.tokenizer.temporal_stride
+    count = 1 + (batch.refined.tokens.shape[2] - 1) * bundle.tokenizer.temporal_stride
     task, kept = progress.add_task("decoding", total=count * len(batch.ids)), []
 
     def frames(tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        for number, frame in enumerate(module.decode_stream(tokens)):
+        for number, frame in enumerate(bundle.decode_stream(tokens)):
             if number == shown % count:
                 kept.append(frame.cpu())
             progress.advance(task)
@@ -218,16 +220,16 @@ def _save_clips(
     return torch.cat(kept)
 
 
-def _request(config: DictConfig, module: RefinerModule) -> Request:
+def _request(config: DictConfig, bundle: RefinerBundle) -> Request:
     """What `config` asks for, but for what samples start from."""
-    is_text = isinstance(module, TextRefinerModule)
+    is_text = isinstance(bundle, TextRefinerBundle)
     if is_text and config.labels is not None:
         raise UserError(f"labels={config.labels}: {config.ckpt} takes texts, prompts=[...] or prompts=file.txt")
     if not is_text and (odd := next((key for key in TEXT_KEYS if config[key] is not None), None)):
         raise UserError(f"{odd} is for text refiners, {config.ckpt} is one of classes: give labels=[0,1,...] instead")
     labels = config.labels if isinstance(config.labels, ListConfig) else [config.labels]
     keys = ("height", "width", "frames", "aspect", "pixels", "duration", "fps")
-    height, width, frames = resolve_size(module, **{key: config[key] for key in keys}) if is_text else (None,) * 3
+    height, width, frames = resolve_size(bundle, **{key: config[key] for key in keys}) if is_text else (None,) * 3
     return Request(
         labels=None if config.labels is None else tuple(labels),
         prompts=None if config.prompts is None else tuple(read_prompts(config.prompts)),
@@ -236,7 +238,7 @@ def _request(config: DictConfig, module: RefinerModule) -> Request:
         width=width,
         frames=frames,
         num=config.num,
-        sampler=build_sampler(config.sampler, module.sampler),
+        sampler=build_sampler(config.sampler, bundle.sampler),
         seed=config.seed,
     )
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from grn.media.mp4 import frame_rate
 from grn.method.resolutions import nearest_budget, nearest_template, resolution
 from grn.runtime.errors import UserError
-from grn.training import TextRefinerModule
+from grn.sampling.text_bundle import TextRefinerBundle
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ ASPECT = re.compile(r"(\d{1,5}(?:\.\d{1,5})?)\s*[:/x]\s*(\d{1,5}(?:\.\d{1,5})?)"
 
 
 def resolve_size(
-    module: TextRefinerModule,
+    bundle: TextRefinerBundle,
     *,
     height: int | None = None,
     width: int | None = None,
@@ -31,9 +31,9 @@ def resolve_size(
 
     Args:
         height, width, frames: as of a request.
-        aspect: width to height, `16:9` or a number; None, where `pixels` is given: the module's own.
+        aspect: width to height, `16:9` or a number; None, where `pixels` is given: the bundle's own.
         pixels: one of `grn.method.resolutions.BUDGETS`, `1M`; None, where `aspect` is given: the nearest to the
-            module's own. The size is that of the nearest template, as in training.
+            bundle's own. The size is that of the nearest template, as in training.
         duration: of clips, seconds at `fps`: the most frames, 1 + 4k of the tokenizer, that start within them.
         frames_key: what the user calls `frames`.
 
@@ -45,8 +45,8 @@ def resolve_size(
             if value is not None:
                 other = f"aspect={aspect}" if aspect is not None else f"pixels={pixels}"
                 raise UserError(f"{key}={value} and {other}: give height and width, or aspect and pixels")
-        ratio = module.size[1] / module.size[0] if aspect is None else _ratio(aspect)
-        budget = nearest_budget(*module.size) if pixels is None else str(pixels)
+        ratio = bundle.size[1] / bundle.size[0] if aspect is None else _ratio(aspect)
+        budget = nearest_budget(*bundle.size) if pixels is None else str(pixels)
         height, width = resolution(nearest_template(1.0, ratio), budget, key="pixels")
         log.info("aspect=%s pixels=%s: %d high and %d wide", aspect or f"{ratio:.3g}", budget, height, width)
     if duration is not None:
@@ -54,7 +54,7 @@ def resolve_size(
             raise UserError(f"{frames_key}={frames} and duration={duration}: give one of them")
         if type(duration) not in (int, float) or not 0 < duration < math.inf:
             raise UserError(f"duration={duration}: seconds, a number above 0")
-        stride = module.tokenizer.temporal_stride
+        stride = bundle.tokenizer.temporal_stride
         rate = frame_rate(fps)
         frames = 1 + int(Fraction(duration).limit_denominator(10**6) * rate) // stride * stride
         if frames == 1:

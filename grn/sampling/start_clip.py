@@ -26,8 +26,9 @@ from grn.media.video import (
 )
 from grn.method.sampler import Start
 from grn.runtime.errors import UserError
+from grn.sampling.bundle import RefinerBundle
 from grn.sampling.start_image import read_image, start_from_image
-from grn.training import RefinerModule, TextRefinerModule
+from grn.sampling.text_bundle import TextRefinerBundle
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ Init = str | Path | Image.Image | Sequence[str | Path | Image.Image]
 
 
 def start_from(
-    module: RefinerModule,
+    bundle: RefinerBundle,
     init: Init | None,
     *,
     shape: tuple[int, int, int, int],
@@ -49,7 +50,7 @@ def start_from(
     """What samples start from: `start_from_clip` where they are clips, else `start_from_image`; None without `init`.
 
     Args:
-        shape: (D, T, h, w) of the samples, in tokens (`RefinerModule.shape_of`).
+        shape: (D, T, h, w) of the samples, in tokens (`RefinerBundle.shape_of`).
         names: what the user calls `init` and `mask`.
         started: whether samples start from something else than `init`.
 
@@ -57,7 +58,7 @@ def start_from(
         UserError: as these do; something that is not for the other kind; no such `fps`.
     """
     frame_rate(fps)
-    if init is None and not started and shape[1] > 1 and goes_on_from_frame(module):
+    if init is None and not started and shape[1] > 1 and goes_on_from_frame(bundle):
         raise UserError(f"{names[0]}: these weights make clips of a first frame (image to video): give {names[0]}")
     if init is None or shape[1] == 1:
         if frames is not None:
@@ -66,15 +67,15 @@ def start_from(
             )
         if _is_several(init):
             raise UserError(f"{names[0]}: several pictures are for clips to go on from: give one, or frames=...")
-        return start_from_image(module, init, shape=shape, strength=strength, mask=mask, names=names)
+        return start_from_image(bundle, init, shape=shape, strength=strength, mask=mask, names=names)
     for key, value in ((names[1], mask), ("strength", strength)):
         if value is not None:
             raise UserError(f"{key}={value}: clips go on from {names[0]} as it is: leave {key} out")
-    return start_from_clip(module, init, shape=shape, frames=frames, fps=fps, name=names[0])
+    return start_from_clip(bundle, init, shape=shape, frames=frames, fps=fps, name=names[0])
 
 
 def start_from_clip(
-    module: TextRefinerModule,
+    bundle: TextRefinerBundle,
     init: Init,
     *,
     shape: tuple[int, int, int, int],
@@ -82,7 +83,7 @@ def start_from_clip(
     fps: float = 16,
     name: str = "init",
 ) -> Start:
-    """One map, B = 1, on the module's device, whose first latents are those of the given pictures; others are drawn.
+    """One map, B = 1, on the bundle's device, whose first latents are those of the given pictures; others are drawn.
 
     Args:
         init: a PNG, JPEG or WebP, a video (mp4, mov, webm, mkv), a picture of Pillow's, or a list of pictures: brought
@@ -97,9 +98,9 @@ def start_from_clip(
             such `fps`.
     """
     rate = frame_rate(fps)  # beyond `open_video`, which takes any exception for the file's fault
-    stride, (_, latents, rows, columns) = module.tokenizer.temporal_stride, shape
+    stride, (_, latents, rows, columns) = bundle.tokenizer.temporal_stride, shape
     if frames is None:
-        most = 1 + stride * (min(max(1, module.context_latents), latents - 1) - 1)
+        most = 1 + stride * (min(max(1, bundle.context_latents), latents - 1) - 1)
     elif type(frames) is not int or frames < 1 or (frames - 1) % stride:
         raise UserError(f"init_frames={frames} must be 1 + {stride}*k, what latents are of")
     elif (most := frames) > 1 + stride * (latents - 2):
@@ -107,9 +108,9 @@ def start_from_clip(
             f"init_frames={frames} leaves nothing to draw of frames={1 + stride * (latents - 1)}: give fewer, or more "
             "frames"
         )
-    sides = rows * module.tokenizer.stride, columns * module.tokenizer.stride
+    sides = rows * bundle.tokenizer.stride, columns * bundle.tokenizer.stride
 
-    fit = cover_and_crop if goes_on_from_frame(module) else resize_and_crop
+    fit = cover_and_crop if goes_on_from_frame(bundle) else resize_and_crop
 
     def fitted(picture: Image.Image) -> Tensor:
         return to_tensor(fit(picture, *sides))
@@ -128,12 +129,12 @@ def start_from_clip(
     if not pictures or (frames is not None and len(pictures) < frames):
         raise UserError(f"init_frames={most}: {name} has {len(pictures)} frames at fps={fps:g}")
     pixels = torch.cat(pictures[(len(pictures) - 1) % stride :], dim=1)
-    tokens = torch.stack(module.tokenize({"pixels": [pixels.to(module.device)]}))
-    if (given := tokens.shape[2]) > module.context_latents:
+    tokens = bundle.tokenize(pixels[None].to(bundle.device))
+    if (given := tokens.shape[2]) > bundle.context_latents:
         log.warning(
             "init gives %d latents, but training gave %d (training.context_latents): clips may not go on well from it",
             given,
-            module.context_latents,
+            bundle.context_latents,
         )
     redraw = torch.arange(latents, device=tokens.device) >= given
     return Start(
@@ -143,9 +144,9 @@ def start_from_clip(
     )
 
 
-def goes_on_from_frame(module: RefinerModule) -> bool:
-    """Whether a module is the authors' of image to video, whose prompts' tag promises a first frame."""
-    return module.provenance.get("refiner", {}).get("task") == "i2v"
+def goes_on_from_frame(bundle: RefinerBundle) -> bool:
+    """Whether a bundle is the authors' of image to video, whose prompts' tag promises a first frame."""
+    return bundle.provenance.get("refiner", {}).get("task") == "i2v"
 
 
 def _is_several(init: object) -> bool:

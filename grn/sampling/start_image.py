@@ -14,7 +14,7 @@ from grn.media.images import IMAGE_SUFFIXES, MAX_PIXELS, open_image, resize_and_
 from grn.media.skips import Reason, Skip
 from grn.method.sampler import Start
 from grn.runtime.errors import UserError
-from grn.training import RefinerModule
+from grn.sampling.bundle import RefinerBundle
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ STRENGTH = 0.6  # where nothing is masked: the picture is still to be seen, and 
 
 
 def start_from_image(
-    module: RefinerModule,
+    bundle: RefinerBundle,
     init: str | Path | Image.Image | None,
     *,
     shape: tuple[int, int, int, int],
@@ -30,7 +30,7 @@ def start_from_image(
     mask: str | Path | Image.Image | None = None,
     names: tuple[str, str] = ("init", "mask"),
 ) -> Start | None:
-    """One map, B = 1, on the module's device; None without `init`.
+    """One map, B = 1, on the bundle's device; None without `init`.
 
     Args:
         init: a file of one of `IMAGE_FORMATS`, or a picture of Pillow's, of any size: brought to the size of the
@@ -53,12 +53,12 @@ def start_from_image(
     if strength is not None and not isinstance(strength, (int, float)):
         raise UserError(f"strength={strength} must be a number above 0 and at most 1")
     image = to_rgb(read_image(names[0], init))
-    positions, stride = shape[2:], module.tokenizer.stride
+    positions, stride = shape[2:], bundle.tokenizer.stride
     try:
         cropped = resize_and_crop(image, *(side * stride for side in positions))
     except Skip as skip:
         raise UserError(f"{names[0]}={init}: {skip}") from None
-    tokens = torch.stack(list(module.tokenize({"pixels": to_tensor(cropped)[None].to(module.device)})))
+    tokens = bundle.tokenize(to_tensor(cropped)[None].to(bundle.device))
     if mask is None:
         return Start(tokens, STRENGTH if strength is None else strength)
     masked = read_image(names[1], mask)
@@ -67,7 +67,7 @@ def start_from_image(
             f"{names[1]}={mask} is {masked.width}x{masked.height}, but {names[0]}={init} is "
             f"{image.width}x{image.height}: give both the same size"
         )
-    redraw = positions_to_redraw(masked, positions).to(module.device)
+    redraw = positions_to_redraw(masked, positions).to(bundle.device)
     if redraw.all():
         log.warning("%s=%s is white everywhere: the whole picture is redrawn", names[1], mask)
     elif not redraw.any():

@@ -21,6 +21,7 @@ from grn.checkpoints.official_text_refiner import (
     save_official_text_refiner,
 )
 from grn.checkpoints.official_tokenizer import save_official_tokenizer
+from grn.checkpoints.sampler_config import build_sampler
 from grn.checkpoints.sharded import verify
 from grn.method.request import Request
 from grn.networks.adapters import adapter_state, check_adapters, save_adapters
@@ -28,9 +29,10 @@ from grn.networks.text_encoder import PretrainedT5
 from grn.networks.text_refiner import TextRefiner
 from grn.runtime.errors import UserError
 from grn.runtime.files import write_atomically
-from grn.training import RefinerModule, TextRefinerModule
-from grn.training.building import build_sampler, module_from_checkpoint, save_refiner, text_refiner_module
-from grn.training.official import labeling_of, official_class_weights, official_text_weights
+from grn.sampling.bundle import RefinerBundle
+from grn.sampling.loading import bundle_from_checkpoint, save_refiner, text_refiner_bundle
+from grn.sampling.official import labeling_of, official_class_weights, official_text_weights
+from grn.sampling.text_bundle import TextRefinerBundle
 from grn.weights.kinds import is_pretrained
 from grn.weights.mapping import load_strict
 from grn.weights.pretrained import read_config
@@ -94,11 +96,11 @@ def _export_refiner(config: DictConfig, checkpoint: Checkpoint) -> tuple[Path, s
         raise UserError(f"tokenizer.ckpt: {checkpoint.path} knows its tokenizer; leave it out")
     if config.format == "adapters":
         return _export_adapters(config, checkpoint)
-    module = module_from_checkpoint(checkpoint, ema=config.ema)
+    bundle = bundle_from_checkpoint(checkpoint, ema=config.ema)
     if config.format == "official":
-        network = module.refiner if isinstance(module, TextRefinerModule) else module.network
-        return _save_official(config, checkpoint, module), weights_hash(network.state_dict())
-    return _save(module, config)
+        network = bundle.refiner if isinstance(bundle, TextRefinerBundle) else bundle.network
+        return _save_official(config, checkpoint, bundle), weights_hash(network.state_dict())
+    return _save(bundle, config)
 
 
 def _export_adapters(config: DictConfig, checkpoint: Checkpoint) -> tuple[Path, str]:
@@ -110,31 +112,31 @@ def _export_adapters(config: DictConfig, checkpoint: Checkpoint) -> tuple[Path, 
     return out, weights_hash(adapters)
 
 
-def _save(module: RefinerModule, config: DictConfig) -> tuple[Path, str]:
+def _save(bundle: RefinerBundle, config: DictConfig) -> tuple[Path, str]:
     request = Request(
         prompts=None if config.prompts is None else tuple(config.prompts),
         height=config.height,
         width=config.width,
-        sampler=build_sampler(config.sampler, module.sampler),
+        sampler=build_sampler(config.sampler, bundle.sampler),
     )
-    folder = save_refiner(module.to(DTYPES[config.dtype]), config.out, request)
+    folder = save_refiner(bundle.to(DTYPES[config.dtype]), config.out, request)
     return folder, read_config(folder / "refiner")["_provenance"]["sha256"]
 
 
-def _save_official(config: DictConfig, checkpoint: Checkpoint, module: RefinerModule) -> Path:
+def _save_official(config: DictConfig, checkpoint: Checkpoint, bundle: RefinerBundle) -> Path:
     """Of classes, the weights as trained and two averages: the chosen one stands for the authors' 0.9999, and for their
     0.9996 too where the run kept none of that decay. Of text, the chosen ones."""
     path = f"{str(config.out).removesuffix('.pth')}.pth"
-    if isinstance(module, TextRefinerModule):
-        if module.network.encoder is not None:
+    if isinstance(bundle, TextRefinerBundle):
+        if bundle.network.encoder is not None:
             raise UserError(f"format=official: the authors' files have no text encoder, and {config.ckpt} trained one")
-        return save_official_text_refiner(module.refiner.state_dict(), path)
+        return save_official_text_refiner(bundle.refiner.state_dict(), path)
     has_second = AVERAGED_FASTER in (checkpoint.contents.get("ema") or {})
     averages = {
-        SAMPLED: module.network.state_dict(),
+        SAMPLED: bundle.network.state_dict(),
         AVERAGED_FASTER: checkpoint.weights(AVERAGED_FASTER if has_second else config.ema),
     }
-    return save_official_class_refiner(checkpoint.weights("none"), averages, module.network.position, path)
+    return save_official_class_refiner(checkpoint.weights("none"), averages, bundle.network.position, path)
 
 
 def _export_official_refiner(config: DictConfig) -> tuple[Path, str]:
@@ -163,14 +165,14 @@ def _export_official_refiner(config: DictConfig) -> tuple[Path, str]:
         "labeling": labeling_of(refiner, tokenizer),
     }
     if is_text:
-        module = text_refiner_module(refiner, _text_side(config), **arguments)
+        bundle = text_refiner_bundle(refiner, _text_side(config), **arguments)
     else:
-        module = RefinerModule(refiner, **arguments)
-    module.provenance = {
+        bundle = RefinerBundle(refiner, **arguments)
+    bundle.provenance = {
         "refiner": {"source": str(config.ckpt), "step": None, "ema": decay},
         "tokenizer": {"source": str(config.tokenizer.ckpt), "step": record["step"]},
     }
-    return _save(module, config)
+    return _save(bundle, config)
 
 
 def _text_side(config: DictConfig) -> TextSide:

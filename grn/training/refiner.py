@@ -1,9 +1,7 @@
 """LightningModule of class refiners: pixels -> tokens -> corrupted tokens -> predictions."""
 
 import math
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +12,14 @@ from torch import Tensor, nn
 from grn.data.contract import check_batch
 from grn.data.samples import key_id
 from grn.data.tokens import unpack_bits
-from grn.media.pixels import from_uint8, to_uint8
 from grn.method import corruption, hbq, philox
 from grn.method.philox import Stream
-from grn.method.request import Request
-from grn.method.sampler import Condition, Refined, Refinement, Sampler, Start, Step, finished
+from grn.method.sampler import Sampler
 from grn.metrics.ranks import Totals
-from grn.networks.conditions import Labels
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.flops import forward_flop, training_flop
+from grn.sampling.bundle import RefinerBundle
 from grn.training.fsdp import FSDP, gather_weights, release_weights
 from grn.training.optimization import (
     FiniteLoss,
@@ -47,8 +43,8 @@ class RefinerModule(LightningModule):
         network: (tokens int64 [B, D, T, H, W], t float [B], labels int64 [B]) -> logits [B, classes, D, T, H, W], with
             attributes `channels` (D), `classes`, `num_labels` (also the null label) and `size` (tokens a side).
         tokenizer: frozen; gives the tokens and turns samples into pixels.
-        sampler: how `generate` samples unless told otherwise.
-        labeling: `ind` or `bit` (`grn.hbq`).
+        sampler: how pictures and scores of the run are sampled.
+        labeling: `ind` or `bit` (`grn.method.hbq`).
         learning_rate, betas, weight_decay: AdamW.
         lr_schedule, warmup_steps: `learning_rate_schedule`.
         gradient_clip: largest global gradient norm; None does not clip.
@@ -61,6 +57,9 @@ class RefinerModule(LightningModule):
             all, which are kept. The loss is the same to rounding. The network takes `targets` and `loss_chunk` then, as
             `ClassRefiner` does.
         seed: of every draw of training.
+
+    Attributes:
+        bundle: draws samples of the network as it is.
 
     Raises:
         UserError: a network that does not fit the tokenizer's tokens, or that has no loss in chunks.
@@ -88,13 +87,7 @@ class RefinerModule(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        channels, classes = hbq.num_tokens(tokenizer.latent_channels, tokenizer.rounds, labeling)
-        if (network.channels, network.classes) != (channels, classes):
-            raise UserError(
-                f"model.channels={network.channels} model.classes={network.classes} do not fit the tokenizer: "
-                f"training.labeling={labeling} of {tokenizer.latent_channels} channels and {tokenizer.rounds} rounds "
-                f"needs model.channels={channels} model.classes={classes}"
-            )
+        self.bundle = RefinerBundle(network, tokenizer, sampler, labeling=labeling, precision=self._precision)
         if type(signal_ratio_shift) not in (int, float) or not 0 < signal_ratio_shift < math.inf:
             raise UserError(
                 f"training.signal_ratio_shift={signal_ratio_shift} must be a positive number; 1 shifts nothing"
@@ -113,7 +106,6 @@ class RefinerModule(LightningModule):
         self._is_batch_checked = False
         self.network = network
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.sampler = sampler
         self.labeling = labeling
         check_adamw(learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
@@ -127,24 +119,11 @@ class RefinerModule(LightningModule):
         self.checkpoint_extras: dict[
             str, Any
         ] = {}  # what else makes a checkpoint self-contained (grn.training.building)
-        self.provenance: dict[
-            str, dict[str, Any]
-        ] = {}  # of its parts' weights, for exports of it (grn.training.building)
         self.initial_weights: dict[str, Tensor] | None = None  # for `configure_model` to shard
         self.initial_averages: dict[str, dict[str, Tensor]] = {}  # decay -> state, for EMAs that start elsewhere
         self._accuracy: tuple[Tensor, Tensor] | None = None
         self._network_flop: int | None = None
         self._encoding_flop: dict[torch.Size, int] = {}
-
-    @property
-    def num_conditions(self) -> int:
-        """Among how many conditions samples are asked for, by number."""
-        return self.network.num_labels
-
-    @property
-    def token_shape(self) -> tuple[int, int, int, int]:
-        """(D, T, H, W) of one sample."""
-        return self.network.channels, 1, self.network.size, self.network.size
 
     def train(self, mode: bool = True) -> "RefinerModule":
         super().train(mode)
@@ -153,7 +132,7 @@ class RefinerModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":  # before a strategy shards the network
-            tokens = torch.zeros(1, *self.token_shape, dtype=torch.long, device="meta")
+            tokens = torch.zeros(1, *self.bundle.token_shape, dtype=torch.long, device="meta")
             t, labels = torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
             self._network_flop = training_flop(self.network, lambda network: network(tokens, t, labels))
 
@@ -185,8 +164,7 @@ class RefinerModule(LightningModule):
         """
         if "bits" in batch:
             return unpack_bits(batch["bits"], self.tokenizer.latent_channels, self.tokenizer.rounds, self.labeling)
-        with torch.autocast(self.device.type, enabled=False):
-            return self.tokenizer.tokenize(from_uint8(batch["pixels"]), self.labeling)
+        return self.bundle.tokenize(batch["pixels"])
 
     def predict_corrupted(
         self, tokens: Tensor, labels: Tensor, *, seed: int, ids: Tensor, step: int, **options: Any
@@ -320,137 +298,9 @@ class RefinerModule(LightningModule):
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         self._log_curves()
 
-    # --- sampling ---------------------------------------------------------------------------------------------------
-
-    def complete(self, request: Request) -> Request:
-        """The request with all that it leaves open filled in, as this refiner was trained to be sampled.
-
-        Raises:
-            UserError: something that this refiner does not draw.
-        """
-        texts = ("prompts", "negative_prompt", "height", "width", "frames")
-        if odd := next((name for name in texts if getattr(request, name) is not None), None):
-            raise UserError(f"{odd} is for text refiners, this one is of classes: give labels=[0,1,...] instead")
-        labels = tuple(range(self.num_conditions)) if request.labels is None else request.labels
-        if not labels or any(type(label) is not int or not 0 <= label < self.num_conditions for label in labels):
-            raise UserError(f"labels={list(labels)}: labels of this checkpoint are 0..{self.num_conditions - 1}")
-        return self._counted(replace(request, labels=labels))
-
-    def _counted(self, request: Request) -> Request:
-        num = len(request.wanted) if request.num is None else request.num
-        check_count("num", num)
-        if type(request.seed) is not int or not -(2**63) <= request.seed < 2**64:
-            raise UserError(f"seed={request.seed}: a whole number of 64 bits")
-        request = replace(request, num=num, sampler=request.sampler or self.sampler)
-        shape, steps = self.shape_of(request)[1:], request.sampler.schedule.max_steps
-        if request.start is not None:
-            self._check_start(request.start, num, self.shape_of(request))
-        for erasure in request.erasures:
-            there = f"erasures: of sample {erasure.sample} after {erasure.after} steps"
-            if not (0 <= erasure.sample < num and 0 <= erasure.after < steps):
-                raise UserError(f"{there}, of num={num} samples that take {steps} at most: give them as they were made")
-            if erasure.positions.dtype != torch.bool or tuple(erasure.positions.shape) != shape:
-                raise UserError(f"{there}: positions {list(erasure.positions.shape)}, but maps are {list(shape)}")
-        return request
-
-    def _check_start(self, start: Start, num: int, shape: tuple[int, int, int, int]) -> None:
-        tokens, redraw = start.tokens, start.redraw
-        if tokens.dtype != torch.long or tuple(tokens.shape) not in ((1, *shape), (num, *shape)):
-            raise UserError(
-                f"start: tokens are int64 {[num, *shape]}, or one map for all, got {tokens.dtype} {list(tokens.shape)}"
-            )
-        if redraw is not None and (redraw.dtype != torch.bool or tuple(redraw.shape) != (len(tokens), 1, *shape[1:])):
-            raise UserError(f"start: redraw is bool {[len(tokens), 1, *shape[1:]]}, got {list(redraw.shape)}")
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.network.classes:
-            raise UserError(f"start: tokens are 0 to {self.network.classes - 1}: these are of another tokenizer")
-
-    def shape_of(self, request: Request) -> tuple[int, int, int, int]:
-        """(D, T, H, W) of one sample of a complete request, in tokens."""
-        return self.token_shape
-
-    def generate(self, request: Request, callback: Callable[[Step], None] | None = None) -> Refined:
-        """All samples of a request, in one batch and in their order."""
-        request = self.complete(request)
-        ((_, refined),) = self.generate_queue(request, batch_size=request.num, callback=callback)
-        return refined
-
-    def generate_queue(
-        self,
-        request: Request,
-        *,
-        ids: Tensor | None = None,
-        batch_size: int,
-        callback: Callable[[Step], None] | None = None,
-    ) -> Iterator[tuple[Tensor, Refined]]:
-        """The samples of a request in the order in which they are done; see `grn.method.sampler.finished`.
-
-        Args:
-            ids: int64 [N] on the CPU, which samples of the request; None: all.
-
-        Yields:
-            (places in `ids`, ascending; Refined of these samples).
-        """
-        refinement = self.refinement(request, ids=ids, batch_size=batch_size)
-        return finished(refinement, batch_size, callback)
-
-    def refinement(self, request: Request, *, ids: Tensor | None = None, batch_size: int) -> Refinement:
-        """The samples of a request being refined, to be taken step by step; arguments as of `generate_queue`.
-
-        Of a compiled network the rows of a call are bucketed, and what else a step does is compiled, too.
-        """
-        request = self.complete(request)
-        ids = torch.arange(request.num) if ids is None else ids
-        start = request.start
-        if start is not None:
-            start = start.to(self.device)
-            start = start.expand(len(ids)) if len(start.tokens) == 1 else start.select(ids)
-        place = {number: place for place, number in enumerate(ids.tolist())} if request.erasures else {}
-
-        def predict(tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            with self._precision():
-                return self.predict(tokens, t, condition)
-
-        # nn.Module.compile() leaves no public trace.
-        compiled = any(module._compiled_call_impl is not None for module in self.network.modules())
-        with self._precision(), torch.no_grad():
-            condition = self.condition(request, ids)
-        return Refinement(
-            predict,
-            condition,
-            request.sampler,
-            shape=self.shape_of(request),
-            classes=self.network.classes,
-            seed=request.seed,
-            ids=ids.to(self.device),
-            batch_size=batch_size,
-            start=start,
-            erasures=[replace(it, sample=place[it.sample]) for it in request.erasures if it.sample in place],
-            bucketed=compiled,
-            compiled=compiled,
-        )
-
     def _precision(self) -> AbstractContextManager:
         """The trainer's: callbacks ask for samples outside of Lightning's steps."""
         return self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext()
-
-    def condition(self, request: Request, ids: Tensor) -> Condition:
-        """What samples `ids`, int64 [B] on the CPU, of a complete request are conditioned on."""
-        labels = torch.tensor(request.labels)[ids % len(request.labels)]
-        return Labels(labels.to(self.device), self.network.num_labels)
-
-    def predict(self, tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """As `grn.method.sampler.Refinement` asks for it."""
-        return self.network(tokens, t, condition.index)
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """int64 tokens [B, D, T', h, w] -> uint8 pixels [B, 3, T, H, W]."""
-        return to_uint8(self.tokenizer.detokenize(tokens, self.labeling))
-
-    def decode_stream(self, tokens: Tensor) -> Iterator[Tensor]:
-        """The frames of `decode` one by one, uint8 [B, 3, H, W], in memory that does not grow with the clip."""
-        latents = hbq.dequantize(tokens, self.tokenizer.rounds, self.labeling).unbind(2)
-        return map(to_uint8, self.tokenizer.decode_stream(latents))
 
     # --- checkpoints: what is frozen is recorded beside the weights, not among them ----------------------------------
 

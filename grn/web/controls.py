@@ -81,7 +81,7 @@ def sampler_controls(model: Model, settings: Settings, *, name: str = "") -> Non
 
 def start_controls(session: Session, settings: Settings) -> None:
     """A picture to start from, with its strength, and a mask of what is redrawn."""
-    is_clip = session.model.is_text and session.model.pipeline.module.frames > 1
+    is_clip = session.model.is_text and session.model.pipeline.bundle.frames > 1
     what = "clips go on from it" if is_clip else "samples start from it"
     shown = ui.element("div").classes("studio-row")
 
@@ -137,7 +137,7 @@ def start_controls(session: Session, settings: Settings) -> None:
 
 
 def _classes(model: Model, settings: Settings) -> None:
-    number = model.pipeline.module.num_conditions
+    number = model.pipeline.bundle.num_conditions
     with ui.element("div").classes("studio-row"):
         ui.label("class").classes("studio-heading")
         ui.space()
@@ -185,7 +185,7 @@ def _texts(model: Model, settings: Settings) -> None:
     with ui.element("div").classes("studio-row"):
         size = ui.select({size: f"{size[1]} x {size[0]}" for size in known}, label="size").bind_value(settings, "size")
         size.props("outlined dense options-dense data-testid=size").classes("grow")
-        if model.pipeline.module.tokenizer.temporal_stride > 1:
+        if model.pipeline.bundle.tokenizer.temporal_stride > 1:
             frames = ui.number("frames", min=1, step=4, precision=0).bind_value(
                 settings, "frames", forward=lambda value: int(value or 1)
             )

@@ -43,8 +43,8 @@ class Drawing:
 
     def __init__(self, pipeline: GRNPipeline, request: Request):
         self.pipeline, self.request = pipeline, request
-        self.given = given_latents(request.start) if pipeline.module.shape_of(request)[1] > 1 else 0
-        self.recording = Recording(given=self.given, whole=pipeline.module.shape_of(request)[1] > 1)
+        self.given = given_latents(request.start) if pipeline.bundle.shape_of(request)[1] > 1 else 0
+        self.recording = Recording(given=self.given, whole=pipeline.bundle.shape_of(request)[1] > 1)
         self.state, self.error, self.version = "waiting", None, 0
         self.erasures: list[Erasure] = []
         self.refined: Refined | None = None
@@ -137,8 +137,8 @@ class Engine:
             UserError: the pipeline does not draw that, this machine has not the memory for it, or too much else is
                 being drawn.
         """
-        request = pipeline.module.complete(request)
-        check_memory(pipeline.module, request, batch_size=request.num, recorded=request.num)
+        request = pipeline.bundle.complete(request)
+        check_memory(pipeline.bundle, request, batch_size=request.num, recorded=request.num)
         drawing = Drawing(pipeline, request)
         with self._changed:
             if len(self._drawings) >= MAX_DRAWINGS:

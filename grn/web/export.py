@@ -107,11 +107,11 @@ def _first_latent(drawing: Drawing) -> Recording:
 
 
 def _decode(drawing: Drawing) -> Callable[[Tensor], Iterator[Tensor]]:
-    module = drawing.pipeline.module
+    bundle = drawing.pipeline.bundle
 
     def decode(tokens: Tensor) -> Iterator[Tensor]:
         with torch.no_grad():
-            yield from module.decode_stream(tokens.to(module.device))
+            yield from bundle.decode_stream(tokens.to(bundle.device))
 
     return decode
 

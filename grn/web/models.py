@@ -12,7 +12,7 @@ from grn.runs.listing import Run, find_runs, read_run
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 from grn.sampling.pipeline import GRNPipeline
-from grn.training import TextRefinerModule
+from grn.sampling.text_bundle import TextRefinerBundle
 
 REFINERS = ("refiner", "text refiner")
 OPEN = 2  # at a time: two that are compared
@@ -33,7 +33,7 @@ class Model:
 
     @property
     def is_text(self) -> bool:
-        return isinstance(self.pipeline.module, TextRefinerModule)
+        return isinstance(self.pipeline.bundle, TextRefinerBundle)
 
     @property
     def name(self) -> str:

@@ -54,18 +54,18 @@ class Settings:
     @classmethod
     def of(cls, model: Model) -> "Settings":
         """As a refiner was trained to be sampled."""
-        module = model.pipeline.module
-        found = cls().sampled_as(module.sampler)
-        found.steps = getattr(module.sampler.schedule, "max_steps", 50)
+        bundle = model.pipeline.bundle
+        found = cls().sampled_as(bundle.sampler)
+        found.steps = getattr(bundle.sampler.schedule, "max_steps", 50)
         if model.is_text:
             return replace(
                 found,
-                prompts=module.prompts[0],
-                negative_prompt=module.negative_prompt or "",
-                size=tuple(module.size),
-                frames=module.frames,
+                prompts=bundle.prompts[0],
+                negative_prompt=bundle.negative_prompt or "",
+                size=tuple(bundle.size),
+                frames=bundle.frames,
             )
-        return replace(found, labels=[min(3, module.num_conditions - 1)])
+        return replace(found, labels=[min(3, bundle.num_conditions - 1)])
 
     def sampled_as(self, sampler: Sampler) -> "Settings":
         """With all of a sampler but its schedule."""
@@ -85,7 +85,7 @@ class Settings:
                 raise UserError("prompts: write at least one, a line each")
             if long := [prompt for prompt in prompts if len(prompt) > MAX_PROMPT]:
                 raise UserError(f"prompts: one has {len(long[0])} characters; at most {MAX_PROMPT}")
-            height, width = self.size or model.pipeline.module.size
+            height, width = self.size or model.pipeline.bundle.size
             what = {"prompt": prompts, "negative_prompt": self.negative_prompt.strip() or None}
             what |= {"height": height, "width": width, "num_frames": self.frames}
         elif not self.labels:
@@ -112,7 +112,7 @@ class Settings:
         return model.is_text and (self.frames or 1) > 1
 
     def _schedule(self, model: Model):
-        own = model.pipeline.module.sampler.schedule
+        own = model.pipeline.bundle.sampler.schedule
         if self.kind == "trained":
             return own
         if self.kind == "calibrated":
@@ -127,7 +127,7 @@ class Settings:
 
 def sizes(model: Model) -> list[tuple[int, int]]:
     """The (height, width) that a text refiner was trained in, the one it is sampled in first."""
-    own = tuple(model.pipeline.module.size)
+    own = tuple(model.pipeline.bundle.size)
     budget = next((budget for budget in BUDGETS if own in resolutions_at(budget).values()), None)
     return [own, *(size for size in (resolutions_at(budget).values() if budget else ()) if size != own)]
 

@@ -124,7 +124,7 @@ class Stage:
         drawing, at, engine = self.drawing, self.at, self._session.studio.engine
         if drawing is None or not self.painted or not at:
             return None
-        total = drawing.pipeline.module.shape_of(drawing.request)[1]
+        total = drawing.pipeline.bundle.shape_of(drawing.request)[1]
         latent = self.views.latent(self.frame)
         latents = slice(drawing.given, None) if all_frames else slice(latent, latent + 1)
         erased = positions(self.layout, sorted(self.painted), latents, total)

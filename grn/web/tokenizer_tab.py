@@ -26,12 +26,12 @@ def tokenizer_tab(session: Session) -> None:
     made: list[tuple[Reconstruction, str, str]] = []  # with its picture and its error as data URLs
 
     def tokenizer() -> HBQTokenizer:
-        return opened[0] if opened else session.model.pipeline.module.tokenizer
+        return opened[0] if opened else session.model.pipeline.bundle.tokenizer
 
     def size() -> tuple[int, int]:
         """Height and width of samples."""
-        module = session.model.pipeline.module
-        return tuple(side * module.tokenizer.stride for side in module.token_shape[2:])
+        bundle = session.model.pipeline.bundle
+        return tuple(side * bundle.tokenizer.stride for side in bundle.token_shape[2:])
 
     async def take(image: Image.Image) -> None:
         given[:] = [image]

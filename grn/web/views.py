@@ -35,7 +35,7 @@ class Layout:
     @classmethod
     def of(cls, drawing: Drawing, focus: int | None = None) -> "Layout":
         """Of all samples of a drawing, as square as may be, or of one."""
-        _, _, height, width = drawing.pipeline.module.shape_of(drawing.request)
+        _, _, height, width = drawing.pipeline.bundle.shape_of(drawing.request)
         samples = tuple(range(drawing.request.num)) if focus is None else (focus,)
         columns = min(len(samples), max(1, math.ceil(math.sqrt(len(samples) * height / width))))
         return cls(samples, columns, math.ceil(len(samples) / columns), height, width)
@@ -120,25 +120,25 @@ class Views:
         """The samples of a drawing that is done; of clips their last frames."""
         tokens = self.drawing.refined.tokens.to(self.drawing.pipeline.device)
         with torch.no_grad():
-            *_, last = self.drawing.pipeline.module.decode_stream(tokens)
+            *_, last = self.drawing.pipeline.bundle.decode_stream(tokens)
         return [single(pixels) for pixels in last.cpu()]
 
     @property
     def frames(self) -> int:
         """Of each sample; 1 of images."""
-        latents = self.drawing.pipeline.module.shape_of(self.drawing.request)[1]
-        return 1 + (latents - 1) * self.drawing.pipeline.module.tokenizer.temporal_stride
+        latents = self.drawing.pipeline.bundle.shape_of(self.drawing.request)[1]
+        return 1 + (latents - 1) * self.drawing.pipeline.bundle.tokenizer.temporal_stride
 
     def latent(self, frame: int) -> int:
         """The latent that a frame is decoded from."""
-        return math.ceil(frame / self.drawing.pipeline.module.tokenizer.temporal_stride)
+        return math.ceil(frame / self.drawing.pipeline.bundle.tokenizer.temporal_stride)
 
     def _frame(self, tokens: Tensor, frame: int) -> Tensor:
         """uint8 tokens [n, D, T, h, w] -> uint8 [n, 3, H, W]; of clips no more is decoded than leads there."""
-        module, latent = self.drawing.pipeline.module, self.latent(frame)
-        tokens = tokens[:, :, : latent + 1].long().to(module.device)
+        bundle, latent = self.drawing.pipeline.bundle, self.latent(frame)
+        tokens = tokens[:, :, : latent + 1].long().to(bundle.device)
         with torch.no_grad():
-            for number, pixels in enumerate(module.decode_stream(tokens)):
+            for number, pixels in enumerate(bundle.decode_stream(tokens)):
                 if number == frame:
                     return pixels.cpu()
         raise IndexError(f"no frame {frame}")

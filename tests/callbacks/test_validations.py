@@ -2,6 +2,7 @@
 
 import csv
 import functools
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -13,7 +14,7 @@ from grn.callbacks.validations import is_last_validation
 
 
 class Module(lightning.LightningModule):
-    num_conditions = 10
+    bundle = SimpleNamespace(num_conditions=10)
 
     def __init__(self):
         super().__init__()

@@ -15,7 +15,7 @@ from grn.method.schedules import Cosine, EntropyGuided, Linear, Shifted
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
-from grn.training.building import load_refiner
+from grn.sampling.loading import load_refiner
 from grn.weights import pretrained
 from grn.weights.kinds import INDEX
 

@@ -3,13 +3,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from grn.checkpoints.sampler_config import MAX_BYTES, read_sampler, sampler_config, write_sampler
+from grn.checkpoints.sampler_config import MAX_BYTES, build_sampler, read_sampler, sampler_config, write_sampler
 from grn.method.sampler import Sampler
 from grn.method.schedules import Cosine, EntropyGuided, Linear
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 from grn.runtime.failures import explain
-from grn.training.building import build_sampler
 
 SAMPLERS = [
     Sampler(),

@@ -31,7 +31,7 @@ def module_of(kind):
 def test_sampling_steps_never_wait(kind, sampler):
     module = module_of(kind).eval()
     request = Request(num=6, seed=1, sampler=sampler)
-    refinement = module.refinement(request, batch_size=4)
+    refinement = module.bundle.refinement(request, batch_size=4)
     next(refinement)
     with never_waiting():
         steps = sum(1 for _ in refinement)
@@ -43,7 +43,7 @@ def test_sampling_steps_never_wait(kind, sampler):
 def test_entropy_guided_sampling_waits_where_it_decides_alone():
     module = module_of("classes").eval()
     schedule = EntropyGuided(warmup=2, scale=50.0, offset=-45.0, min_steps=4, max_steps=9)
-    refinement = module.refinement(Request(num=4, seed=1, sampler=Sampler(schedule)), batch_size=4)
+    refinement = module.bundle.refinement(Request(num=4, seed=1, sampler=Sampler(schedule)), batch_size=4)
     for number in range(4):
         if number == schedule.decide_at:
             next(refinement)

@@ -5,7 +5,7 @@ import torch
 import wandb
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from test_generation import GUIDED, tiny_module
+from test_generation import GUIDED, tiny_bundle
 
 from grn.callbacks import EvaluateSamples
 from grn.evaluation.scoring import real_splits, score_reconstructions, score_samples, steps_by_class
@@ -13,8 +13,9 @@ from grn.method.request import Request
 from grn.method.sampler import Refined
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
+from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import generate
-from grn.training import RefinerModule, TokenizerModule
+from grn.training import RefinerModule
 
 
 class Brightness:
@@ -35,7 +36,7 @@ def test_scores_need_real_data():
 
 
 def test_steps_are_counted_by_class():
-    module, taken = tiny_module(GUIDED), []
+    module, taken = tiny_bundle(GUIDED), []
     metrics, steps = score_samples(
         module,
         {"brightness": Brightness()},
@@ -61,7 +62,7 @@ def test_steps_are_counted_by_class():
 
 
 def test_samples_are_decoded_a_few_at_a_time_and_only_for_those_who_ask(monkeypatch):
-    module, decoded = tiny_module(GUIDED), []
+    module, decoded = tiny_bundle(GUIDED), []
     decode = module.decode
     monkeypatch.setattr(module, "decode", lambda tokens: decoded.append(tokens.shape) or decode(tokens))
     _, steps = score_samples(module, {}, num=20, batch_size=20, seed=2)
@@ -75,10 +76,10 @@ def test_samples_are_decoded_a_few_at_a_time_and_only_for_those_who_ask(monkeypa
 
 @pytest.mark.parametrize("of_long", [False, True])
 def test_clips_are_decoded_a_few_at_a_time_and_long_ones_in_a_stream(monkeypatch, of_long):
-    class Clips(RefinerModule):
+    class Clips(RefinerBundle):
         token_shape = (3, 3, 4, 4)  # of 5 frames of 16x16
 
-    tiny = tiny_module(GUIDED)
+    tiny = tiny_bundle(GUIDED)
     tokenizer = HBQTokenizer(
         latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2), blocks_per_stage=1, temporal=(True,)
     )
@@ -106,7 +107,8 @@ def test_the_callback_logs_the_histogram_and_the_classes(tmp_path, monkeypatch):
     wandb_logger = WandbLogger(save_dir=tmp_path, offline=True)
     monkeypatch.setattr(WandbLogger, "log_metrics", lambda self, metrics, step=None: logged.append((metrics, step)))
     callback = EvaluateSamples({"x": lambda **_: Brightness()}, num=20, batch_size=8, cache_dir=str(tmp_path), seed=2)
-    module = tiny_module(GUIDED)
+    bundle = tiny_bundle(GUIDED)
+    module = RefinerModule(bundle.network, bundle.tokenizer, bundle.sampler)
     module.validation_step = lambda *_: None
     module.on_validation_epoch_end = lambda: None  # which has no loss to tell
     trainer = Trainer(
@@ -115,7 +117,7 @@ def test_the_callback_logs_the_histogram_and_the_classes(tmp_path, monkeypatch):
     )  # fmt: skip
     trainer.validate(module, torch.utils.data.DataLoader(torch.zeros(1)), verbose=False)
 
-    _, steps = score_samples(module, {}, num=20, batch_size=20, seed=2)
+    _, steps = score_samples(bundle, {}, num=20, batch_size=20, seed=2)
     (path,) = tmp_path.rglob("steps-step0000000.csv")
     with open(path) as file:
         rows = [{key: int(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -168,9 +170,8 @@ def test_reconstructions_are_scored_as_clips_or_as_images(labels, caplog):
         latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 1, 1), blocks_per_stage=1,
         temporal=(True, True),
     )  # fmt: skip
-    module = TokenizerModule(network, perceptual_weight=0.0, gan_weight=0.0).eval()
     scores = {"fid": Seen("fid", False), "fvd": Seen("fvd", True)}
-    metrics = score_reconstructions(module, scores, Reconstructed(5, labels))
+    metrics = score_reconstructions(network, scores, Reconstructed(5, labels))
     assert (metrics["rfid"], metrics["rfvd"]) == (25, 5)
     clips, of_clips, ids = (torch.cat(x) if x[0] is not None else None for x in zip(*scores["fvd"].seen))
     images, of_images, ids_of_images = (torch.cat(x) if x[0] is not None else None for x in zip(*scores["fid"].seen))
@@ -187,7 +188,7 @@ def test_reconstructions_are_scored_as_clips_or_as_images(labels, caplog):
     assert "left out" not in caplog.text
 
     scores = {"fid": Seen("fid", False), "fvd": Seen("fvd", True)}
-    metrics = score_reconstructions(module, scores, Reconstructed(1, labels))
+    metrics = score_reconstructions(network, scores, Reconstructed(1, labels))
     assert metrics["rfid"] == 5
     assert "rfvd" not in metrics
     assert "scores.fvd reads clips, and there are images alone: left out" in caplog.text

@@ -22,7 +22,7 @@ from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
-from grn.training import TextRefinerModule
+from grn.sampling.text_bundle import TextRefinerBundle
 
 LINES = [
     {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a cat"},
@@ -39,7 +39,7 @@ def refiner(sizes):
         latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2), blocks_per_stage=1, temporal=(False,)
     )
     arguments = {"prompts": ["x"], "size": (16, 16), "labeling": "ind", "text_encoder": None}
-    return TextRefinerModule(network, tokenizer, Sampler(Linear(2)), **arguments).eval()
+    return TextRefinerBundle(network, tokenizer, Sampler(Linear(2)), **arguments).eval()
 
 
 SIZES = {

@@ -11,8 +11,9 @@ from PIL import Image
 from wandb_files import wandb_records
 
 from grn.runs import wandb_runs
-from grn.runs.wandb_runs import RunLogger, finish, log_results, open_run, read_record
+from grn.runs.wandb_runs import finish, log_results, open_run, read_record
 from grn.runtime.errors import UserError
+from grn.training.wandb_logger import RunLogger
 
 
 @pytest.fixture(autouse=True)

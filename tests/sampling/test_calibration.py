@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from test_generation import GUIDED, tiny_module
+from test_generation import GUIDED, tiny_bundle
 
+from grn.checkpoints.sampler_config import build_sampler
 from grn.method.request import Request
 from grn.method.schedules import EntropyGuided
 from grn.runtime.config_folder import CONF
@@ -15,7 +16,6 @@ from grn.runtime.errors import UserError
 from grn.runtime.failures import MISTAKES, explain
 from grn.sampling import calibrate as command
 from grn.sampling.calibration import decision_entropies, fit, steps_taken, wanted_spread
-from grn.training.building import build_sampler
 
 
 def entropies(number, seed=0):
@@ -43,26 +43,26 @@ def test_fit_hits_the_mean_and_the_spread(target, spread):
 
 def test_steps_taken_are_those_of_the_sampler():
     """Also where the last of many steps lead beyond t = 0.99, and are not taken."""
-    module = tiny_module(GUIDED)
+    bundle = tiny_bundle(GUIDED)
     for most in (8, 260):
         schedule = EntropyGuided(warmup=1, min_steps=2, max_steps=most)
         sampler = replace(GUIDED, schedule=schedule)
         request = Request(num=10, seed=3, sampler=sampler)
-        entropy = decision_entropies(module, request, batch_size=4)
+        entropy = decision_entropies(bundle, request, batch_size=4)
         sampler = replace(sampler, schedule=fit(schedule, entropy, target=most * 0.6))
-        ((_, refined),) = module.generate_queue(replace(request, sampler=sampler), batch_size=10)
+        ((_, refined),) = bundle.generate_queue(replace(request, sampler=sampler), batch_size=10)
         assert torch.equal(refined.decision_entropy, entropy)
         assert torch.equal(refined.steps, steps_taken(sampler.schedule, entropy))
         assert (refined.steps < sampler.schedule.plan(entropy)).any() == (most == 260)
 
 
 def test_measuring_takes_no_step_beyond_the_decision():
-    module, calls = tiny_module(GUIDED), []
-    module.network.register_forward_pre_hook(lambda *_: calls.append(None))
+    bundle, calls = tiny_bundle(GUIDED), []
+    bundle.network.register_forward_pre_hook(lambda *_: calls.append(None))
     schedule = EntropyGuided(warmup=3, min_steps=10, max_steps=50)
     told = []
     decision_entropies(
-        module,
+        bundle,
         Request(num=10, sampler=replace(GUIDED, schedule=schedule)),
         batch_size=5,
         advance=told.append,
@@ -103,7 +103,7 @@ def composed(verb, out, *overrides):
 
 @pytest.fixture
 def untrained(monkeypatch):
-    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_module(GUIDED), {"ckpt": "x", "step": 7}))
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_bundle(GUIDED), {"ckpt": "x", "step": 7}))
 
 
 CALIBRATE = ("target_steps=9", "tmin=4", "tmax=16", "wp=2", "num=200", "device=cpu")
@@ -121,7 +121,7 @@ def test_fresh_samples_take_the_steps_asked_for(untrained, tmp_path):
     assert repr(sampler) == report["sampler"]
     assert (sampler.temperature, sampler.guidance) == (1.2, 1.5)
     assert (sampler.schedule.warmup, sampler.schedule.min_steps, sampler.schedule.max_steps) == (2, 4, 16)
-    groups = tiny_module(GUIDED).generate_queue(Request(num=400, seed=11, sampler=sampler), batch_size=100)
+    groups = tiny_bundle(GUIDED).generate_queue(Request(num=400, seed=11, sampler=sampler), batch_size=100)
     steps = torch.cat([refined.steps for _, refined in groups]).double()
     assert steps.mean().item() == pytest.approx(9, rel=0.05)
 

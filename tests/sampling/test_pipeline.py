@@ -102,7 +102,7 @@ def test_clips_are_those_of_the_command(videos, tmp_path, is_exported):
     pipe = GRNPipeline.from_pretrained(videos)
     if is_exported:
         pipe = GRNPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "export"))
-    assert (pipe.module.frames, pipe.module.context_latents) == (5, 1)
+    assert (pipe.bundle.frames, pipe.bundle.context_latents) == (5, 1)
     asked = [f"ckpt={videos}", f"prompts={json.dumps(PROMPTS[:2])}", "num=2", "seed=3"]
     report, pictures = said_by_command(tmp_path / "own", *asked)
     result = pipe(PROMPTS[:2], seed=3)
@@ -164,7 +164,7 @@ def test_texts_are_those_of_the_command(texts, tmp_path):
     alone = pipe(PROMPTS[0], negative_prompt="an eight", **asked)
     assert torch.equal(alone.tokens, result.tokens[:1])
     # What was asked for once is not what is drawn ever after.
-    own = pipe.module
+    own = pipe.bundle
     assert (own.prompts[0], own.negative_prompt, own.size) == ("a zero left of a zero", "", (16, 32))
 
 
@@ -280,7 +280,7 @@ def test_a_device_that_is_not_there_leaves_it_where_it_was(classes):
             with pytest.raises(UserError, match=rf"^device={device}: there is none here") as error:
                 move(device)
             assert "\n" not in str(error.value)
-    assert {parameter.device.type for parameter in pipe.module.parameters()} == {"cpu"}
+    assert {p.device.type for part in pipe.bundle.parts.values() for p in part.parameters()} == {"cpu"}
     assert len(pipe(labels=0, num_inference_steps=2, seed=0).images) == 1
 
 
@@ -290,11 +290,11 @@ def test_an_offloaded_text_encoder_is_on_the_device_only_while_it_encodes(tmp_pa
     pipe = GRNPipeline.from_pretrained(write_run(tmp_path / "run", " ".join([*trained, *frozen(tmp_path)])))
     asked = {"seed": 2, "num_inference_steps": 2, "output_type": "latent", "negative_prompt": "a two"}
     before = pipe(PROMPTS[0], **asked).tokens
-    encoder, moves, encoded = pipe.module.frozen_encoder, [], []
+    encoder, moves, encoded = pipe.bundle.frozen_encoder, [], []
     monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)))
     encoder.register_forward_pre_hook(lambda *_: encoded.append(len(moves)))
     pipe.enable_model_cpu_offload("cpu")
-    assert pipe.module.frozen_encoder is encoder
+    assert pipe.bundle.frozen_encoder is encoder
     assert not moves  # it stays where it is till somebody asks for samples
     assert torch.equal(pipe(PROMPTS[0], **asked).tokens, before)
     assert len(moves) == 2
@@ -373,11 +373,11 @@ def test_which_steps(classes):
     assert taken(3) == [3, 3]
     assert taken(Cosine(4)) == taken(Linear(4)) == [4, 4]
     assert taken("entropy") == taken(None)
-    pipe.module.sampler = pipe._sampler(Cosine(5))
+    pipe.bundle.sampler = pipe._sampler(Cosine(5))
     assert taken(None) == [5, 5]
     assert pipe._sampler(6).schedule == Cosine(6)
     assert pipe._sampler("entropy").schedule == EntropyGuided(grid="cosine")
-    pipe.module.sampler = Sampler(EntropyGuided(grid="shifted", alpha=2.0, cap=0.95))
+    pipe.bundle.sampler = Sampler(EntropyGuided(grid="shifted", alpha=2.0, cap=0.95))
     assert pipe._sampler(6).schedule == Shifted(6, alpha=2.0, cap=0.95)
 
 
@@ -391,7 +391,7 @@ def test_from_an_image(kind, request, tmp_path):
     mask.paste(255, (0, 0, 27, 40))
     pipe_of = {"seed": 3, "output_type": "latent"} | asked
     found = pipe(image=image, mask_image=mask, **pipe_of).tokens
-    given = start_from_image(pipe.module, tmp_path / "image.png", shape=tuple(found.shape[1:])).tokens
+    given = start_from_image(pipe.bundle, tmp_path / "image.png", shape=tuple(found.shape[1:])).tokens
     assert torch.equal(found[..., 2:], given.expand_as(found)[..., 2:])
     assert (found != given)[..., :2].any()
     from_file = pipe(image=tmp_path / "image.png", strength=0.5, **pipe_of)
@@ -431,12 +431,12 @@ def test_from_the_hub(texts, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
     for name in ("grn-tests/digits", "hf://grn-tests/digits"):
-        assert GRNPipeline.from_pretrained(name).module.size == (16, 32)
+        assert GRNPipeline.from_pretrained(name).bundle.size == (16, 32)
     assert files(tmp_path / "hub") == files(folder)
     asked.clear()
     options = {"revision": "v1", "cache_dir": tmp_path / "cache", "token": "secret", "local_files_only": True}
     pipe = GRNPipeline.from_pretrained("grn-tests/digits", torch_dtype=torch.bfloat16, **options)
-    assert {parameter.dtype for parameter in pipe.module.network.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in pipe.bundle.network.parameters()} == {torch.bfloat16}
     assert asked
     assert all(given == options for given in asked)
 
@@ -447,8 +447,8 @@ def test_another_precision(kind, request):
     asked = {"labels": [1, 2]} if kind == "classes" else {"prompt": PROMPTS[:2]}
     assert pipe.to("cpu", torch.bfloat16) is pipe
     assert pipe.to(torch.bfloat16).device == torch.device("cpu")
-    assert {parameter.dtype for parameter in pipe.module.network.parameters()} == {torch.bfloat16}
-    assert {parameter.dtype for parameter in pipe.module.tokenizer.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in pipe.bundle.network.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in pipe.bundle.tokenizer.parameters()} == {torch.float32}
     half = pipe(seed=4, **asked)
     assert half.entropy.dtype == torch.float32
     assert (pipe.to(torch.float32)(seed=4, **asked).entropy - half.entropy).abs().max() < 0.1

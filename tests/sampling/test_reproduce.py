@@ -33,7 +33,7 @@ def test_both_draw_the_same_again(run, tmp_path, schedule):
     asked = {} if schedule == Cosine(3) else psi
     asked |= {"guidance_scale": 2.5, "guidance_interval": (0, 0.75), "temperature": 1.25, "height": 24, "width": 16}
     request = pipe.request(PROMPTS[:2], negative_prompt=PROMPTS[2], num_inference_steps=schedule, seed=5, **asked)
-    positions = torch.zeros(pipe.module.shape_of(request)[1:], dtype=torch.bool)
+    positions = torch.zeros(pipe.bundle.shape_of(request)[1:], dtype=torch.bool)
     positions[..., 1] = True
     stream = pipe.stream(request)
     next(stream)
@@ -124,7 +124,7 @@ def test_a_file_that_is_no_start(tmp_path):
 def test_a_start_of_another_refiner(run, tmp_path):
     pipe = GRNPipeline.from_pretrained(run)
     request = pipe.request(PROMPTS[:2], seed=5)
-    tokens = torch.zeros(2, *pipe.module.shape_of(request), dtype=torch.long)
+    tokens = torch.zeros(2, *pipe.bundle.shape_of(request), dtype=torch.long)
     for start, wrong in (
         (Start(tokens[:, :1]), "tokens are int64"),
         (Start(tokens.float()), "tokens are int64"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from test_generation import GUIDED, tiny_module
+from test_generation import GUIDED, tiny_bundle
 
 from grn.media import pictures
 from grn.media.images import center_crop, resize_and_crop, to_tensor
@@ -24,12 +24,12 @@ from grn.runtime.errors import UserError
 from grn.sampling import films
 from grn.sampling import sample as command
 from grn.sampling.start_clip import start_from
-from grn.training import TextRefinerModule
+from grn.sampling.text_bundle import TextRefinerBundle
 
 
 def test_samples_are_written_in_their_order(tmp_path, monkeypatch):
     """Whatever the order in which they are done."""
-    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_module(GUIDED), {"ckpt": "x", "step": 1}))
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_bundle(GUIDED), {"ckpt": "x", "step": 1}))
     reports = []
     for batch_size in (12, 5):
         out = tmp_path / str(batch_size)
@@ -65,7 +65,7 @@ def test_samples_are_written_in_their_order(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_take_one_line(tmp_path, monkeypatch, overrides, complaint):
-    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_module(GUIDED), {"ckpt": "x", "step": 1}))
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_bundle(GUIDED), {"ckpt": "x", "step": 1}))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 16)).save("a.png")
     with pytest.raises(UserError, match=complaint) as error:
@@ -86,7 +86,7 @@ def text_module():
     encoder = ByteT5(width=16, depth=1, heads=2, hidden=16, max_length=32)
     sampler = Sampler(Linear(2))
     network, asked = CaptionedRefiner(refiner, encoder), ["a five falling", "a three rising"]
-    return TextRefinerModule(network, tokenizer, sampler, labeling="ind", prompts=asked, size=(16, 16)).eval()
+    return TextRefinerBundle(network, tokenizer, sampler, labeling="ind", prompts=asked, size=(16, 16)).eval()
 
 
 def run(tmp_path, *overrides):
@@ -97,9 +97,9 @@ def run(tmp_path, *overrides):
 
 @pytest.fixture
 def clips(monkeypatch):
-    module = text_module()
-    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (module, {"ckpt": "x", "step": 1}))
-    return module
+    bundle = text_module()
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (bundle, {"ckpt": "x", "step": 1}))
+    return bundle
 
 
 def of_frames(frames):
@@ -134,7 +134,7 @@ def test_a_first_frame_stays(clips, tmp_path):
     run(tmp_path, "num=4", "frames=9", f"init={tmp_path / 'frame.png'}", "film=false")
     ((_, refined),) = watched
     pixels = to_tensor(center_crop(Image.open(tmp_path / "frame.png"), 16))
-    (given,) = clips.tokenize({"pixels": [pixels]})
+    given = clips.tokenize(pixels[None])[0]
     assert torch.equal(refined.tokens[:, :, :1], given.expand(4, -1, -1, -1, -1))
     assert not torch.equal(refined.tokens[0, :, 1:], refined.tokens[2, :, 1:])
 
@@ -155,7 +155,7 @@ def test_a_clip_goes_on_from_the_end_of_another(clips, moving_digits, tmp_path, 
     with av.open(str(source)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     pixels = torch.cat([to_tensor(resize_and_crop(frames[time], 16, 16)) for time in times], dim=1)
-    (given,) = clips.tokenize({"pixels": [pixels]})
+    given = clips.tokenize(pixels[None])[0]
     assert torch.equal(start.tokens[0, :, :2], given)
     assert start.redraw[0, 0, :, 0, 0].tolist() == [False, False, True, True]
 
@@ -213,7 +213,7 @@ def test_of_a_long_clip_no_more_than_its_end_is_read(clips, moving_digits, tmp_p
 
 def test_an_anamorphic_clip_is_seen_as_players_show_it(clips, tmp_path):
     picture, seen = Image.linear_gradient("L").rotate(90).convert("RGB"), []
-    clips.tokenize = lambda batch, tokenize=clips.tokenize: seen.append(batch["pixels"][0]) or tokenize(batch)
+    clips.tokenize = lambda pixels, tokenize=clips.tokenize: seen.append(pixels[0]) or tokenize(pixels)
     for width, aspect in ((64, None), (32, 2)):
         path = tmp_path / f"{width}.mp4"
         with av.open(str(path), "w") as file:
@@ -288,7 +288,7 @@ def test_mistakes_about_clips(clips, tmp_path, monkeypatch, overrides, complaint
 
 @pytest.mark.parametrize("sampler", [GUIDED, Sampler(Linear(3))], ids=["entropy", "linear"])
 def test_samples_are_sorted_by_entropy_and_states_stand_beside_the_film(tmp_path, monkeypatch, sampler):
-    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_module(sampler), {"ckpt": "x", "step": 1}))
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_bundle(sampler), {"ckpt": "x", "step": 1}))
     given = {}
     monkeypatch.setattr(
         pictures,
@@ -311,7 +311,7 @@ def test_samples_are_sorted_by_entropy_and_states_stand_beside_the_film(tmp_path
 
 
 def test_a_page_says_what_draws_the_same_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_module(GUIDED), {"ckpt": "x", "step": 1}))
+    monkeypatch.setattr(command, "load_refiner", lambda *_, **__: (tiny_bundle(GUIDED), {"ckpt": "x", "step": 1}))
     asked = ["ckpt=x", "num=3", "seed=4", "labels=[2,0]", "device=cpu", "bf16=true", "ema=none", "film=false"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         command.sample(compose("sample", [*asked, "html=true", f"out={tmp_path}"]))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_generation import tiny_module
+from test_generation import tiny_bundle
 
 from grn.media.images import center_crop, to_tensor
 from grn.method.request import Request
@@ -16,8 +16,8 @@ SHAPE = (3, 1, 4, 4)
 
 
 @pytest.fixture
-def module():
-    return tiny_module(Sampler(Linear(4)))
+def bundle():
+    return tiny_bundle(Sampler(Linear(4)))
 
 
 @pytest.fixture
@@ -36,18 +36,18 @@ def painted(path, size, box=None):
     return path
 
 
-def test_the_image_is_brought_to_size_as_data_are(module, picture):
-    start = start_from_image(module, picture, shape=SHAPE)
+def test_the_image_is_brought_to_size_as_data_are(bundle, picture):
+    start = start_from_image(bundle, picture, shape=SHAPE)
     image = to_tensor(center_crop(Image.open(picture), 16))[None]
-    assert torch.equal(start.tokens, module.tokenize({"pixels": image}))
-    assert start.tokens.shape == (1, *module.token_shape)
+    assert torch.equal(start.tokens, bundle.tokenize(image))
+    assert start.tokens.shape == (1, *bundle.token_shape)
     assert (start.strength, start.redraw) == (0.6, None)
-    assert start_from_image(module, None, shape=SHAPE) is None
+    assert start_from_image(bundle, None, shape=SHAPE) is None
 
 
-def test_a_token_is_redrawn_where_any_pixel_is_white(module, picture, tmp_path):
+def test_a_token_is_redrawn_where_any_pixel_is_white(bundle, picture, tmp_path):
     mask = painted(tmp_path / "mask.png", (54, 40), (7 + 10, 29, 7 + 11, 31))  # in the centre square: x 10, y 29..30
-    start = start_from_image(module, picture, shape=SHAPE, mask=mask)
+    start = start_from_image(bundle, picture, shape=SHAPE, mask=mask)
     assert start.strength == 1.0
     assert start.redraw.shape == (1, 1, 1, 4, 4)
     assert start.redraw[0, 0, 0].nonzero().tolist() == [[2, 1], [3, 1]]
@@ -63,7 +63,7 @@ STROKES = (7, 0, 27, 40)  # the left half of the centre square
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_in_a_mask_is_not_drawn_anew(module, picture, tmp_path, mode, caplog):
+def test_what_is_transparent_in_a_mask_is_not_drawn_anew(bundle, picture, tmp_path, mode, caplog):
     """As editors save a layer with white strokes: what lies below them may be white, too."""
     for hidden in (0, 255):
         layer = Image.new("RGBA", (54, 40), (hidden, hidden, hidden, 0))
@@ -73,45 +73,45 @@ def test_what_is_transparent_in_a_mask_is_not_drawn_anew(module, picture, tmp_pa
             layer = layer.quantize(8)
         layer.convert(mode).save(tmp_path / "mask.png")
         for mask in (tmp_path / "mask.png", layer.convert(mode)):
-            redraw = start_from_image(module, picture, shape=SHAPE, mask=mask).redraw
+            redraw = start_from_image(bundle, picture, shape=SHAPE, mask=mask).redraw
             assert redraw[0, 0, 0].tolist() == [[True, True, False, False]] * 4
     assert not caplog.text
 
 
-def test_faint_strokes_count_from_half_on(module, picture, tmp_path):
+def test_faint_strokes_count_from_half_on(bundle, picture, tmp_path):
     for alpha, drawn in ((127, False), (128, True)):
         Image.new("RGBA", (54, 40), (255, 255, 255, alpha)).save(tmp_path / "mask.png")
-        assert start_from_image(module, picture, shape=SHAPE, mask=tmp_path / "mask.png").redraw.all() == drawn
+        assert start_from_image(bundle, picture, shape=SHAPE, mask=tmp_path / "mask.png").redraw.all() == drawn
 
 
-def test_a_mask_of_everything_or_nothing_is_told(module, picture, tmp_path, caplog):
-    start_from_image(module, picture, shape=SHAPE, mask=painted(tmp_path / "white.png", (54, 40), (0, 0, 54, 40)))
+def test_a_mask_of_everything_or_nothing_is_told(bundle, picture, tmp_path, caplog):
+    start_from_image(bundle, picture, shape=SHAPE, mask=painted(tmp_path / "white.png", (54, 40), (0, 0, 54, 40)))
     Image.new("RGBA", (54, 40), (255, 255, 255, 0)).save(tmp_path / "clear.png")
-    start_from_image(module, picture, shape=SHAPE, mask=tmp_path / "clear.png")
+    start_from_image(bundle, picture, shape=SHAPE, mask=tmp_path / "clear.png")
     everything, nothing = [record.getMessage() for record in caplog.records]
     assert "white.png is white everywhere: the whole picture is redrawn" in everything
     assert "clear.png is white nowhere (transparent parts count as black): nothing is redrawn" in nothing
 
 
-def test_transparent_parts_of_the_picture_show_white(module, tmp_path):
+def test_transparent_parts_of_the_picture_show_white(bundle, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
     pixels[..., 3] = np.where(pixels[..., 3] > 128, 255, 0)
     Image.fromarray(pixels, "RGBA").save(tmp_path / "layer.png")
     pixels[pixels[..., 3] == 0] = 255
     Image.fromarray(pixels[..., :3]).save(tmp_path / "white.png")
-    layer, white = (start_from_image(module, tmp_path / name, shape=SHAPE) for name in ("layer.png", "white.png"))
+    layer, white = (start_from_image(bundle, tmp_path / name, shape=SHAPE) for name in ("layer.png", "white.png"))
     assert torch.equal(layer.tokens, white.tokens)
 
 
-def test_samples_from_an_image(module, picture, tmp_path):
+def test_samples_from_an_image(bundle, picture, tmp_path):
     def tokens(**start):
-        start = start_from_image(module, picture, shape=SHAPE, **start)
-        batches = list(generate(module, Request(seed=3, start=start), batch_size=2))
+        start = start_from_image(bundle, picture, shape=SHAPE, **start)
+        batches = list(generate(bundle, Request(seed=3, start=start), batch_size=2))
         return torch.cat([b.refined.tokens for b in batches])[torch.cat([b.ids for b in batches]).argsort()]
 
-    (plain,) = generate(module, Request(seed=3), batch_size=5)
+    (plain,) = generate(bundle, Request(seed=3), batch_size=5)
     assert torch.equal(tokens(strength=1), plain.refined.tokens)
-    init = start_from_image(module, picture, shape=SHAPE).tokens
+    init = start_from_image(bundle, picture, shape=SHAPE).tokens
     assert torch.equal(tokens(mask=painted(tmp_path / "black.png", (54, 40))), init.expand(5, -1, -1, -1, -1))
     assert torch.equal(tokens(mask=painted(tmp_path / "white.png", (54, 40), (0, 0, 54, 40))), plain.refined.tokens)
     half = tokens(mask=painted(tmp_path / "half.png", (54, 40), (0, 0, 27, 40)), strength=0.7)
@@ -134,11 +134,11 @@ def test_samples_from_an_image(module, picture, tmp_path):
         ({"strength": "much"}, "^strength=much must be a number"),
     ],
 )
-def test_mistakes_take_one_line(module, picture, tmp_path, arguments, complaint, monkeypatch):
+def test_mistakes_take_one_line(bundle, picture, tmp_path, arguments, complaint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     painted(tmp_path / "small.png", (10, 10))
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "text.txt").write_text("no image")
     with pytest.raises(UserError, match=complaint) as error:
-        start_from_image(module, shape=SHAPE, **{"init": str(picture)} | arguments)
+        start_from_image(bundle, shape=SHAPE, **{"init": str(picture)} | arguments)
     assert "\n" not in str(error.value)

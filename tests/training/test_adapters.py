@@ -9,8 +9,9 @@ from grn.checkpoints.native import read_checkpoint
 from grn.networks.adapters import adapter_state
 from grn.runtime.errors import UserError
 from grn.runtime.failures import MISTAKES, explain
+from grn.sampling.loading import load_refiner
 from grn.sampling.pipeline import GRNPipeline
-from grn.training.building import load_refiner, module_from_config
+from grn.training.building import module_from_config
 from grn.training.export import export
 from grn.training.train import train
 
@@ -63,15 +64,15 @@ def test_a_file_of_adapters_is_merged_into_other_weights(run, tmp_path):
     tensors = load_file(path)
     assert tensors.keys() == adapter_state(read_checkpoint(run).weights("none")).keys()
     pipe = GRNPipeline.from_pretrained(run)
-    before = {name: tensor.clone() for name, tensor in pipe.module.refiner.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in pipe.bundle.refiner.state_dict().items()}
     assert pipe.load_lora_weights(path, scale=-1) is pipe  # the run's own, out again
     base = read_checkpoint(run).weights("none")
     name = "blocks.1.attention.v"
     torch.testing.assert_close(
-        pipe.module.refiner.state_dict()[f"{name}.weight"], base[f"refiner.{name}.base_layer.weight"]
+        pipe.bundle.refiner.state_dict()[f"{name}.weight"], base[f"refiner.{name}.base_layer.weight"]
     )
     pipe.load_lora_weights(path)
-    for name, tensor in pipe.module.refiner.state_dict().items():
+    for name, tensor in pipe.bundle.refiner.state_dict().items():
         torch.testing.assert_close(tensor, before[name])
 
 

@@ -13,7 +13,8 @@ from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
-from grn.training.building import module_from_checkpoint, module_from_config
+from grn.sampling.loading import bundle_from_checkpoint
+from grn.training.building import module_from_config
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_official_tokenizer_is_recorded_by_path_and_hash(official_tokenizer, gol
     checkpoint = checkpoint_of(module, tmp_path / "x.ckpt")
     record = checkpoint.contents["tokenizer"]
     assert record["state_dict"] is None  # 700 M parameters do not belong into every checkpoint
-    again = module_from_checkpoint(checkpoint)
+    again = bundle_from_checkpoint(checkpoint)
     torch.testing.assert_close(again.tokenizer.encode(expected["T1.video"]), features, atol=0, rtol=0)
     assert (again.sampler.temperature, again.sampler.guidance) == (1.31, 2.35)
 
@@ -126,7 +127,7 @@ def test_official_training_goes_on_with_its_averages(official_tokenizer, officia
             expected = decay * expected + (1 - decay) * weights
         torch.testing.assert_close(ema.averages[str(decay)][name], expected)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = module_from_checkpoint(read_checkpoint(tmp_path / "last.ckpt"))
+    again = bundle_from_checkpoint(read_checkpoint(tmp_path / "last.ckpt"))
     assert torch.equal(again.network.state_dict()[name], ema.averages["0.9999"][name])
 
 
@@ -166,9 +167,9 @@ def test_a_text_refiner_and_its_encoder_come_back_from_a_checkpoint(official_tok
     checkpoint = checkpoint_of(module, tmp_path / "x.ckpt")
     parts = {".".join(name.split(".")[:2]) for name in checkpoint.contents["state_dict"]}
     assert parts == {"network.refiner"} | ({"network.encoder"} if encoder != "frozen" else set())
-    again = module_from_checkpoint(checkpoint)
+    again = bundle_from_checkpoint(checkpoint)
     request = Request(num=2, height=32, width=48, sampler=Sampler(Linear(3), guidance=2.0))
-    expected, found = (it.eval().generate(request).tokens for it in (module, again))
+    expected, found = (it.generate(request).tokens for it in (module.eval().bundle, again))
     assert torch.equal(found, expected)
 
     # What a strategy shards starts as the network that one process makes.

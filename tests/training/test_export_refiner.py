@@ -16,8 +16,9 @@ from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
+from grn.sampling.loading import load_refiner
 from grn.sampling.sample import sample
-from grn.training.building import load_refiner, module_from_config
+from grn.training.building import module_from_config
 from grn.training.export import export
 from grn.weights.kinds import INDEX
 
@@ -123,7 +124,7 @@ def test_it_samples_what_the_checkpoint_samples(run):
     folder = exported(f"ckpt={run}")
     (first, source), (second, again) = load_refiner(str(run)), load_refiner(str(folder))
     assert (again["ckpt"], again["step"]) == (str(folder), source["step"])
-    assert (second.sampler, second.training, second.labeling) == (first.sampler, False, "ind")
+    assert (second.sampler, second.network.training, second.labeling) == (first.sampler, False, "ind")
     tokens = [module.generate(Request(num=4, seed=3)).tokens for module in (first, second)]
     assert torch.equal(*tokens)
     assert torch.equal(first.decode(tokens[0]), second.decode(tokens[1]))

@@ -15,9 +15,9 @@ from grn.checkpoints.official_text_refiner import load_official_text_refiner
 from grn.networks.text_encoder import ByteT5
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.failures import MISTAKES, explain
+from grn.sampling.loading import load_refiner
 from grn.sampling.pipeline import GRNPipeline
 from grn.sampling.sample import sample
-from grn.training.building import load_refiner
 from grn.training.export import export
 from grn.weights.kinds import INDEX
 from grn.weights.pretrained import MAX_CONFIG_BYTES
@@ -122,7 +122,8 @@ def test_half_precision(run, folder, tmp_path):
         whole, own = (load_file(path / name / "model.safetensors") for path in (folder, half))
         assert whole.keys() == own.keys()
         assert all(torch.equal(own[key], value.bfloat16()) for key, value in whole.items())
-    assert all(value.dtype == torch.float32 for value in modules[1].state_dict().values() if value.is_floating_point())
+    values = [value for part in modules[1].parts.values() for value in part.state_dict().values()]
+    assert all(value.dtype == torch.float32 for value in values if value.is_floating_point())
     first, second = (torch.cat([x.flatten() for x in module.refiner.parameters()]) for module in modules)
     assert not torch.equal(first, second)
     assert torch.equal(first.bfloat16(), second.bfloat16())
@@ -143,7 +144,7 @@ def test_a_frozen_encoder_is_referred_to(umt5, tmp_path, monkeypatch):
     before = files(folder)
     earlier = {name: value for name, value in said.items() if name != "clean_captions"}  # as exports were before
     reference.write_text(json.dumps(earlier))
-    assert GRNPipeline.from_pretrained(folder).module.text_encoder.clean_captions is False
+    assert GRNPipeline.from_pretrained(folder).bundle.text_encoder.clean_captions is False
     reference.write_bytes(before["text_encoder/config.json"])
     rewrite(reference, path=umt5.name)
     assert files(GRNPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")) == before

@@ -144,4 +144,4 @@ def test_a_network_without_is_refused():
     bare = torch.nn.Linear(1, 1)
     bare.channels, bare.classes, bare.num_labels = module.network.channels, module.network.classes, 5
     with pytest.raises(UserError, match=r"training\.loss_chunk=16: Linear has no loss in chunks; training.loss_chunk"):
-        RefinerModule(bare, module.tokenizer, module.sampler, loss_chunk=16)
+        RefinerModule(bare, module.tokenizer, module.bundle.sampler, loss_chunk=16)

@@ -30,11 +30,11 @@ from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
+from grn.sampling.loading import load_refiner
+from grn.sampling.official import load_official_refiner
 from grn.sampling.pipeline import GRNPipeline
 from grn.sampling.sample import sample
 from grn.training import building
-from grn.training.building import load_refiner
-from grn.training.official import load_official_refiner
 from grn.weights import pretrained, releases
 from grn.weights.releases import RELEASES, File
 
@@ -167,12 +167,12 @@ def test_text_to_image_from_the_hub(weights, tmp_path, caplog):
     )
     cached = {"cache_dir": tmp_path, "local_files_only": True}
     pipe = GRNPipeline.from_pretrained(HUB_ID, task="t2i", size="2B", **cached)
-    module = pipe.module
+    module = pipe.bundle
     assert module.sampler == Sampler(Shifted(50, cap=0.95), temperature=1.1, guidance=3.0)
     assert (module.refiner.attention, module.labeling, module.negative_prompt) == ("full", "bit", "")
     assert (module.size, module.frames, module.worded("a dog")) == ((16, 32), 1, "<T2I>a dog")
     assert module.text_encoder.clean_captions
-    (line,) = (record.getMessage() for record in caplog.records if record.name == "grn.training.official")
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "grn.sampling.official")
     for told in ("t2i size=2B", "GRN_T2I_2B_FSA_251600.pth", "cap=0.95", "temperature=1.1", "<T2I>prompt"):
         assert told in line
     result = pipe("a dog", num_inference_steps=2, seed=1)
@@ -209,38 +209,38 @@ def test_single_files_of_the_hub(weights, tmp_path, monkeypatch):
 def test_a_folder_and_its_export(weights, tmp_path):
     """A local folder or mirror serves; what save_pretrained writes draws the same, prompts' words included."""
     pipe = GRNPipeline.from_pretrained(weights, task="t2v")
-    assert pipe.module.worded("a dog") == "<T2V>a dog. The quality is very high!"
-    assert pipe.module.worded("") == ""
-    assert pipe.module.negative_prompt == releases.NEGATIVE_PROMPT
-    assert pipe.module.frames == 5
+    assert pipe.bundle.worded("a dog") == "<T2V>a dog. The quality is very high!"
+    assert pipe.bundle.worded("") == ""
+    assert pipe.bundle.negative_prompt == releases.NEGATIVE_PROMPT
+    assert pipe.bundle.frames == 5
     drawn = {"num_inference_steps": 2, "seed": 1, "output_type": "latent"}
     tokens = pipe("a dog", **drawn).tokens
     assert tokens.shape == (1, 6, 3, 4, 8)
     again = GRNPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "export"))
-    assert again.module.worded("a dog") == "<T2V>a dog. The quality is very high!"
+    assert again.bundle.worded("a dog") == "<T2V>a dog. The quality is very high!"
     assert torch.equal(again("a dog", **drawn).tokens, tokens)
-    again.module.prompt_prefix = again.module.prompt_suffix = ""
+    again.bundle.prompt_prefix = again.bundle.prompt_suffix = ""
     assert not torch.equal(again("a dog", **drawn).tokens, tokens)
 
 
 def test_image_to_video(weights, tmp_path):
     """Of the 8B file, whose definition its shapes tell; the given frame stays, brought to size by Lanczos."""
     pipe = GRNPipeline.from_pretrained(weights, task="i2v")
-    assert (pipe.module.refiner.config["kv_heads"], pipe.module.context_latents) == (2, 1)
-    assert pipe.module.worded("a dog") == "<I2V>a dog high aesthetic and high quality video."
+    assert (pipe.bundle.refiner.config["kv_heads"], pipe.bundle.context_latents) == (2, 1)
+    assert pipe.bundle.worded("a dog") == "<I2V>a dog high aesthetic and high quality video."
     noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     drawn = {"num_inference_steps": 2, "seed": 1, "output_type": "latent"}
     tokens = pipe("a dog", image=picture, **drawn).tokens
     fitted = picture.resize((32, 41), Image.Resampling.LANCZOS).crop((0, 12, 32, 28))
     pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None, :, None]
-    first = pipe.module.tokenize({"pixels": list(pixels)})[0]
+    first = pipe.bundle.tokenize(pixels)[0]
     assert torch.equal(tokens[0][:, :1], first)
     assert complaint(lambda: pipe("a dog", **drawn)).startswith("image: these weights make clips of a first frame")
     again = GRNPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "export"))
     assert torch.equal(again("a dog", image=picture, **drawn).tokens, tokens)
     assert "give image" in complaint(lambda: again("a dog", **drawn))
-    assert pipe.module.provenance["refiner"]["source"] == f"{weights}/GRN_T2V_TITAN_FSA_sft10600_ema.pth"
+    assert pipe.bundle.provenance["refiner"]["source"] == f"{weights}/GRN_T2V_TITAN_FSA_sft10600_ema.pth"
 
 
 def test_classes(weights):

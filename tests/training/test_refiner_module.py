@@ -33,11 +33,11 @@ def pixels():
 def test_tokens_of_both_labelings_carry_the_same_image(labeling):
     module = build(labeling)
     tokens = module.tokenize({"pixels": pixels()})
-    assert tokens.shape == (4, *module.token_shape)
+    assert tokens.shape == (4, *module.bundle.token_shape)
     assert tokens.max() < module.network.classes
     reconstructed = module.tokenizer(pixels().float() / 127.5 - 1)[0]
     expected = ((reconstructed.clamp(-1, 1) + 1) * 127.5).round()
-    assert (module.decode(tokens).float() - expected).abs().max() <= 1
+    assert (module.bundle.decode(tokens).float() - expected).abs().max() <= 1
 
 
 def test_the_tokenizer_stays_frozen_and_in_evaluation_mode():
@@ -51,10 +51,10 @@ def test_the_tokenizer_stays_frozen_and_in_evaluation_mode():
 def test_generation_is_a_function_of_seed_and_id(labeling):
     module = build(labeling).eval()
     request = Request(labels=(0, 1, 2, 3), seed=5)
-    whole = module.generate(request).tokens
-    ((_, part),) = module.generate_queue(request, ids=torch.tensor([2, 3]), batch_size=2)
+    whole = module.bundle.generate(request).tokens
+    ((_, part),) = module.bundle.generate_queue(request, ids=torch.tensor([2, 3]), batch_size=2)
     assert torch.equal(part.tokens, whole[2:])
-    assert module.decode(whole).shape == (4, 3, 1, 16, 16)
+    assert module.bundle.decode(whole).shape == (4, 3, 1, 16, 16)
 
 
 def test_misfit_with_the_tokenizer_names_the_keys():

@@ -134,7 +134,7 @@ def test_what_a_step_of_sampling_does_on_the_device_is_one_graph(update, monkeyp
     )
     module = test_refiner_module.build().eval()
     torch.nn.init.normal_(module.network.head.out.weight, generator=torch.Generator().manual_seed(0))
-    refinement = module.refinement(request, batch_size=4)
+    refinement = module.bundle.refinement(request, batch_size=4)
     next(refinement), next(refinement)
     arguments, named = drawn[-1]
     with torch.no_grad():

@@ -51,11 +51,12 @@ def network(frozen=False):
     return made
 
 
-def build(frozen=False, **changes):
+def build(frozen=False, *, multipliers=(1, 2), temporal=(False,), **changes):
     torch.manual_seed(0)
     tokenizer = HBQTokenizer(
-        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2), blocks_per_stage=1, temporal=(False,)
-    )
+        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=multipliers, blocks_per_stage=1,
+        temporal=temporal,
+    )  # fmt: skip
     encoder = ByteT5(**ENCODER).requires_grad_(False).eval() if frozen else None
     arguments = {"prompts": PROMPTS, "size": (16, 32), "labeling": "ind", "text_encoder": encoder} | changes
     module = TextRefinerModule(network(frozen), tokenizer, Sampler(Linear(3), guidance=2.0), **arguments)
@@ -209,19 +210,14 @@ def clip_pack():
 
 
 def build_video(**changes):
-    module = build(frames=9, size=(16, 16), **changes)
-    module.tokenizer = HBQTokenizer(
-        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2, 2), blocks_per_stage=1,
-        temporal=(True, True),
-    ).eval().requires_grad_(False)  # fmt: skip
-    return module
+    return build(multipliers=(1, 2, 2), temporal=(True, True), frames=9, size=(16, 16), **changes)
 
 
 def test_given_latents_stay_true_and_count_for_nothing():
     module, batch = build_video(context_latents=1, context_ratio=1.0), clip_pack()
     tokens = module.tokenize(batch)
     assert [tuple(sample.shape) for sample in tokens] == [(3, 3, 2, 2), (3, 1, 2, 2), (3, 2, 2, 2), (3, 3, 2, 2)]
-    assert module.token_shape == (3, 3, 2, 2)
+    assert module.bundle.token_shape == (3, 3, 2, 2)
     ids = torch.arange(4)
     context = module.draw_context(tokens, ids)
     assert context == [1, 0, 1, 1]
@@ -263,7 +259,7 @@ def test_clips_with_given_latents_have_a_tag_of_their_own():
     given = Start(torch.zeros(1, 3, 3, 2, 2, dtype=torch.long), 1.0, redraw)
     for start in (None, given):
         request = Request(prompts=("a",), negative_prompt="bad", start=start)
-        module.condition(module.complete(request), torch.arange(1))
+        module.bundle.condition(module.bundle.complete(request), torch.arange(1))
     assert asked == ["<T2V>a", "bad", "<I2V>a", "bad"]
 
 
@@ -295,17 +291,17 @@ def test_a_share_of_clips_has_given_latents_and_each_number_is_as_likely():
 
 def test_frames_that_no_tokenizer_has_are_refused():
     module = build_video()
-    module.frames = 8
+    module.bundle.frames = 8
     with pytest.raises(UserError, match="8 frames are not 1"):
-        _ = module.token_shape
+        _ = module.bundle.token_shape
 
 
 def test_streamed_clips_are_those_that_are_decoded():
     module = build_video().eval()
-    tokens = torch.randint(4, (2, *module.token_shape), generator=torch.Generator().manual_seed(0))
-    frames = torch.stack(list(module.decode_stream(tokens)), dim=2)
+    tokens = torch.randint(4, (2, *module.bundle.token_shape), generator=torch.Generator().manual_seed(0))
+    frames = torch.stack(list(module.bundle.decode_stream(tokens)), dim=2)
     assert frames.shape == (2, 3, 9, 16, 16)
-    assert (frames.int() - module.decode(tokens).int()).abs().max() <= 1
+    assert (frames.int() - module.bundle.decode(tokens).int()).abs().max() <= 1
 
 
 def test_tokens_keep_their_places_among_sizes():
@@ -343,23 +339,23 @@ def test_flop_grow_with_pictures_and_texts():
 def test_samples_are_of_their_prompts(frozen):
     module = build(frozen).eval()
     asked = (*PROMPTS, PROMPTS[1])
-    whole = module.generate(Request(prompts=asked, seed=5)).tokens
+    whole = module.bundle.generate(Request(prompts=asked, seed=5)).tokens
     assert whole.shape == (4, 3, 1, 4, 8)
-    assert module.decode(whole).shape == (4, 3, 1, 16, 32)
+    assert module.bundle.decode(whole).shape == (4, 3, 1, 16, 32)
 
     def second(**changes):
         """Of one prompt and a number of another."""
         request = Request(prompts=(PROMPTS[1],), num=2, seed=5, **changes)
-        ((_, refined),) = module.generate_queue(request, ids=torch.tensor([1]), batch_size=1)
+        ((_, refined),) = module.bundle.generate_queue(request, ids=torch.tensor([1]), batch_size=1)
         return refined.tokens
 
-    assert torch.equal(module.generate(Request(num=2, seed=5)).tokens, whole[:2])  # its own prompts
+    assert torch.equal(module.bundle.generate(Request(num=2, seed=5)).tokens, whole[:2])  # its own prompts
     assert torch.equal(second(), whole[1:2])
     assert not torch.equal(second(negative_prompt="a seven"), whole[1:2])
     assert second(height=24, width=16).shape == (1, 3, 1, 6, 4)
     with pytest.raises(UserError, match="multiples of the tokenizer's stride 4"):
         second(height=24, width=18)
-    assert (module.prompts[0], module.negative_prompt, module.size) == (PROMPTS[0], "", (16, 32))
+    assert (module.bundle.prompts[0], module.bundle.negative_prompt, module.bundle.size) == (PROMPTS[0], "", (16, 32))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -441,12 +437,12 @@ def run_rank(rank, folder):
 
     # Sampling, each rank as often as it likes, while the network is whole.
     module = build()
-    whole = module.generate(Request(num=2, seed=1)).tokens
+    whole = module.bundle.generate(Request(num=2, seed=1)).tokens
     module.network = sharded
     with torch.no_grad():
         gather_weights(sharded)
         for _ in range(rank + 1):
-            assert torch.equal(module.generate(Request(num=2, seed=1)).tokens, whole)
+            assert torch.equal(module.bundle.generate(Request(num=2, seed=1)).tokens, whole)
         release_weights(sharded)
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
 
@@ -489,9 +485,9 @@ def test_cut_prompts_are_told_once_each(caplog):
     module = build()
     module._trainer = None
     long = "a seven " * 8
-    request = module.complete(Request(prompts=(long, "a seven"), num=4))
+    request = module.bundle.complete(Request(prompts=(long, "a seven"), num=4))
     for _ in range(2):
-        module.condition(request, torch.arange(4))
+        module.bundle.condition(request, torch.arange(4))
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said.startswith('a prompt has more tokens than text_encoder.max_length=32: of "a seven a seven ')
     assert said.endswith(f'only "{long[:31]}" is drawn')  # bytes, and a token for the end
@@ -500,6 +496,6 @@ def test_cut_prompts_are_told_once_each(caplog):
 def test_a_run_tells_how_many_of_its_prompts_are_cut(caplog):
     module = build(prompts=["a seven " * 8, "a nine " * 9, "a seven"])
     module.setup("fit")
-    module.condition(module.complete(Request(num=3)), torch.arange(3))
+    module.bundle.condition(module.bundle.complete(Request(num=3)), torch.arange(3))
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said.startswith("2 of 3 training.prompts have more tokens than text_encoder.max_length=32")

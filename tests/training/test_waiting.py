@@ -41,7 +41,7 @@ def module_of(kind):
 def test_sampling_steps_never_wait(kind, sampler):
     with FakeCuda() as fake:
         module = module_of(kind).eval()
-        refinement = module.refinement(Request(num=6, seed=1, sampler=sampler), batch_size=4)
+        refinement = module.bundle.refinement(Request(num=6, seed=1, sampler=sampler), batch_size=4)
         fake.waits.clear()
         steps = list(refinement)
     assert len(steps) == 12  # two samples waited for four
@@ -53,7 +53,7 @@ def test_an_entropy_that_decides_is_waited_for():
     schedule = EntropyGuided(warmup=2, min_steps=4, max_steps=9)
     with FakeCuda() as fake:
         module = module_of("classes").eval()
-        refinement = module.refinement(Request(num=4, seed=1, sampler=Sampler(schedule)), batch_size=4)
+        refinement = module.bundle.refinement(Request(num=4, seed=1, sampler=Sampler(schedule)), batch_size=4)
         fake.waits.clear()
         for _ in range(schedule.decide_at):
             next(refinement)

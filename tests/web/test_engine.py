@@ -44,7 +44,7 @@ def request(pipe, **more):
 
 
 def painted(pipe, drawing):
-    positions = torch.zeros(pipe.module.shape_of(drawing.request)[1:], dtype=torch.bool)
+    positions = torch.zeros(pipe.bundle.shape_of(drawing.request)[1:], dtype=torch.bool)
     positions[:, 1:3, :2] = True
     return positions
 

@@ -19,8 +19,8 @@ from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
 from grn.runtime.files import sha256_of
-from grn.training import RefinerModule
-from grn.training.building import text_refiner_module
+from grn.sampling.bundle import RefinerBundle
+from grn.sampling.loading import text_refiner_bundle
 from grn.weights.building import build_with_weights
 from grn.weights.kinds import CONFIG, INDEX
 from grn.weights.pretrained import fetch
@@ -37,7 +37,7 @@ def load_official_refiner(
     size_key: str = "size",
     ema: str | float | None = None,
     **hub: Any,
-) -> tuple[RefinerModule, dict[str, Any]]:
+) -> tuple[RefinerBundle, dict[str, Any]]:
     """A refiner of the authors' in evaluation mode, with the tokenizer, text encoder and sampling settings that belong
     to it; and what reports say of it: where it is, and all that was chosen.
 
@@ -88,16 +88,16 @@ def load_official_refiner(
             release.prompt_prefix,
             release.prompt_suffix,
         )
-        module: RefinerModule = text_refiner_module(refiner.float(), text, **arguments)
+        bundle: RefinerBundle = text_refiner_bundle(refiner.float(), text, **arguments)
     else:
-        module = RefinerModule(refiner.float(), **arguments)
-    module.provenance = {
+        bundle = RefinerBundle(refiner.float(), **arguments)
+    bundle.provenance = {
         "refiner": {"source": f"{ckpt}/{refiner_file.name}", "step": None, "ema": decay, "task": task},
         "tokenizer": {"source": f"{ckpt}/{tokenizer_file.name}", "step": None},
     }
     names = [str(path.relative_to(folder)) for path in files]
     log.info("task=%s %s=%s: %s; %s", task, size_key, size, ", ".join(names), _told(release, sampler))
-    return module.eval(), {"ckpt": ckpt, "step": None, "task": task, "size": size, "files": names}
+    return bundle.eval(), {"ckpt": ckpt, "step": None, "task": task, "size": size, "files": names}
 
 
 def official_class_weights(path: str | Path, ema: str | float | None, *, key: str) -> tuple[dict[str, Tensor], str]:
