@@ -18,7 +18,7 @@ from grn.metrics.ranks import Totals
 from grn.metrics.splits import Split, as_images, image_digest
 from grn.runtime.errors import UserError
 from grn.runtime.locks import write_cached
-from grn.toys.critters import ATTRIBUTES, HELDOUT_PAIRS, read_caption
+from grn.toys.critters import ATTRIBUTES, HELDOUT_PAIRS, LABEL_NAMES, read_caption
 from grn.weights.mapping import load_strict
 
 SIZE, WIDTH = 64, 64  # of the pictures it reads, and of its features
@@ -39,14 +39,15 @@ class CrittersJudge:
 
     Args:
         prompts: what samples are asked for, by the numbers that `update` gets; those that tell no attribute are not
-            judged.
+            judged. None: the classes of data=critters, which tell color and shape.
         asked: in their place, the lines of a suite, each with its `prompt`.
-        train, val: the splits of data=critters_t2i.
+        train, val: the splits of data=critters_t2i, with captions; those of data=critters have classes alone.
         device: where the network runs.
         cache_dir: where the trained network is kept; None: it is trained each time, in a minute.
 
     Raises:
-        UserError: no prompt tells an attribute, or a split without captions or with pictures of another size.
+        UserError: no prompt tells an attribute, or one that no training picture tells; a split with neither captions
+            nor classes, or with pictures of another size.
     """
 
     reads_lines = True  # of the suite
@@ -56,13 +57,17 @@ class CrittersJudge:
         *,
         train: Split,
         val: Split,
-        prompts: Sequence[str] = (),
+        prompts: Sequence[str] | None = None,
         asked: Sequence[Mapping[str, Any]] | None = None,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
     ):
-        self.asked = self._asked_for(prompts if asked is None else [line["prompt"] for line in asked])
+        self.asked = self._asked_for(prompts, asked)
         images, attributes = _whole(train, "training")
+        unknown = (self.asked != UNTOLD).any(dim=0) & (attributes == UNTOLD).all(dim=0)
+        if unknown.any():
+            name = list(ATTRIBUTES)[int(unknown.nonzero()[0])]
+            raise UserError(f"scores.critters: prompts tell of {name}, and no training picture does: data=critters_t2i")
         self.network = _load(images, attributes, cache_dir).to(device)
         self.statistics, own, real = (
             FeatureStatistics(WIDTH, over_ranks=over).to(device) for over in (True, False, False)
@@ -76,7 +81,8 @@ class CrittersJudge:
             own.update(features)
             read.append(found)
         right, told = torch.cat(read) == attributes, attributes != UNTOLD
-        self.val_accuracy = ((right & told).sum(dim=0) / told.sum(dim=0)).min().item()
+        known = told.any(dim=0)
+        self.val_accuracy = ((right & told).sum(dim=0)[known] / told.sum(dim=0)[known]).min().item()
         self.real = as_numpy(real.compute())
         self.val_fid = frechet_distance(as_numpy(own.compute()), self.real)
         # Of each prompt: pictures, right ones of each attribute, right pairs of color and hat.
@@ -84,14 +90,18 @@ class CrittersJudge:
 
     @classmethod
     def check(
-        cls, num: int | None, *, prompts: Sequence[str] = (), asked: Sequence[Mapping[str, Any]] | None = None
+        cls, num: int | None, *, prompts: Sequence[str] | None = None, asked: Sequence[Mapping[str, Any]] | None = None
     ) -> None:
         """As `GenerationScores.check`."""
-        cls._asked_for(prompts if asked is None else [line["prompt"] for line in asked])
+        cls._asked_for(prompts, asked)
 
     @staticmethod
-    def _asked_for(prompts: Sequence[str]) -> Tensor:
+    def _asked_for(prompts: Sequence[str] | None, asked: Sequence[Mapping[str, Any]] | None) -> Tensor:
         """int64 [prompts, attributes]."""
+        if asked is not None:
+            prompts = [line["prompt"] for line in asked]
+        elif prompts is None:
+            prompts = LABEL_NAMES
         asked = torch.tensor([read_caption(prompt) for prompt in prompts]).reshape(-1, len(ATTRIBUTES))
         if (asked == UNTOLD).all():
             raise UserError('scores.critters: no prompt tells of a critter, such as "a blue bell critter with a fin"')
@@ -241,21 +251,26 @@ def _inputs(images: Tensor) -> Tensor:
 
 
 def _whole(split: Split, name: str) -> tuple[Tensor, Tensor]:
-    """A split in memory: images uint8 [N, 3, 64, 64] and attributes int64 [N, 6], as far as captions tell them.
+    """A split in memory: images uint8 [N, 3, 64, 64] and attributes int64 [N, 6], as far as captions or else classes
+    tell them.
 
     Raises:
-        UserError: it is empty, or tells nothing of an attribute.
+        UserError: it is empty, or tells nothing of any attribute.
     """
 
     def batches() -> Iterator[tuple[Tensor, list[str]]]:
         for batch in split():
             pixels = batch["pixels"]
             pixels = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
-            yield as_images(pixels).cpu(), list(batch.get("caption", ()))
+            labels = batch["label"].tolist() if "label" in batch else []
+            told = batch.get("caption") or [LABEL_NAMES[label] for label in labels if label < len(LABEL_NAMES)]
+            yield as_images(pixels).cpu(), list(told)
 
     parts = [(images, captions) for images, captions in batches() if len(images) == len(captions)]
     images = torch.cat([images for images, _ in parts]) if parts else torch.empty(0)
     attributes = torch.tensor([read_caption(caption) for _, captions in parts for caption in captions])
-    if not len(images) or (attributes == UNTOLD).all(dim=0).any():
-        raise UserError(f"scores.critters: the {name} split has no captions of critters: give data=critters_t2i")
+    if not len(images) or (attributes == UNTOLD).all():
+        raise UserError(
+            f"scores.critters: the {name} split has no captions or classes of critters: give data=critters_t2i"
+        )
     return images, attributes

@@ -45,7 +45,8 @@ def split_of(root, name):
     def read():
         raws = samples(root, name)
         pixels = [torch.from_numpy(np.array(Image.open(io.BytesIO(raw["png"])))).permute(2, 0, 1) for raw in raws]
-        yield {"pixels": torch.stack(pixels), "caption": [raw["txt"].decode() for raw in raws]}
+        labels = torch.tensor([int(raw["cls"]) for raw in raws])
+        yield {"pixels": torch.stack(pixels), "caption": [raw["txt"].decode() for raw in raws], "label": labels}
 
     return read
 
@@ -196,11 +197,31 @@ def test_the_judge_counts_what_was_told(folder, monkeypatch, tmp_path):
         CrittersJudge(train=split_of(folder, "train"), val=split_of(folder, "val"), prompts=prompts, cache_dir=tmp_path)
 
 
+def test_the_judge_of_classes(folder, monkeypatch):
+    """Of pictures with a class alone it reads color and shape, and nothing that nobody has told it."""
+    monkeypatch.setattr(critters_judge, "EPOCHS", 1)
+    splits = {name: without_captions(split_of(folder, name)) for name in ("train", "val")}
+    judge = CrittersJudge(**splits)
+    assert len(judge.asked) == len(LABEL_NAMES) == 36
+    read = torch.tensor([read_caption("a pink tower critter"), read_caption("a pink bell critter")])
+    monkeypatch.setattr(judge, "_read", lambda images: (read, torch.randn(len(images), 64)))
+    judge.update(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([LABEL_NAMES.index("pink tower")] * 2))
+    scores = judge.compute()
+    assert (scores["color_accuracy"], scores["shape_accuracy"], scores["attribute_accuracy"]) == (1, 0.5, 0.75)
+    assert not {"eyes_accuracy", "hat_accuracy", "pair_accuracy"} & scores.keys()
+    with pytest.raises(UserError, match="prompts tell of hat, and no training picture does: data=critters_t2i"):
+        CrittersJudge(**splits, prompts=["a pink critter with horns"])
+
+
+def without_captions(split):
+    return lambda: ({key: value for key, value in batch.items() if key != "caption"} for batch in split())
+
+
 @pytest.mark.parametrize(
     ("prompts", "train", "expected"),
     [
         (["a dog"], "train", "no prompt tells of a critter"),
-        ([caption(SOME)], None, r"the training split has no captions of critters: give data=critters_t2i"),
+        ([caption(SOME)], None, r"the training split has no captions or classes of critters"),
     ],
 )
 def test_what_cannot_be_judged(folder, prompts, train, expected):
