@@ -202,7 +202,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         axis.axhline(bound, color="grey", linestyle=":", label="continuous")
         axis.axhspan(bound - error, bound + error, color="grey", alpha=0.2)
         axis.set(xticks=(4, 8, 16), xlabel="bits a position", ylabel=label)
-    axes[0].legend(fontsize="small", loc="center right")
+    axes[2].legend(fontsize="small")
     figure.savefig(HERE / "bits.png", dpi=100)
 
 
