@@ -34,7 +34,7 @@ from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.files import write_json
 from grn.runtime.flops import training_flop
-from grn.training.building import module_from_checkpoint
+from grn.sampling.loading import bundle_from_checkpoint
 from grn.training.optimization import adamw, learning_rate_schedule
 
 matplotlib.use("agg")
@@ -70,17 +70,17 @@ class Digits(NamedTuple):
 def read_digits(ckpt: str) -> Digits:
     """The data, tokenizer, scores and network's settings of a run of digits_c2i."""
     checkpoint = read_checkpoint(ckpt)
-    module, config = module_from_checkpoint(checkpoint), checkpoint.config
+    bundle, config = bundle_from_checkpoint(checkpoint), checkpoint.config
     datamodule = instantiate(config.data)
     splits = real_splits(datamodule, clips=False)
     batches = {name: list(read()) for name, read in splits.items()}
     labels = {name: torch.cat([batch["label"] for batch in split]) for name, split in batches.items()}
     pixels = {name: torch.cat([batch["pixels"] for batch in split]) for name, split in batches.items()}
-    tokens = {name: module.tokenizer.tokenize(from_uint8(split), "ind") for name, split in pixels.items()}
+    tokens = {name: bundle.tokenizer.tokenize(from_uint8(split), "ind") for name, split in pixels.items()}
     model = {key: value for key, value in config.model.items() if key not in ("_target_", "weights")}
     partials = instantiate({name: config.scores[name] for name in ("fid", "judge")})
     scores = build_scores(partials, splits, device=torch.device("cpu"), cache_dir=OUT / "cache")
-    return Digits(tokens, labels, module.decode, model, scores)
+    return Digits(tokens, labels, bundle.decode, model, scores)
 
 
 def corrupted_loss(network: ClassRefiner, tokens: Tensor, labels: Tensor, seed: int, step: int) -> Tensor:

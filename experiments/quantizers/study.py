@@ -14,7 +14,6 @@ import math
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -158,7 +157,7 @@ def measure(seeds: list[int]) -> None:
             row["parameters"] = sum(p.numel() for p in network.parameters())
             for score in scores.values():
                 score.reset()
-            found = score_reconstructions(SimpleNamespace(network=network, device=device), scores, datamodule)
+            found = score_reconstructions(network, scores, datamodule)
             found = {key: found[key] for key in ("psnr", "ssim", "rfid")} | entropies(network, pixels["val"])
             write_json(path, row | found)
             log.info("%s: %s", path.stem, {key: round(value, 3) for key, value in found.items()})
