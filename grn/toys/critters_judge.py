@@ -236,7 +236,7 @@ def _train(images: Tensor, attributes: Tensor) -> dict[str, Tensor]:
                     for place, head in enumerate(network.heads)
                 ]
                 optimizer.zero_grad()
-                (sum(losses) / len(index)).backward()
+                (sum(losses[1:], losses[0]) / len(index)).backward()
                 optimizer.step()
                 schedule.step()
         return {name: value.detach() for name, value in network.state_dict().items()}

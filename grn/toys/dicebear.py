@@ -86,7 +86,7 @@ class World:
         places = [list(self.attributes[place].values).index(values[place]) for place in (one, other)]
         return places[0] * len(self.attributes[other].values) + places[1]
 
-    def is_new(self, values: Values) -> bool:
+    def is_new(self, values: Sequence[str | None]) -> bool:
         """Whether training shows no picture of this pair."""
         return tuple(values[place] for place in self.heldout) in self.heldout_pairs
 
@@ -154,13 +154,13 @@ class World:
         yield "val", [(index, self.at(index, new=False)) for index in chosen[samples:]]
         yield "new", [(shown + index, self.at(index, new=True)) for index in draws.sample(range(others), new)]
 
-    def _choices(self, values: Sequence[str | None]) -> Iterator[str]:
+    def _choices(self, values: Sequence[str | None]) -> Sequence[str]:
         """What the next attribute may be."""
         attribute = self.attributes[len(values)]
         words = tuple(attribute.values)
         if attribute.of is not None:
             place = self.names.index(attribute.of)
-            if self.attributes[place].values[values[place]] is None:
+            if (word := values[place]) is not None and self.attributes[place].values[word] is None:
                 return words[:1]
         return words
 

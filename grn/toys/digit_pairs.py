@@ -2,7 +2,7 @@
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,7 +77,7 @@ class DigitPairsSource(Source):
         }
 
     def _shards(
-        self, labels: np.ndarray, indices: np.ndarray, pairs: tuple[tuple[int, int], ...], copies: int, number: int
+        self, labels: np.ndarray, indices: np.ndarray, pairs: Sequence[tuple[int, int]], copies: int, number: int
     ) -> list[list[list[int]]]:
         """Each shard's images, as the numbers of their digits from left to right: no image twice, well mixed."""
         draws = random.Random(f"pairs/{self.seed}/{len(indices)}")

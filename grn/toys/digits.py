@@ -78,7 +78,8 @@ def split_digits(labels: np.ndarray, val: int, seed: int) -> tuple[np.ndarray, n
     """
     if not len(LABEL_NAMES) <= val <= len(labels) - len(LABEL_NAMES):
         raise UserError(f"source.val={val} must leave every digit in both splits: give 10 to 1787")
-    return train_test_split(np.arange(len(labels)), test_size=val, random_state=seed, stratify=labels)
+    split: Any = train_test_split(np.arange(len(labels)), test_size=val, random_state=seed, stratify=labels)
+    return tuple(split)
 
 
 def render(digit: np.ndarray, size: int) -> bytes:

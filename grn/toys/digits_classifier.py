@@ -144,9 +144,14 @@ def _train(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in network.state_dict().items()}
 
 
-def _network() -> nn.Sequential:
+class _Network(nn.Sequential):
+    features: nn.Sequential
+    head: nn.Linear
+
+
+def _network() -> _Network:
     """float32 [B, 1, 32, 32] in [-1, 1] -> logits [B, 10]; `features` and `head` are its two parts."""
-    network = nn.Sequential()
+    network = _Network()
     network.add_module(
         "features",
         nn.Sequential(

@@ -111,7 +111,8 @@ class MovingDigitsJudge:
 # Caption -> (the digits from top to bottom, the direction; None: two that cross).
 ASKED: dict[str, tuple[tuple[int, ...], str | None]] = {
     motion_caption(label, direction): ((label,), direction) for label in range(10) for direction in DIRECTIONS
-} | {crossing_caption(*pair): (pair, None) for pair in PAIRS}
+}
+ASKED |= {crossing_caption(*pair): (pair, None) for pair in PAIRS}
 
 
 def single_frames(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:

@@ -108,7 +108,7 @@ class MovingDigitsSource(Source):
     ) -> list[list[Clip]]:
         """Each shard's clips, well mixed."""
         draws = random.Random(f"moving/{self.seed}/{len(indices)}")
-        clips = [
+        clips: list[Clip] = [
             (motion_caption(int(labels[index]), direction), (moving(index, direction, draws),))
             for index in indices.tolist()
             for direction in DIRECTIONS

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
 MAX_KINDS = 12  # of files left out, in one line
+Description = TypeVar("Description")  # of a shard
 
 
 def write_shards(
@@ -33,8 +35,8 @@ def write_shards(
     *,
     name: str,
     parameters: Mapping[str, object],
-    shards: Mapping[str, Sequence[object]],
-    write: Callable[[object], Iterator[dict | Rejected | Noted]],
+    shards: Mapping[str, Sequence[Description]],
+    write: Callable[[Description], Iterator[dict | Rejected | Noted]],
     facts: Mapping[str, object],
     left_out: Sequence[Rejected] = (),
     explain: Callable[[str, Sequence[str]], str] = lambda split, reasons: "",
