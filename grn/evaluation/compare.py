@@ -193,7 +193,7 @@ def _samples(result: Result, count: int) -> list[str]:
     found = []
     for place in range(min(count, number)):
         left, top = 2 + place % columns * (width + 2), 2 + place // columns * (height + 2)
-        box = tuple(scale * edge for edge in (left, top, left + width, top + height))
+        box = scale * left, scale * top, scale * (left + width), scale * (top + height)
         data = io.BytesIO()
         grid.crop(box).resize((width, height), Image.Resampling.NEAREST).save(data, "PNG")
         found.append(base64.b64encode(data.getvalue()).decode())

@@ -43,6 +43,7 @@ from grn.metrics.nearest import NearestTrainingDistance
 from grn.metrics.splits import Split, image_batches
 from grn.networks.tokenizer import HBQTokenizer, for_inference
 from grn.runs.wandb_runs import log_results
+from grn.runtime.configs import merged, plain
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
 from grn.runtime.ranks import gather, gather_counts, join, rank_and_world_size, together
@@ -101,8 +102,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         else:  # all that a suite's own scores need are samples
             data, scored = None, OmegaConf.create({})
         if suite is not None:
-            scored = OmegaConf.merge(scored, scorer(config.suite))
-        datamodule, partials = None if data is None else instantiate(data), instantiate(scored)
+            scored = merged(scored, scorer(config.suite))
+        datamodule: Any = None if data is None else instantiate(data)
+        partials = instantiate(scored)
         if suite is not None:
             partials = with_lines(partials, suite)
         wanted = _settings(config, model, subject, data, scored, suite)
@@ -163,7 +165,8 @@ def _score_refiner(
         if rank == 0:
             remove_parts(out / ARCHIVE)
         clips = bundle.token_shape[1] > 1
-        splits = dict.fromkeys(SPLITS, tuple) if datamodule is None else real_splits(datamodule, clips=clips)
+        no_data: dict[str, Split] = dict.fromkeys(SPLITS, tuple)
+        splits = no_data if datamodule is None else real_splits(datamodule, clips=clips)
         layout = None
         if suite is not None and config.suite.layout:
             layout = Layout(config.suite.kind, suite, out / suite.name, clips=clips, fps=config.suite.fps)
@@ -230,7 +233,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What the metrics depend on beside the weights."""
     # As parts of their config, which they may refer to (${paths.data}).
-    data, scores = (OmegaConf.to_container(part, resolve=True) if part else {} for part in (data, scores))
+    told = {name: plain(it, resolve=True) if it else {} for name, it in (("data", data), ("scores", scores))}
     found = {"ckpt": subject.get("ckpt", subject.get("path")), "ema": config.ema, "bf16": config.bf16}
     found |= {key: subject[key] for key in ("task", "size") if key in subject}
     if isinstance(model, RefinerBundle):
@@ -238,7 +241,7 @@ def _settings(
         found["sampler"] = sampler_config(build_sampler(config.sampler, model.sampler))
     if suite is not None:
         found["suite"] = suite.record | {"prompts": list(suite.drawn)}
-    return settings(**found, data=data, scores=scores)
+    return settings(**found, **told)
 
 
 def _out(config: DictConfig, wanted: dict[str, Any]) -> Path:
@@ -282,20 +285,22 @@ def _data(config: DictConfig, trained: DictConfig | None) -> DictConfig:
     """The data that were asked for, or those that the checkpoint was trained on."""
     if "_target_" in config.data:
         return config.data
+    if trained is None:
+        raise UserError(f"ckpt={config.ckpt} does not know its data, which scores read: give data=...")
     given = _overrides(trained.data, config.data)
     check_foreign_urls(f"ckpt={config.ckpt}", dict(_foreign(trained.data, given, "data")))
     check_group("data", OmegaConf.to_container(trained.data), f"ckpt: {config.ckpt} is not to be trusted")
-    return OmegaConf.merge(trained.data, given)
+    return merged(trained.data, given)
 
 
 def _scores(config: DictConfig, trained: DictConfig | None) -> DictConfig:
     """The scores that were asked for, or those of the checkpoint; of these, files are given here: a file that a
     checkpoint names may be any on this machine, and TorchScript is a program."""
-    given = OmegaConf.create(OmegaConf.to_container(config.scores or OmegaConf.create({}), resolve=True))
-    added = {name for name, score in given.items() if "_target_" not in (score or {})}
+    given = OmegaConf.create(plain(config.scores or OmegaConf.create({}), resolve=True))
+    added = {str(name) for name, score in given.items() if "_target_" not in (score or {})}
     if config.scores is not None and not added:
         return given
-    own = {} if trained is None else OmegaConf.to_container(trained.scores) or {}
+    own = {} if trained is None or trained.scores is None else plain(trained.scores)
     if odd := added - own.keys():
         raise UserError(f"scores.{min(odd)}: the checkpoint's scores are {', '.join(own) or 'none'}; choose scores=...")
     check_group("scores", own, f"ckpt: {config.ckpt} is not to be trusted")
@@ -305,10 +310,10 @@ def _scores(config: DictConfig, trained: DictConfig | None) -> DictConfig:
                 f"ckpt={config.ckpt}: its {key} names the file {file}, and files of scores are given here: add "
                 f"+{key}=... or choose scores=..."
             )
-    return OmegaConf.merge(own, given)
+    return merged(own, given)
 
 
-def _overrides(trained: DictConfig, overrides: DictConfig) -> dict[str, Any]:
+def _overrides(trained: DictConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in overrides.items() if value is not None}
     if "parts" not in trained:
         return given
@@ -317,10 +322,10 @@ def _overrides(trained: DictConfig, overrides: DictConfig) -> dict[str, Any]:
         raise UserError(f"data.parts.{min(odd)}: the checkpoint's data have only {', '.join(trained.parts)}")
     if odd := given.keys() - {"num_workers", "eval_batch_size"}:
         raise UserError(f"data.{min(odd)}: of a mixture, give +data.parts.<name>.{min(odd)}=... instead")
-    return {"parts": {part: OmegaConf.merge(given, of_parts.get(part, {})) for part in trained.parts}}
+    return {"parts": {part: merged(given, of_parts.get(part, {})) for part in trained.parts}}
 
 
-def _foreign(trained: DictConfig, given: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:
+def _foreign(trained: Mapping[str, Any], given: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:
     """(Key, value) of all that a checkpoint says of shards and nobody has given here."""
     for name, value in trained.items():
         own = given.get(name)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 
 from grn.data.datamodule import SPLITS
@@ -27,7 +26,7 @@ from grn.sampling.generation import Batch, generate
 log = logging.getLogger(__name__)
 
 
-def real_splits(datamodule: LightningDataModule, *, clips: bool | None = None) -> dict[str, Split]:
+def real_splits(datamodule: Any, *, clips: bool | None = None) -> dict[str, Split]:
     """The splits "train" and "val" of the data, as scores read them.
 
     Args:
@@ -172,7 +171,7 @@ def _reads_clips(score: Any) -> bool:
 def score_reconstructions(
     tokenizer: HBQTokenizer,
     scores: Mapping[str, Any],
-    datamodule: LightningDataModule,
+    datamodule: Any,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Reconstructs the held-out split, images or clips, and tells what each round of HBQ is worth.

@@ -1,8 +1,9 @@
 """Statistics of real images for `scores.fid.reference`, in the form of ADM's reference batches."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def statistics(config: DictConfig) -> Path:
             if spatial is not None:
                 sums[SPATIAL].update(spatial.take())
             progress.advance(task, len(images))
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
     for names, state in sums.items():
         computed = state.compute()
         found["num"] = np.int64(computed["n"].item())
@@ -111,6 +112,6 @@ def _first(batches: Iterator[Tensor], number: int) -> np.ndarray:
     return torch.cat(kept).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _save(temporary: Path, found: dict[str, np.ndarray]) -> None:
+def _save(temporary: Path, found: Mapping[str, Any]) -> None:
     with open(temporary, "wb") as file:  # numpy would add a suffix to a path
         np.savez(file, **found)

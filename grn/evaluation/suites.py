@@ -17,6 +17,7 @@ from PIL import Image
 
 from grn.media import pictures
 from grn.media.mp4 import save_mp4
+from grn.runtime.configs import plain
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import sha256_of, write_text
 from grn.sampling.generation import Batch
@@ -197,4 +198,4 @@ KINDS: dict[str, Callable[[Suite, int, int], str]] = {
 
 def scorer(config: DictConfig) -> DictConfig:
     """The scores that a suite is scored by, as a `scores` config."""
-    return OmegaConf.create(OmegaConf.to_container(config.scorer, resolve=True) if config.get("scorer") else {})
+    return OmegaConf.create(plain(config.scorer, resolve=True) if config.get("scorer") else {})
