@@ -24,7 +24,7 @@ from hydra.utils import get_object
 
 from grn.method.hbq import Labeling
 from grn.method.sampler import Sampler
-from grn.method.schedules import MAX_STEPS, Cosine, EntropyGuided, Linear, Shifted
+from grn.method.schedules import MAX_STEPS, Cosine, EntropyGuided, Linear, Schedule, Shifted
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.text_encoder import ByteT5, PretrainedT5, TextEncoder
 from grn.networks.text_refiner import TextRefiner
@@ -132,7 +132,8 @@ def save_exported_refiner(
     """
     folder = Path(folder).expanduser()
     _check_replaceable(folder)
-    networks = {"refiner": refiner, "tokenizer": tokenizer} | ({} if text is None else {"text_encoder": text.encoder})
+    networks: dict[str, Any] = {"refiner": refiner, "tokenizer": tokenizer}
+    networks |= {} if text is None else {"text_encoder": text.encoder}
     index = marks(PIPELINE) | {part: _name(type(network)) for part, network in networks.items()}
     index |= {"labeling": labeling, "sampler": _plain(sampler)}
     if text is not None:
@@ -236,7 +237,9 @@ def _own(name: Any, base: type, complaint: str) -> list[type]:
 
 def _text_side(index: Mapping[str, Any], encoder: type[ByteT5] | type[PretrainedT5], folder: Path) -> TextSide:
     """Of an index, and a folder, that may hold anything."""
-    told = {name: index.get(name) for name in ("prompts", "negative_prompt", "size", "frames", "context_latents")}
+    told: dict[str, Any] = {
+        name: index.get(name) for name in ("prompts", "negative_prompt", "size", "frames", "context_latents")
+    }
     prompts, negative_prompt, size, frames, context_latents = told.values()
     sound = {
         "prompts": isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts),
@@ -262,7 +265,7 @@ def _referred(place: Path) -> PretrainedT5:
     config, path = read_config(place), place / CONFIG
     if config["_class_name"] != PretrainedT5.__name__:
         raise UserError(f"{path} is of a {brief(config['_class_name'])}, not of a {PretrainedT5.__name__}")
-    reference = {"clean_captions": False}  # of exports from before there was a choice
+    reference: dict[str, Any] = {"clean_captions": False}  # of exports from before there was a choice
     reference |= {name: value for name, value in config.items() if not name.startswith("_")}
     texts = {name: value for name, value in reference.items() if name not in ("max_length", "clean_captions")}
     odd = reference.keys() ^ {"path", "weights", "tokenizer", "dtype", "max_length", "clean_captions"}
@@ -299,7 +302,7 @@ def sampler_from_plain(values: Any, path: Path) -> Sampler:
     values = dict(values) if isinstance(values, dict) else {}
     schedule = values.pop("schedule", None)
     name = schedule.get("_class_name") if isinstance(schedule, dict) else None
-    kind = SCHEDULES.get(name) if isinstance(name, str) else None
+    kind: type[Schedule] | None = SCHEDULES.get(name) if isinstance(name, str) else None
     if kind is None and isinstance(name, str) and "." in name:
         (kind,) = _own(name.rsplit(".", 1), object, f"{path}: sampler.schedule") or [None]
     if kind is None or not is_dataclass(kind):

@@ -26,6 +26,7 @@ from grn.checkpoints.official_tokenizer import load_official_tokenizer
 from grn.checkpoints.sharded import read_either, verify
 from grn.checkpoints.trust import BUILT, GROUPS, check_group
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.configs import plain
 from grn.runtime.errors import UserError
 from grn.weights.building import build_with_weights
 from grn.weights.kinds import KINDS, checkpoints_at, is_pretrained
@@ -127,7 +128,7 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True
             f"{key}: {path} is not a checkpoint of GRN; with one of the authors' tokenizers give "
             "tokenizer=official_image or tokenizer=official_joint, too"
         )
-    config = contents["config"]
+    config: dict[str, Any] = contents["config"]
     check_plain(config, f"{key}: {path} is not to be trusted")
     for group in BUILT:
         check_group(group, config.get(group), f"{key}: {path} is not to be trusted")
@@ -207,7 +208,7 @@ def restore(make: Callable[[], nn.Module], model: Mapping[str, Any], state: dict
     return build_with_weights(make, state, source=source, described=described).to(torch.float32)
 
 
-def build_network(model: DictConfig) -> nn.Module:
+def build_network(model: Mapping[str, Any]) -> Any:
     """The network of a `model` config, without weights."""
     return instantiate({k: v for k, v in model.items() if k != "weights"})
 
@@ -236,13 +237,14 @@ def load_tokenizer(
         UserError: nothing of that kind is there, or it is of something else.
     """
     checkpoint, step = None, None
+    tokenizer: HBQTokenizer
     if isinstance(path, Checkpoint):
         checkpoint, path = path, path.path
     path = Path(path).expanduser() if Path(path).expanduser().exists() else path
     if ema is not None and (official is not None or is_pretrained(path)):
         raise UserError(f"ema={ema}: {path} holds one set of weights; leave ema out")
     if official is not None:
-        model = OmegaConf.to_container(OmegaConf.create(official), resolve=True)
+        model = plain(OmegaConf.create(official), resolve=True)
         tokenizer = build_network(model)
         load_strict(tokenizer, load_official_tokenizer(local_file(path)), source=str(path))
     elif is_pretrained(path):
@@ -254,7 +256,7 @@ def load_tokenizer(
                 f"{key}: {checkpoint.path} is a {checkpoint.kind}, not a tokenizer; only tokenizers serve here"
             )
         path, step = checkpoint.path, checkpoint.step
-        model = OmegaConf.to_container(checkpoint.config.model, resolve=True)
+        model = plain(checkpoint.config.model, resolve=True)
         tokenizer = restore(lambda: build_network(model), model, checkpoint.weights(ema), source=str(path))
     state = tokenizer.state_dict()
     record = {
@@ -287,7 +289,7 @@ def restore_tokenizer(record: dict[str, Any]) -> HBQTokenizer:
     Raises:
         UserError: the file it came from is gone or has other weights now.
     """
-    model = OmegaConf.create(record["model"])
+    model: Any = OmegaConf.create(record["model"])
     if record["state_dict"] is None:
         official = model if record["official"] else None
         tokenizer, found = load_tokenizer(record["path"], embed=False, official=official, ema=record.get("ema"))

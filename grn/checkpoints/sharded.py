@@ -38,7 +38,7 @@ def write_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     shards: dict[str, DTensor] = {}
     rest = _take_out(checkpoint, (), shards)
     first = dist.get_rank() == 0
-    places = [_places(Path(path)) if first else None]
+    places: list[Any] = [_places(Path(path)) if first else None]
     dist.broadcast_object_list(places)
     folder, subfolder = places[0]
     try:

@@ -97,7 +97,11 @@ def _of_exported_refiner(folder: Path) -> dict[str, Any]:
     index = read_marked_json(folder / INDEX)
     if index["_class_name"] != PIPELINE:
         raise UserError(f"{folder / INDEX} is of {str(index['_class_name'])[:100]}, not of a {PIPELINE}")
-    found = {"what": "exported refiner", "path": str(folder), "written_by": f"grn {index['_grn_version']}"}
+    found: dict[str, Any] = {
+        "what": "exported refiner",
+        "path": str(folder),
+        "written_by": f"grn {index['_grn_version']}",
+    }
     for part in PARTS:
         if (folder / part / CONFIG).is_file():
             found[part] = _of_exported_network(folder / part)

@@ -175,7 +175,7 @@ def _files(node: Any, group: Group, place: str) -> Iterator[tuple[str, str]]:
                 yield from _files(value, part, f"{place}.{key}")
 
 
-def _part(group: Group, key: object) -> Group | None:
+def _part(group: Group, key: Any) -> Group | None:
     return group.parts.get(key, group.parts.get("*"))
 
 
