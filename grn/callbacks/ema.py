@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from grn.runtime.errors import UserError
+from grn.runtime.trainer import Trainer
+from grn.training import AnyModule
 from grn.training.fsdp import local, shard_like
 from grn.training.restoring import REMEDY, check_weights
 
@@ -46,7 +48,7 @@ class EMA(Callback):
         self._last_step = 0
         self._stream: torch.cuda.Stream | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: AnyModule) -> None:
         trained = _trained(pl_module)
         initial = getattr(pl_module, "initial_averages", {})
         for decay in self.decays:
@@ -71,7 +73,7 @@ class EMA(Callback):
         self._stream = _stream_on(pl_module.device) if self.side_stream else None
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: AnyModule, *_: Any) -> None:
         if trainer.global_step == self._last_step:  # gradients are still being accumulated
             return
         self._last_step = trainer.global_step
@@ -80,10 +82,10 @@ class EMA(Callback):
             for decay, average in self.decays.items():
                 average([local(a) for a in self.averages[decay].values()], weights, trainer.global_step)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: AnyModule, *_: Any) -> None:
         self._join()  # which changes the weights that averages are made of
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AnyModule) -> None:
         self._join()
 
     @contextmanager
@@ -102,23 +104,23 @@ class EMA(Callback):
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: AnyModule) -> None:
         self._join()
         if self.averages and self._own is None:
             self._own = [p.detach().clone() for p in _trained(pl_module).values()]
             _copy(list(self.averages[self.use].values()), pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: AnyModule) -> None:
         if self._own is not None:
             _copy(self._own, pl_module)
             self._own = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AnyModule, exception: BaseException) -> None:
         self._join()
         if not isinstance(pl_module.network, FSDPModule):  # which may have broken off within its forward pass
             self.on_validation_end(trainer, pl_module)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: AnyModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get("ema", {})
         if not isinstance(self._restored, dict):
             raise UserError(f"ckpt_path: its ema does not hold averages by decay; {REMEDY}")
@@ -128,11 +130,11 @@ def _stream_on(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _trained(module: LightningModule) -> dict[str, Tensor]:
+def _trained(module: AnyModule) -> dict[str, Tensor]:
     return {name: p for name, p in module.network.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def _copy(source: list[Tensor], module: LightningModule) -> None:
+def _copy(source: list[Tensor], module: AnyModule) -> None:
     for parameter, value in zip(_trained(module).values(), source):
         parameter.copy_(value)

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from grn.runtime.config_folder import CONF
+from grn.runtime.trainer import Trainer
 
 PACKAGE = Path(__file__).resolve().parents[1]
 RECORD = ("path", "step", "sha256")  # of a frozen tokenizer, what tells it apart

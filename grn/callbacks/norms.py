@@ -1,16 +1,19 @@
 """Norms of gradients, weights and activations, block by block."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from grn.runtime.errors import UserError, check_count
+from grn.runtime.trainer import Trainer
+from grn.training import AnyModule
 
 BINS = 64
 
@@ -38,7 +41,7 @@ class LogNorms(Callback):
         self._hooks: list[Any] = []
         self._measures = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: AnyModule) -> None:
         if not self.every:
             return
         network = pl_module.network
@@ -50,7 +53,7 @@ class LogNorms(Callback):
         for name, block in self._blocks.items():
             self._hooks.append(block.register_forward_hook(lambda *_, name=name: self._keep(name, _[-1])))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: AnyModule, batch: Any, batch_idx: int) -> None:
         self._measures = bool(self.every) and trainer.global_step % self.every == 0
 
     def _keep(self, name: str, output: Any) -> None:
@@ -58,7 +61,7 @@ class LogNorms(Callback):
         if self._measures and isinstance(output, Tensor) and torch.is_grad_enabled():
             self._activations[name] = output.detach().float().square().mean().sqrt()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: AnyModule, optimizer: Optimizer) -> None:
         if not self._measures:
             return
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -79,10 +82,10 @@ class LogNorms(Callback):
             if shown and isinstance(logger, WandbLogger):
                 import wandb  # such a logger has it already
 
-                pictures = {name: wandb.Histogram(np_histogram=it) for name, it in shown.items()}
+                pictures: dict[str, Any] = {name: wandb.Histogram(np_histogram=it) for name, it in shown.items()}
                 logger.log_metrics(pictures, step=trainer.global_step)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AnyModule) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -100,7 +103,7 @@ def blocks(network: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    total = sum(torch.linalg.vector_norm(it.float()).square() for it in tensors)
+    total = functools.reduce(torch.add, (torch.linalg.vector_norm(it.float()).square() for it in tensors))
     return (total.full_tensor() if isinstance(total, DTensor) else total).sqrt()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -17,9 +17,11 @@ from grn.callbacks.validations import is_last_validation, logged_step
 from grn.media import pictures
 from grn.media.pixels import as_frames
 from grn.method.request import Request
+from grn.runtime.trainer import Trainer
 from grn.sampling import films
 from grn.sampling.player import save_page
 from grn.sampling.recording import Recording
+from grn.training import RefinerModule, TokenizerModule
 
 
 class SampleGrid(Callback):
@@ -37,7 +39,7 @@ class SampleGrid(Callback):
         self.folder, self.num, self.seed, self.fps = Path(folder), num, seed, fps
 
     @rank_zero_only
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: RefinerModule) -> None:
         if trainer.sanity_checking:
             return
         tokens = pl_module.bundle.generate(Request(num=self.num, seed=self.seed)).tokens
@@ -83,7 +85,7 @@ class ReconstructionGrid(Callback):
             self._first[dataloader_idx] = batch["pixels"][: self.num]
 
     @rank_zero_only
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: TokenizerModule) -> None:
         first, self._first = self._first, {}
         if trainer.sanity_checking:
             return
@@ -108,7 +110,7 @@ class RefinementFilm(Callback):
         self.folder, self.seed = Path(folder), seed
 
     @rank_zero_only
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: RefinerModule) -> None:
         if trainer.sanity_checking or not is_last_validation(trainer):
             return
         num = min(16, pl_module.bundle.num_conditions)
@@ -126,7 +128,8 @@ class RefinementFilm(Callback):
             if isinstance(logger, WandbLogger):
                 import wandb  # takes its time, and has it taken already where there is such a logger
 
-                logger.log_metrics({"sample/page": wandb.Html(str(page))}, step=logged_step(trainer))
+                of_page: dict[str, Any] = {"sample/page": wandb.Html(str(page))}
+                logger.log_metrics(of_page, step=logged_step(trainer))
 
 
 def _log_image(trainer: Trainer, key: str, picture: Image.Image, caption: str | None = None) -> None:

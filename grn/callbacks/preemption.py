@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from grn.runtime.interruption import AGAIN, STOPPING, end_at_once
+from grn.runtime.trainer import Trainer
 from grn.training.requeue import REQUEUE, _is_requeued
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class SaveOnSigterm(Callback):
         self._step = trainer.global_step
         if trainer.world_size > 1:
             # On the CPU whatever trains: the ranks agree after every step without waiting for their devices.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo")  # pyright: ignore[reportAttributeAccessIssue] of all ranks
         self._loading_since, self._between_steps = time.monotonic(), True
         self._stop_loading = getattr(trainer.datamodule, "stop_loading", self._stop_loading)
         # By Lightning's handler, until now.
@@ -119,7 +120,7 @@ class SaveOnSigterm(Callback):
         if received == signal.SIGINT:
             if self._received and time.monotonic() - self._told_at >= (AGAIN if TORCHRUN in os.environ else 0):
                 end_at_once()
-            if not self._received and self._is_first:  # printing is not safe here
+            if not self._received and self._is_first and sys.__stderr__ is not None:  # printing is not safe here
                 os.write(sys.__stderr__.fileno(), b"\nsaving after the running step; Ctrl-C again ends at once\n")
         if not self._received:
             self._told_at = time.monotonic()

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.callbacks import RichProgressBar
+
+from grn.runtime.trainer import Trainer
 
 
 class Progress(RichProgressBar):

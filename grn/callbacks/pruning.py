@@ -3,10 +3,11 @@
 import logging
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningModule
 
 from grn.runs.studies import own_trial
 from grn.runtime.errors import UserError
+from grn.runtime.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

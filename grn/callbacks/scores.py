@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -15,6 +15,8 @@ from grn.evaluation.scoring import build_scores, check_num, check_scores, real_s
 from grn.runtime.errors import check_count
 from grn.runtime.files import write_text
 from grn.runtime.ranks import together
+from grn.runtime.trainer import Trainer
+from grn.training import RefinerModule
 
 
 class EvaluateSamples(Callback):
@@ -44,7 +46,7 @@ class EvaluateSamples(Callback):
         self.scores: dict[str, Any] | None = None
         self._validations = 0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: RefinerModule) -> None:
         """What would end the run with its last validation ends it here."""
         if self.configured:
             with together():
@@ -52,7 +54,7 @@ class EvaluateSamples(Callback):
                 check_scores(self.configured, self.num)
                 real_splits(trainer.datamodule, clips=None)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: RefinerModule) -> None:
         if not self.configured or trainer.sanity_checking or trainer.fast_dev_run:
             return
         self._validations += 1
@@ -90,7 +92,8 @@ def _log_steps(trainer: Trainer, steps: Tensor) -> None:
 
             edges = torch.arange(steps.shape[1] + 1) - 0.5
             histogram = wandb.Histogram(np_histogram=(steps.sum(dim=0).numpy(), edges.numpy()))
-            logger.log_metrics({"eval/steps": histogram}, step=logged_step(trainer))
+            drawn: dict[str, Any] = {"eval/steps": histogram}
+            logger.log_metrics(drawn, step=logged_step(trainer))
             rows = [[label, mean] for label, mean in enumerate(steps_by_class(steps))]
             logger.log_table("eval/steps_by_class", ["class", "steps"], rows, step=logged_step(trainer))
         elif isinstance(logger, CSVLogger):

@@ -4,13 +4,15 @@ import time
 from typing import Any
 
 import torch
-from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from grn.callbacks.validations import logged_step
 from grn.data.contract import count_samples
 from grn.data.stream.streaming import report_skipped
 from grn.runtime.ranks import gather, gather_counts
+from grn.runtime.trainer import Trainer
+from grn.training import AnyModule
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}  # of the trainer's matrix products; else float32
 
@@ -27,19 +29,18 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._samples, self._flop = 0, 0
-        self._since: float | None = None
-        self._paused: float | None = None
+        self._since, self._paused = 0.0, 0.0
         self._peak: float | None = None
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: AnyModule) -> None:
         self._samples, self._flop, self._since = 0, 0, time.perf_counter()
         self._step = trainer.global_step
         dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
         self._peak = get_available_flops(pl_module.device, dtype)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+        self, trainer: Trainer, pl_module: AnyModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         samples = count_samples(batch)  # packs have more on one rank than on another
         self._samples += samples
@@ -51,7 +52,7 @@ class Throughput(Callback):
             now = time.perf_counter()
             seconds = now - self._since
             own = torch.tensor([self._samples, self._flop], dtype=torch.float64)
-            samples, flop = sum(gather(own)).tolist()
+            samples, flop = sum(gather(own), torch.zeros_like(own)).tolist()
             curves = {
                 "train/images_per_second": samples / seconds,
                 "train/tflops_per_second": flop / seconds / 1e12,
@@ -62,24 +63,23 @@ class Throughput(Callback):
                 logger.log_metrics(curves, trainer.global_step - 1)
             self._samples, self._flop, self._since = 0, 0, now
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: AnyModule) -> None:
         self._paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._since is not None and self._paused is not None:
-            self._since += time.perf_counter() - self._paused
+    def on_validation_end(self, trainer: Trainer, pl_module: AnyModule) -> None:
+        self._since += time.perf_counter() - self._paused
 
 
 class SkippedSamples(Callback):
     """Reports samples that the data could not give any rank, by reason: `data/skipped` with every validation, and at
     the end."""
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: AnyModule) -> None:
         skipped = gather_counts(_counts(trainer.datamodule, "skipped"))
         for logger in trainer.loggers:
             logger.log_metrics({"data/skipped": sum(skipped.values())}, logged_step(trainer))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AnyModule) -> None:
         report_skipped(*(gather_counts(_counts(trainer.datamodule, kind)) for kind in ("skipped", "noted")))
 
 

@@ -1,7 +1,8 @@
 """Numbers validations, and the step that they are logged under."""
 
-from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+
+from grn.runtime.trainer import Trainer
 
 
 def is_last_validation(trainer: Trainer) -> bool:

@@ -4,4 +4,6 @@ from grn.training.refiner import RefinerModule
 from grn.training.text_refiner import TextRefinerModule
 from grn.training.tokenizer import TokenizerModule
 
-__all__ = ["RefinerModule", "TextRefinerModule", "TokenizerModule"]
+AnyModule = RefinerModule | TokenizerModule
+
+__all__ = ["AnyModule", "RefinerModule", "TextRefinerModule", "TokenizerModule"]

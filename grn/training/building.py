@@ -27,13 +27,13 @@ from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
 from grn.runtime.secrets import without_secrets
 from grn.sampling.loading import network_from_config
-from grn.training import RefinerModule, TextRefinerModule
+from grn.training import AnyModule, RefinerModule, TextRefinerModule
 from grn.weights.kinds import is_pretrained
 from grn.weights.mapping import check_state, load_strict
 from grn.weights.pretrained import local_file
 
 
-def module_from_config(config: DictConfig, *, hollow: bool = False) -> LightningModule:
+def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule:
     """The module that a training config describes; its tokenizer is loaded, `model.weights` too where given.
 
     Averages that come with those are left on the module as `initial_averages`, for `grn.callbacks.EMA` to go on with.
@@ -133,7 +133,7 @@ def tell_packing(module: LightningModule, datamodule: LightningDataModule) -> No
             part.packed_by(module.packed_tokens)
 
 
-def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record: Any = None) -> LightningModule:
+def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record: Any = None) -> Any:
     """Instantiates `training` and a frozen text encoder, and has every checkpoint carry the config, which is all the
     record of that encoder, and the tokenizer's record."""
     settings = dict(config["training"])

@@ -59,6 +59,7 @@ class TokenizerModule(LightningModule):
         gradient_clip: float | None = 1.0,
     ):
         super().__init__()
+        self.initial_averages: dict[str, dict[str, Tensor]] = {}  # as refiners have them
         self.automatic_optimization = False
         self.network = network
         self.discriminator = discriminator if gan_weight > 0 else None
