@@ -47,7 +47,9 @@ def add_adapters(network: CaptionedRefiner, *, rank: int, alpha: float, seed: in
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=LAYERS), network.refiner)
+        # Any number is an alpha, whatever its annotation says.
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LAYERS)  # pyright: ignore[reportArgumentType]
+        inject_adapter_in_model(config, network.refiner)
 
 
 def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -121,8 +121,8 @@ class Recorder:
 
     def __init__(self, pattern: Pattern):
         self.pattern = pattern
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.keys: Any = None  # a tensor once it was called
+        self.values: Any = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.keys, self.values = k, v

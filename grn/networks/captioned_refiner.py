@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grn.networks.layers import Initialized
-from grn.networks.text_encoder import TextEncoder
+from grn.networks.text_encoder import ByteT5, TextEncoder
 from grn.networks.text_refiner import TextCache, TextRefiner
 from grn.runtime.errors import UserError
 
@@ -25,7 +25,7 @@ class CaptionedRefiner(Initialized):
 
     scores_targets = True  # `forward` takes `targets` and `loss_chunk`
 
-    def __init__(self, refiner: TextRefiner, encoder: TextEncoder | None = None):
+    def __init__(self, refiner: TextRefiner, encoder: ByteT5 | None = None):
         super().__init__()
         self.refiner = refiner
         self.encoder = encoder

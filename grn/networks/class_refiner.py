@@ -5,6 +5,7 @@ docs/method.md#class-conditional-refiner has its formulas.
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class ClassRefiner(Pretrained, Initialized):
             t: float [B], the signal ratio.
             labels: int64 [B] in 0..num_labels.
             targets: the true tokens, like `tokens`.
-            loss_chunk: with targets, of how many positions there are logits at a time, in whole samples.
+            loss_chunk: with targets, of how many positions there are logits at a time, in whole samples; None: of all.
 
         Returns:
             float32 [B, classes, D, 1, size, size]; float64 of a network in float64. With targets, each sample's
@@ -129,7 +130,7 @@ class ClassRefiner(Pretrained, Initialized):
             x = block(x, condition, *rotation)
         x = x[:, -height * width :]
         if targets is not None:
-            samples = max(1, loss_chunk // (height * width))
+            samples = batch if loss_chunk is None else max(1, loss_chunk // (height * width))
             return self.head(x, condition, targets.flatten(2).transpose(1, 2), samples)
         logits = self.head(x, condition)
         return logits.view(batch, frames, height, width, self.classes, self.channels).permute(0, 4, 5, 1, 2, 3)
@@ -137,12 +138,14 @@ class ClassRefiner(Pretrained, Initialized):
     def initializers(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Callable]]:
         normal = functools.partial(nn.init.normal_, std=0.02, generator=generator)
         xavier = functools.partial(nn.init.xavier_uniform_, generator=generator)
-        fills = dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal)
+        fills: dict[nn.Module, Callable] = {}
+        fills |= dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal)
         # adaLN-zero: every block starts as the identity, the head at zero logits.
-        zero = self.head.out, *(module.modulation for module in (*self.blocks, self.head))
+        modulated: list[Any] = [*self.blocks, self.head]
+        fills |= dict.fromkeys((self.head.out, *(module.modulation for module in modulated)), nn.init.zeros_)
         for name, table in self._tables().items():
             yield getattr(self, name), functools.partial(Tensor.copy_, other=table)
-        yield from self.layer_initializers(fills | dict.fromkeys(zero, nn.init.zeros_), xavier)
+        yield from self.layer_initializers(fills, xavier)
         yield self.label_embedding.weight, normal
         yield self.context_position, normal
 

@@ -82,7 +82,7 @@ def ones_at(index: Tensor, linear: nn.Linear) -> Tensor:
     return hot.scatter_(-1, index, 1.0)
 
 
-def in_chunks(score: Callable[..., tuple[Tensor, ...]], rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+def in_chunks(score: Callable[..., tuple[Tensor, Tensor]], rows: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """What `score` makes of so many rows of the tensors at a time, joined.
 
     For the backward pass only the tensors are kept: what `score` has on its way is computed again, chunk by chunk.
@@ -90,7 +90,8 @@ def in_chunks(score: Callable[..., tuple[Tensor, ...]], rows: int, *tensors: Ten
     parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
     # Nothing in a head draws random numbers.
     scored = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return tuple(torch.cat(values) for values in zip(*scored))
+    first, second = (torch.cat(values) for values in zip(*scored))
+    return first, second
 
 
 def at_least_float32(x: Tensor) -> Tensor:

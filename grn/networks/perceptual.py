@@ -3,6 +3,7 @@
 import http.client
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class LPIPS(nn.Module):
         state = state if isinstance(state, dict) else {}
         # torchmetrics cuts VGG's `features` into slices and keeps the layers' numbers as names.
         own = self.network.net.state_dict()
-        given = {name: state.get(f"features.{name.split('.', 1)[1]}") for name in own}
+        given: dict[str, Any] = {name: state.get(f"features.{name.split('.', 1)[1]}") for name in own}
         if any(not isinstance(given[name], Tensor) or given[name].shape != own[name].shape for name in own):
             return False
         self.network.net.load_state_dict(given)

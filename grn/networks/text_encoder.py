@@ -38,7 +38,7 @@ class TextEncoder(nn.Module):
         clean_captions: `clean` captions first.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer: Any, *, max_length: int, clean_captions: bool = False):
+    def __init__(self, encoder: Any, tokenizer: Any, *, max_length: int, clean_captions: bool = False):
         super().__init__()
         check_count("text_encoder.max_length", max_length)
         if not isinstance(clean_captions, bool):
@@ -63,11 +63,11 @@ class TextEncoder(nn.Module):
         """
         ids = self.tokenize(captions)
         lengths = [len(caption) for caption in ids]
-        features: list[Tensor] = [None] * len(ids)
+        features: dict[int, Tensor] = {}
         for rows in _calls(lengths):
             for row, own in zip(rows, self._encode_padded([ids[row] for row in rows])):
                 features[row] = own
-        return torch.cat(features), lengths
+        return torch.cat([features[row] for row in range(len(ids))]), lengths
 
     def _encode_padded(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         """The features [length, width] of each caption, of one call of the encoder."""

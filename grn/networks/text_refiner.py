@@ -16,7 +16,7 @@ Who attends to whom is no matter of weights, so that weights of one scheme load 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +163,7 @@ class TextRefiner(Pretrained, Initialized):
                 (image to video); one number for all, or S.
             backend: as in `grn.networks.attention.packed_attention`.
             targets: the true tokens, S times int64 [D, T - context frames, H, W].
-            loss_chunk: with targets, of how many positions there are logits at a time.
+            loss_chunk: with targets, of how many positions there are logits at a time; None: of all.
 
         Returns:
             S times float32 [classes, D, T - context frames, H, W]; float64 of a network in float64. With targets, each
@@ -190,7 +190,11 @@ class TextRefiner(Pretrained, Initialized):
             [
                 piece
                 for shape, template, length in zip(shapes, templates, text_lengths)
-                for piece in (visual_positions(*shape, template), time_positions([TIME_POSITION]), _of_text(length))
+                for piece in (
+                    visual_positions(*shape, template=template),
+                    time_positions([TIME_POSITION]),
+                    _of_text(length),
+                )
             ]
         )
         lengths = [(size + 1, length) for size, length in zip(sizes, text_lengths)]
@@ -205,8 +209,9 @@ class TextRefiner(Pretrained, Initialized):
         predicted = torch.cat(x[0].split(counts)[1::3])
         if targets is not None:
             true = torch.cat([sample.flatten(1).T for sample in targets])
-            scores = self.head(predicted, true, loss_chunk)
-            return tuple(torch.stack([own.mean() for own in score.split(counts[1::3])]) for score in scores)
+            scores = self.head(predicted, true, len(true) if loss_chunk is None else loss_chunk)
+            entropy, accuracy = (torch.stack([own.mean() for own in it.split(counts[1::3])]) for it in scores)
+            return entropy, accuracy
         logits = self.head(predicted)
         return [
             piece.view(*shape, self.channels, self.classes).permute(4, 3, 0, 1, 2)
@@ -275,7 +280,7 @@ class TextRefiner(Pretrained, Initialized):
         self._run(x, positions, recorders)
 
         def padded(packed: Tensor) -> Tensor:
-            return pad_sequence(packed[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)
+            return pad_sequence(list(packed[0].transpose(0, 1).split(lengths)), batch_first=True).transpose(1, 2)
 
         return TextCache(
             tuple(lengths),
@@ -288,11 +293,13 @@ class TextRefiner(Pretrained, Initialized):
         xavier = functools.partial(nn.init.xavier_uniform_, generator=generator)
         # What all blocks add to the stream stays as large as the stream, however many they are.
         gain = (2 * len(self.blocks)) ** -0.5
-        fills, other = {}, normal
+        fills: dict[nn.Module, Callable] = {}
+        blocks: list[Any] = list(self.blocks)
+        other = normal
         if self.initialization == "zero_head":
-            fills, other = dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal), xavier
-            fills |= {self.head.out: nn.init.zeros_}
-            for block in self.blocks:
+            fills |= dict.fromkeys((self.time_embedding.first, self.time_embedding.second), normal)
+            fills[self.head.out], other = nn.init.zeros_, xavier
+            for block in blocks:
                 fills |= dict.fromkeys((block.attention.out, block.mlp.out), functools.partial(xavier, gain=gain))
         yield from self.layer_initializers(fills, other)
 
@@ -451,6 +458,7 @@ def _beside(text: TextCache, rows: Tensor, others: int, device: torch.device) ->
     longest, mask = _longest(text, rows)
     if mask is not None:
         mask = F.pad(mask, (others, 0), value=True).to(device, non_blocking=True)
+    assert text.inputs is not None  # of a refiner with `full` attention
     return text.inputs[rows.to(device, non_blocking=True), :longest], longest, mask
 
 

@@ -350,7 +350,7 @@ class EncoderStage(nn.Module):
         shortcut = x
         for block in self.blocks:
             x = block(x, cache)
-        if self.downsample is not None:
+        if self.downsample is not None and self.factors is not None:
             x = self.downsample(x, cache)
             shortcut = average_down(shortcut, self.width_out, self.factors)
         return x + shortcut if self.has_shortcut else x
@@ -380,7 +380,7 @@ class DecoderStage(nn.Module):
         shortcut = x
         for block in self.blocks:
             x = block(x, cache)
-        if self.upsample is None:
+        if self.upsample is None or self.factors is None:
             return x
         opens_clip = cache is None or cache.is_first
         return self.upsample(x, cache) + repeat_up(shortcut, self.width_out, self.factors, opens_clip=opens_clip)
@@ -425,8 +425,8 @@ class FrameAttention(nn.Module):
         self.norm = RMSNorm(width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         frames = _fold_frames(x)
@@ -479,20 +479,21 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
         if self.time is not None:
-            x = self._double_time(x, cache)
+            x = self._double_time(self.time, x, cache)
         # A 3x3 convolution of pixels that come in equal 2x2 squares sees 2x2 pixels of the input at most: 4 products
         # instead of 9 for each output, and no enlarged map in memory.
         kernel = _doubling_kernel(self.space.weight)
         frames = F.conv_transpose2d(_fold_frames(x), kernel, self.space.bias, stride=2, padding=1)
         return _unfold_frames(frames, x.shape[2])
 
-    def _double_time(self, x: Tensor, cache: CausalCache | None) -> Tensor:
+    @staticmethod
+    def _double_time(time: "CausalConv3d", x: Tensor, cache: CausalCache | None) -> Tensor:
         opens_clip = cache is None or cache.is_first
         first, later = x.tensor_split([1 if opens_clip else 0], dim=2)
         if later.shape[2] == 0:
             return first
         # Causal over the later frames alone: the first is no part of their past.
-        later = rearrange(self.time(later, cache), "b (two c) t h w -> b (t two) h w c", two=2)
+        later = rearrange(time(later, cache), "b (two c) t h w -> b (t two) h w c", two=2)
         later = _channels_last(later.movedim(-1, 1))
         return torch.cat([first, later], dim=2) if opens_clip else later
 

@@ -29,7 +29,7 @@ _SIZES = ("token_embedding", "blocks.0.attn.q", "blocks.0.ffn.fc1", "blocks.0.po
 
 def load_official_umt5(
     path: str | Path, *, key: str = "text_encoder.weights"
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(State dict of a transformers `UMT5EncoderModel`, on the CPU; the sizes that its `UMT5Config` needs).
 
     Nothing in the file is executed. Whether all weights fit the sizes is for `load_strict` to say.
