@@ -82,7 +82,8 @@ def benchmark(
         if value < 1:
             raise UserError(f"benchmark.{key}={value}: at least one")
     network = random_network(model).to(device)
-    sampler = Sampler(Linear(steps), guidance=guidance, guidance_interval=tuple(guidance_interval))
+    interval: Any = tuple(guidance_interval)
+    sampler = Sampler(Linear(steps), guidance=guidance, guidance_interval=interval)
     variants = [variant for variant in VARIANTS if compile or not variant.compile]
     rates = measure_matmul(variants, device, repeats)
     rows = {
@@ -124,7 +125,8 @@ def random_network(model: DictConfig) -> ClassRefiner:
         raise UserError("benchmark=c2i measures class-conditional refiners: size=B, or model=class_refiner")
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        for module in (*network.blocks, network.head):
+        modulated: list[Any] = [*network.blocks, network.head]
+        for module in modulated:
             module.modulation.weight.normal_(std=0.02, generator=generator)
         network.head.out.weight.normal_(std=0.02, generator=generator)
     return network

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
 from lightning.fabric.utilities.throughput import get_available_flops
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
+from webdataset.writer import TarWriter
 
 from grn.benchmarks import c2i, machine, sampler, scale, tokenizer
 from grn.checkpoints.native import build_network
@@ -30,10 +30,11 @@ from grn.data.tokens import TokenDecoder, write_array
 from grn.method.sampler import Refinement, Sampler, finished
 from grn.method.schedules import Linear
 from grn.networks.conditions import Text
+from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import for_inference
 from grn.runtime.errors import UserError
 from grn.runtime.flops import training_flop
-from grn.training.activations import checkpoint_activations
+from grn.training.activations import Mode, checkpoint_activations
 from grn.training.optimization import adamw, clip_gradients
 
 BF16 = torch.bfloat16
@@ -120,7 +121,7 @@ def _machine(device: torch.device, repeats: int) -> dict[str, Any]:
     return {"float32_flop_per_second": flop / product, "copy_bytes_per_second": 2 * source.nbytes / copy}
 
 
-def _variant(keys: dict[str, Any], task: str, activations: str = "none") -> c2i.Variant:
+def _variant(keys: dict[str, Any], task: str, activations: Mode = "none") -> c2i.Variant:
     return c2i.Variant("bfloat16", tasks=(task,), dtype=BF16, compile=keys["compile"], activations=activations)
 
 
@@ -129,7 +130,7 @@ def _result(row: dict[str, Any]) -> dict[str, Any]:
     return {"per_second": speed, "bytes": row["peak_bytes"], "flop_per_second": speed * row["flop_per_image"]}
 
 
-def _train(size: str, activations: str, *, device: torch.device, repeats: int, keys: dict[str, Any]) -> dict[str, Any]:
+def _train(size: str, activations: Mode, *, device: torch.device, repeats: int, keys: dict[str, Any]) -> dict[str, Any]:
     network = c2i.random_network(keys[size]).to(device)
     variants = [_variant(keys, "training", activations)]
     (row,) = c2i.measure_training(network, variants, device, repeats, batch_size=keys["batch_size"])
@@ -204,7 +205,7 @@ def _clip(*, device: torch.device, repeats: int, keys: dict[str, Any]) -> dict[s
     return speeds | {"bytes": max(peaks)}
 
 
-def _text_refiner(keys: dict[str, Any], device: torch.device) -> nn.Module:
+def _text_refiner(keys: dict[str, Any], device: torch.device) -> TextRefiner:
     network = scale.hollow_of(keys["text"]).to_empty(device=device)  # never on the CPU, where filling it takes minutes
     network.init_weights(torch.Generator(device).manual_seed(0))
     return network
@@ -216,7 +217,7 @@ def _text_train(*, device: torch.device, repeats: int, keys: dict[str, Any]) -> 
     load = {"pixels": keys["pixels"], "text": keys["text_tokens"], "max_tokens": keys["max_tokens"]}
     images = keys["max_tokens"] // (keys["pixels"] + 1 + keys["text_tokens"])
     loss = scale.pack(network, **load)
-    nowhere = load | {"device": torch.device("meta")}
+    nowhere: dict[str, Any] = load | {"device": torch.device("meta")}
     flop = training_flop(
         network, lambda hollow: torch.cat([logits.flatten() for logits in scale.pack_logits(hollow, **nowhere)])
     )
@@ -274,7 +275,7 @@ def _loader(*, device: torch.device, repeats: int, keys: dict[str, Any]) -> dict
     with tempfile.TemporaryDirectory() as folder:
         urls = [str(Path(folder) / f"{number:02d}.tar") for number in range(max(8, workers))]
         for url in urls:
-            with wds.TarWriter(url, encoder=False) as archive:
+            with TarWriter(url, encoder=False) as archive:
                 for number in range(images):
                     archive.write({"__key__": f"{number:06d}"} | entries)
         data = GlobalBatches(

@@ -112,7 +112,8 @@ def _refiner(model: DictConfig, ckpt: str | None) -> tuple[ClassRefiner, Sampler
         )
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        for module in (*network.blocks, network.head):
+        modulated: list[Any] = [*network.blocks, network.head]
+        for module in modulated:
             module.modulation.weight.normal_(std=0.3, generator=generator)
         network.head.out.weight.normal_(std=0.1, generator=generator)
         network.label_embedding.weight.normal_(generator=generator)

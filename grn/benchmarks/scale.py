@@ -17,7 +17,7 @@ from typing import Any, get_args
 import lightning
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +32,7 @@ from grn.checkpoints.native import build_network
 from grn.method import corruption
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.text_refiner import TextRefiner
+from grn.runtime.configs import plain
 from grn.runtime.errors import UserError, check_count
 from grn.training.activations import Mode, checkpoint_activations
 from grn.training.fsdp import FSDP, local
@@ -75,7 +76,7 @@ def benchmark(
     parameters = sum(p.numel() for p in network.parameters())
     if loss_chunk is not None:
         check_count("benchmark.loss_chunk", loss_chunk)
-    load: dict[str, int | None] = {"pixels": pixels, "text": text, "max_tokens": max_tokens}
+    load: dict[str, Any] = {"pixels": pixels, "text": text, "max_tokens": max_tokens}
     what = f"a pack of {max_tokens} tokens a rank"
     if isinstance(network, TextRefiner):
         pack(network, **load)
@@ -87,7 +88,7 @@ def benchmark(
     load["loss_chunk"] = loss_chunk
     # In processes of their own: PyTorch keeps the meshes of a process that it has been told it is.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
-        told = OmegaConf.to_container(model, resolve=True)
+        told = plain(model, resolve=True)
         rows = [processes.submit(_as_rank, rank, ranks, told, load, arguments) for rank in sorted({0, ranks - 1})]
         rows = [row.result() for row in rows]
     total = 4 * parameters * (3 + averages)
@@ -105,13 +106,13 @@ def benchmark(
     }
 
 
-def hollow_of(model: DictConfig | dict[str, Any]) -> nn.Module:
+def hollow_of(model: Mapping[str, Any]) -> Any:
     with torch.device("meta"):
         return build_network(model)
 
 
 def _as_rank(
-    rank: int, ranks: int, model: dict[str, Any], load: dict[str, int | None], arguments: dict[str, Any]
+    rank: int, ranks: int, model: dict[str, Any], load: dict[str, Any], arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """A row, of this process as one of so many, of which there are no others."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "scale"}
@@ -125,7 +126,7 @@ def _as_rank(
     return {"rank": rank} | _step(network, loss, **arguments)
 
 
-Loss = Callable[[nn.Module], Tensor]
+Loss = Callable[[Any], Tensor]  # of a network
 
 
 def images(network: ClassRefiner, batch: int, loss_chunk: int | None = None) -> Loss:
@@ -179,12 +180,14 @@ class _Sharded(lightning.LightningModule):
         """Lightning wants networks to be sharded here; `_step` does it."""
 
 
-def _step(network: nn.Module, loss: Loss, *, shard_size: int | None, activations: str, averages: int) -> dict[str, Any]:
+def _step(
+    network: nn.Module, loss: Loss, *, shard_size: int | None, activations: Mode, averages: int
+) -> dict[str, Any]:
     trainer = lightning.Trainer(
         accelerator="cpu", devices=dist.get_world_size(), strategy=FSDP(shard_size), precision="bf16-mixed",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
     strategy.connect(_Sharded())
     strategy.setup_environment()
     with FakeTensorMode(allow_non_fake_inputs=True), Account() as account:

@@ -113,7 +113,8 @@ def measure_images(
     given = torch.rand(batch_size, 3, 1, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     given = given.to(device)
     for task in ("encode", "decode"):
-        calls, rows, reference = [], [], None
+        calls, rows = [], []
+        reference: Any = None
         for variant in variants:
             call = call_of(networks[variant.name], task, given)
             result, peak = _first_pass(call, variant, device, held=[*networks[variant.name].parameters(), given])
@@ -222,7 +223,7 @@ def _stream_tokenizer(tokenizer: HBQTokenizer, stream: DictConfig, device: torch
     """The tokenizer that clips run through: of other widths than the one for images where `stream` or a CPU says so."""
     on_cpu = device.type == "cpu"
     widths = {name: stream[name] or (CPU_STREAM_WIDTH if on_cpu else None) for name in ("dim", "decoder_dim")}
-    changed = {name: width for name, width in widths.items() if width}
+    changed: dict[str, Any] = {name: width for name, width in widths.items() if width}
     return HBQTokenizer(**tokenizer.config | changed) if changed else tokenizer
 
 

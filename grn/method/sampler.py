@@ -10,10 +10,11 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from grn.method import philox
 from grn.method.philox import Stream
@@ -26,9 +27,12 @@ class Condition(Protocol):
     """What a batch of samples is conditioned on; rows can be taken, joined, and replaced by "no condition"."""
 
     def __len__(self) -> int: ...
-    def select(self, rows: Tensor) -> "Condition": ...
-    def null(self) -> "Condition": ...
-    def join(self, other: "Condition") -> "Condition": ...
+    def select(self, rows: Tensor) -> Self: ...
+    def null(self) -> Self: ...
+    def join(self, other: Self) -> Self: ...
+
+
+ConditionT = TypeVar("ConditionT", bound=Condition)
 
 
 @dataclass(frozen=True)
@@ -228,8 +232,8 @@ class Refinement:
 
     def __init__(
         self,
-        predict: Callable[[Tensor, Tensor, Condition], Tensor],
-        condition: Condition,
+        predict: Callable[[Tensor, Tensor, ConditionT], Tensor],
+        condition: ConditionT,
         sampler: Sampler,
         *,
         shape: tuple[int, int, int, int],

@@ -21,7 +21,7 @@ def hollow(module: Module) -> Module:
     return copy.deepcopy(module, parameters | buffers)  # deepcopy takes what it is told has been copied already
 
 
-def forward_flop(module: nn.Module, call: Callable[[nn.Module], Tensor]) -> int:
+def forward_flop(module: Module, call: Callable[[Module], Tensor]) -> int:
     """FLOP of `call(module)`: of its matrix products, convolutions and attention; a multiplication and an addition are
     two. `call` gets a hollow copy and runs it on meta tensors."""
     network = hollow(module)
@@ -29,7 +29,7 @@ def forward_flop(module: nn.Module, call: Callable[[nn.Module], Tensor]) -> int:
         return measure_flops(network, lambda: call(network))
 
 
-def training_flop(module: nn.Module, call: Callable[[nn.Module], Tensor]) -> int:
+def training_flop(module: Module, call: Callable[[Module], Tensor]) -> int:
     """FLOP of `call(module)` and of its gradients, without what activation checkpointing would compute twice."""
     network = hollow(module)
     return measure_flops(network, lambda: call(network), lambda result: result.float().sum())

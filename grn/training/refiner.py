@@ -67,7 +67,7 @@ class RefinerModule(LightningModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         tokenizer: HBQTokenizer,
         sampler: Sampler,
         *,
