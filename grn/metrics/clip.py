@@ -113,10 +113,10 @@ class CLIPScore:
         self.encoder = CLIPEncoder(path, device=device, bf16=bf16)
         self.name = "clip" if against == "prompts" else "clip_image"
         if against == "prompts":
-            self.targets = self.encoder.texts(list(prompts))
+            self.targets = self.encoder.texts(list(prompts or ()))
         else:
             split, name = {"train": (train, "training"), "val": (val, "held-out")}[against]
-            total = sum(self.encoder.images(batch).sum(dim=0) for batch in image_batches(split, name=name))
+            total: Any = sum(self.encoder.images(batch).sum(dim=0) for batch in image_batches(split, name=name))
             self.targets = F.normalize(total, dim=0)[None]
         self.values = Rows().to(device)
 
@@ -145,7 +145,7 @@ class CLIPScore:
                 "leave the score out"
             )
 
-    def update(self, images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> None:
+    def update(self, images: Tensor, labels: Any = None, ids: Tensor | None = None) -> None:
         """Adds images uint8 [B, 3, H, W] and the numbers of their prompts, int64 [B]; ids: `Rows.update`."""
         features = self.encoder.images(images)
         targets = self.targets if self.name == "clip_image" else self.targets[labels.to(self.targets.device)]

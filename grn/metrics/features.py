@@ -34,6 +34,9 @@ class FeatureStatistics(torchmetrics.Metric):
     """
 
     full_state_update = False
+    n: Tensor
+    sum: Tensor
+    outer: Tensor
 
     def __init__(self, width: int, *, over_ranks: bool = True):
         super().__init__(sync_on_compute=over_ranks)
@@ -149,6 +152,7 @@ class SpatialFeatures:
     def take(self) -> Tensor:
         """Of the images that `extract` got last: float32 [B, 17 * 17 * 7]."""
         taken, self._last = self._last, None
+        assert taken is not None  # `extract` comes before
         return taken
 
 

@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class GenerationScores:
         )
         _check_real("kid" if kid else "prc" if prc else None, reference)
         self.fid_features = features if features is not None else default_features(extractor, "fid")
-        self.isc_features = default_features(extractor, "isc") if isc else None
+        self.isc_features: Any = default_features(extractor, "isc") if isc else None
         self.isc_splits = isc_splits
         self.kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size} if kid else None
         self.prc = {"prc_neighborhood": prc_neighborhood} if prc else None
@@ -118,8 +118,9 @@ class GenerationScores:
 
         width = widths(self.extractor)
         self.statistics = FeatureStatistics(width[self.fid_features]).to(device)
-        self.spatial = SpatialFeatures(self.extractor) if sfid else None
-        self.spatial_statistics = FeatureStatistics(SPATIAL_WIDTH).to(device) if sfid else None
+        # None, and so is their reference, unless sFID is reported.
+        self.spatial: Any = SpatialFeatures(self.extractor) if sfid else None
+        self.spatial_statistics: Any = FeatureStatistics(SPATIAL_WIDTH).to(device) if sfid else None
         self.logits = Rows(width[self.isc_features]).to(device) if isc else None
         self._find_reference(reference, splits, cache_dir)
         self.features = self.real_features = None
@@ -141,10 +142,10 @@ class GenerationScores:
             return self._split_statistics(*self._real_images(reference, splits), cache_dir, spatial=spatial)
 
         self.reference = found(len(self.statistics.sum), POOLED)
-        self.spatial_reference = None if self.spatial is None else found(SPATIAL_WIDTH, SPATIAL, spatial=True)
+        self.spatial_reference: Any = None if self.spatial is None else found(SPATIAL_WIDTH, SPATIAL, spatial=True)
 
     @staticmethod
-    def _real_images(reference: str | Path, splits: dict[str, tuple[Split, str]]) -> tuple[Split, str]:
+    def _real_images(reference: str | Path, splits: Mapping[Any, tuple[Split, str]]) -> tuple[Split, str]:
         return splits[reference] if reference in splits else (images_at(reference, key=KEY), str(reference))
 
     @classmethod
@@ -170,14 +171,15 @@ class GenerationScores:
         Raises:
             UserError: as from the constructor, and as from `compute` by too few images.
         """
-        options = {"isc": isc, "isc_splits": isc_splits, "kid": kid, "kid_subset_size": kid_subset_size}
+        options: dict[str, Any] = {"isc": isc, "isc_splits": isc_splits, "kid": kid, "kid_subset_size": kid_subset_size}
         options |= {"prc": prc, "prc_neighborhood": prc_neighborhood}
         _check_real("kid" if kid else "prc" if prc else None, reference)
         if _has_statistics(reference, POOLED):
             load_statistics(reference, None)  # before anything is downloaded
             if not callable(weights):
-                splits = dict.fromkeys(("train", "val"), tuple)  # of which nothing is read
-                cls(**splits, reference=reference, weights=weights, **options, **others | {"val_fid": False})
+                splits: dict[str, Any] = dict.fromkeys(("train", "val"), tuple)  # of which nothing is read
+                others["val_fid"] = False
+                cls(**splits, reference=reference, weights=weights, **options, **others)
         else:
             if reference not in SPLITS:
                 images_at(reference, key=KEY)
@@ -348,7 +350,7 @@ def split_statistics(
         sums.update(features(batch))
     if sums.n < 2:
         raise UserError(f"scores.{score}.reference: the {name} split needs at least 2 images")
-    statistics = as_numpy(sums.compute())
+    statistics: Any = as_numpy(sums.compute())
     if path is not None:
         write_cached(path, lambda temporary: np.savez(temporary, **statistics))
     return statistics
@@ -380,7 +382,8 @@ def load_statistics(
                 if not 0 < sizes[first] <= 2**20:
                     raise UserError(f"{key}: mu of {path} has {sizes[first]} bytes, where features have a few each")
                 width = arrays[names[0]].size
-            for name, known, shape in zip(names, POOLED, ((width,), (width, width))):
+            shapes: Any = (width,), (width, width)
+            for name, known, shape in zip(names, POOLED, shapes):
                 if f"{name}.npy" not in sizes:
                     raise UserError(f"{key}: {path} has no {name}: an npz with {' and '.join(names)} is needed")
                 # Looked at before anything is unpacked: a small file may claim a huge array.

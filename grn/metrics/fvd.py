@@ -53,7 +53,7 @@ class FrechetVideoDistance:
         self.network, self.frames = network().to(device), frames
         if frames < self.network.min_frames:
             raise UserError(f"scores.fvd.frames={frames}: the network reads {self.network.min_frames} or more")
-        self.splits = {"train": (train, "training"), "val": (val, "held-out")}
+        self.splits: dict[Any, tuple[Split, str]] = {"train": (train, "training"), "val": (val, "held-out")}
         self.reference_name, self.cache_dir = reference, cache_dir
         try:
             width = self._features(torch.zeros(1, 3, frames, 32, 32, dtype=torch.uint8, device=device)).shape[1]

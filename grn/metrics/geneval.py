@@ -154,7 +154,7 @@ class Mask2Former:
             key, path, Mask2FormerForUniversalSegmentation, example=EXAMPLE, device=device, bf16=bf16
         )
         self.processor = load_pretrained(key, path, AutoImageProcessor.from_pretrained, example=EXAMPLE)
-        labels = self.network.config.id2label
+        labels: dict[Any, str] = self.network.config.id2label
         self._names = {int(number): NAMES.get(name, name) for number, name in labels.items()}
         self.names = frozenset(self._names.values())
 
@@ -251,6 +251,8 @@ class GenEval:
         self.detector = Mask2Former(detector, device=device, bf16=bf16) if isinstance(detector, str) else detector
         check_prompts(asked, self.detector.names)
         if colours is None:
+            if clip is None:
+                raise UserError("scores.geneval.clip must be given: CLIP, which tells colours")
             colours = ColourReader(CLIPEncoder(clip, device=device, bf16=bf16, key="scores.geneval.clip"))
         self.asked, self.colours = list(asked), colours
         self.counts = Totals(2, len(asked), dtype=torch.int64).to(device)  # images, right ones
@@ -285,10 +287,10 @@ class GenEval:
         """As in `grn.evaluation.scoring.uncertainties`, by prompt: images of one prompt are not independent."""
         images, right = self.counts.compute().tolist()
         halves = {tag: of_mean([right[n] / images[n] for n in numbers]) for tag, numbers in self._tags(images).items()}
-        if None in halves.values():  # a single prompt of a tag tells nothing of others
-            return {f"geneval_{tag}": half for tag, half in halves.items() if half is not None}
-        overall = math.hypot(*halves.values()) / len(halves)
-        return {"geneval": overall} | {f"geneval_{tag}": half for tag, half in halves.items()}
+        found = {f"geneval_{tag}": half for tag, half in halves.items() if half is not None}
+        if len(found) < len(halves):  # a single prompt of a tag tells nothing of others
+            return found
+        return {"geneval": math.hypot(*found.values()) / len(found)} | found
 
     def _tags(self, images: Sequence[int]) -> dict[str, list[int]]:
         """The numbers of the prompts of each tag, of which there are images."""

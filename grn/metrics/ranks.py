@@ -16,6 +16,8 @@ class Rows(torchmetrics.Metric):
     """
 
     full_state_update = False
+    rows: list[Tensor]
+    ids: list[Tensor]
 
     def __init__(self, *shape: int, dtype: torch.dtype = torch.float32):
         super().__init__()

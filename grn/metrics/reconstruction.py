@@ -1,6 +1,7 @@
 """Reconstruction scores: PSNR, SSIM, L1; LPIPS (Zhang et al. 2018)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class ReconstructionScores:
         mse = difference.square().mean(dim=1).clamp(min=1 / difference.shape[1])
         psnr = 10 * torch.log10(255**2 / mse)
         with torch.autocast(real.device.type, enabled=False):
-            ssim = structural_similarity_index_measure(reconstructed, real, data_range=255.0, reduction="none")
+            ssim: Any = structural_similarity_index_measure(reconstructed, real, data_range=255.0, reduction="none")
         l1 = difference.abs().mean(dim=1) * 2 / 255
         scores = (torch.ones_like(psnr), psnr, ssim.reshape(-1).to(torch.float64), l1)
         self.sums.update(torch.stack([score.sum() for score in scores]))

@@ -1,7 +1,9 @@
 """Feature networks of FVD: I3D as TorchScript, or torchvision's, from local files."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ KEY = "scores.fvd.network"
 I3D_FILE = "i3d_torchscript.pt (https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt)"  # StyleGAN-V's
 TORCHVISION = ("r3d_18", "mc3_18", "r2plus1d_18")
 SIDE = 112  # pixels, of what torchvision's networks were trained on
+_weights: Callable[[str], Any] = get_model_weights  # each of their enumerations has a DEFAULT
 
 
 def video_network(name: str = "i3d", path: str | None = None, sha256: str | None = None) -> "I3D | TorchvisionVideo":
@@ -32,7 +35,7 @@ def video_network(name: str = "i3d", path: str | None = None, sha256: str | None
     """
     if name not in ("i3d", *TORCHVISION):
         raise UserError(f"{KEY}.name={name} must be one of i3d, {', '.join(TORCHVISION)}")
-    wanted = I3D_FILE if name == "i3d" else f"torchvision's {name} ({get_model_weights(name).DEFAULT.url})"
+    wanted = I3D_FILE if name == "i3d" else f"torchvision's {name} ({_weights(name).DEFAULT.url})"
     if path is None:
         raise UserError(f"{KEY}.path must be given: the local path of {wanted}")
     file = Path(path).expanduser()
@@ -96,7 +99,7 @@ class TorchvisionVideo(nn.Module):
         super().__init__()
         self.network = get_model(name, weights=None)
         self.network.fc = nn.Identity()
-        self.transforms = get_model_weights(name).DEFAULT.transforms(crop_size=(SIDE, SIDE), resize_size=(SIDE, SIDE))
+        self.transforms = _weights(name).DEFAULT.transforms(crop_size=(SIDE, SIDE), resize_size=(SIDE, SIDE))
         state = read_untrusted(path, f"{KEY}.path: {path} cannot be read: download it again", mmap=True)
         try:
             state = {key: value for key, value in state.items() if not key.startswith("fc.")}

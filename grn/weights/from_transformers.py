@@ -37,7 +37,7 @@ def load_pretrained(key: str, path: str, load: Callable[..., Any], *, example: s
 
 def load_network(
     key: str, path: str, kind: type, *, example: str, device: torch.device | str, bf16: bool | None
-) -> torch.nn.Module:
+) -> Any:
     """A frozen network of transformers' class `kind` in evaluation mode; missing weights, where transformers goes on
     with random ones, are an error.
 
