@@ -12,7 +12,7 @@ from grn.runs.sweeps import objective
 
 
 @entry_point("evaluate", jointly=True)
-def main(config: DictConfig) -> float | None:
+def main(config: DictConfig) -> float | list[float] | None:
     config.out = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     if config.get("statistics") is not None:
         from grn.evaluation.statistics import statistics

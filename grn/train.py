@@ -9,7 +9,7 @@ from grn.runs.sweeps import objective
 
 
 @entry_point("train")
-def main(config: DictConfig) -> float | None:
+def main(config: DictConfig) -> float | list[float] | None:
     config.paths.run = HydraConfig.get().runtime.output_dir  # a sweep's points have a folder each
     if config.ckpt_path is not None:  # a file that is missing; what else is wrong is told in its turn
         check_resumable(config)
