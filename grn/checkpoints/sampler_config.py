@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from grn.checkpoints.exported import sampler_from_plain
 from grn.method.sampler import Sampler
 from grn.method.schedules import FIXED, EntropyGuided, Linear
+from grn.runtime.configs import plain
 from grn.runtime.errors import UserError
 from grn.runtime.files import write_text
 
@@ -79,7 +80,7 @@ def build_sampler(config: DictConfig | dict, fallback: Sampler | DictConfig | di
     if isinstance(fallback, Sampler):
         fallback = sampler_config(fallback)
     configs = (c if isinstance(c, DictConfig) else OmegaConf.create(c or {}) for c in (config, fallback))
-    chosen, trained = (OmegaConf.to_container(c, resolve=True) for c in configs)  # in its place, for what it refers to
+    chosen, trained = (plain(c, resolve=True) for c in configs)  # in its place, for what it refers to
     schedule, trained_schedule = chosen.pop("schedule", None), trained.pop("schedule", None) or {}
     if schedule is None:
         schedule = trained_schedule
@@ -99,7 +100,7 @@ def build_sampler(config: DictConfig | dict, fallback: Sampler | DictConfig | di
 
 def _grid(fixed: dict[str, Any]) -> dict[str, Any]:
     """The keys of `EntropyGuided` that make it advance along the grid of a fixed schedule's config."""
-    kinds = {target(kind): kind for kind in FIXED.values()}
+    kinds: dict[Any, Any] = {target(kind): kind for kind in FIXED.values()}
     kind = kinds.get(fixed.get("_target_"))
     return {} if kind is None else {"grid": kind.grid} | {key: fixed.get(key) for key in ("alpha", "cap")}
 

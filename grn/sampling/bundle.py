@@ -39,7 +39,7 @@ class RefinerBundle:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         tokenizer: HBQTokenizer,
         sampler: Sampler,
         *,

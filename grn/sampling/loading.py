@@ -79,7 +79,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = 
     return bundle.eval()
 
 
-def network_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = None) -> nn.Module:
+def network_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = None) -> Any:
     """The network of a checkpoint, of a refiner or a tokenizer; arguments as of `bundle_from_checkpoint`."""
     source, model, state = str(checkpoint.path), checkpoint.config.model, checkpoint.weights(ema)
     if (settings := checkpoint.config.training.get("adapters")) is not None:
