@@ -102,10 +102,10 @@ class CrittersJudge:
             prompts = [line["prompt"] for line in asked]
         elif prompts is None:
             prompts = LABEL_NAMES
-        asked = torch.tensor([read_caption(prompt) for prompt in prompts]).reshape(-1, len(ATTRIBUTES))
-        if (asked == UNTOLD).all():
+        told = torch.tensor([read_caption(prompt) for prompt in prompts]).reshape(-1, len(ATTRIBUTES))
+        if (told == UNTOLD).all():
             raise UserError('scores.critters: no prompt tells of a critter, such as "a blue bell critter with a fin"')
-        return asked
+        return told
 
     def update(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
         """Adds generated images uint8 [B, 3, 64, 64] and the numbers of their prompts, int64 [B]; ids are not read."""
