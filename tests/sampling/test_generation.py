@@ -1,4 +1,5 @@
 import os
+import socket
 
 import commands
 import pytest
@@ -79,9 +80,9 @@ def test_a_compiled_network_sees_few_sizes(compiled, monkeypatch):
     assert all(size % 3 == 0 for size in seen) == compiled
 
 
-def sample_as_rank(rank, folder):
+def sample_as_rank(rank, folder, port):
     os.environ |= dict(zip(LAUNCHERS[0], (str(rank), str(rank), "2")))
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(20000 + os.getppid() % 10000)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     join(torch.device("cpu"))
     torch.set_num_threads(1)
     rank, world_size = rank_and_world_size()
@@ -96,7 +97,10 @@ def gathered(batches):
 
 @pytest.mark.slow
 def test_two_processes_draw_the_same_tokens(tmp_path):
-    commands.spawn(sample_as_rank, (tmp_path,), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands.spawn(sample_as_rank, (tmp_path, port), nprocs=2)
     shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert [share["ids"].sort().values.tolist() for share in shares] == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
     ids = torch.cat([share["ids"] for share in shares])
