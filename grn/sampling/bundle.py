@@ -31,11 +31,14 @@ class RefinerBundle:
         precision: a context in which the network runs, such as autocast.
 
     Attributes:
+        settings: those of its arguments that a run's config has under `training`.
         provenance: where the weights of its parts are from, for exports of it.
 
     Raises:
         UserError: a network that does not fit the tokenizer's tokens.
     """
+
+    settings: tuple[str, ...] = ("labeling",)
 
     def __init__(
         self,

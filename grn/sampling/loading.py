@@ -1,13 +1,12 @@
 """From a checkpoint or an export to a refiner that is ready to be sampled, and from that to an export."""
 
-import inspect
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from grn.checkpoints.exported import TextSide, is_exported_refiner, load_exported_refiner, save_exported_refiner
@@ -18,6 +17,7 @@ from grn.networks.adapters import adapter_state, check_adapters, merged
 from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.text_encoder import ByteT5
 from grn.networks.text_refiner import TextRefiner
+from grn.runtime.configs import plain
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.text_bundle import TextRefinerBundle
@@ -62,18 +62,17 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = 
     Raises:
         UserError: a refiner without its tokenizer.
     """
-    source, config = str(checkpoint.path), checkpoint.config
+    source = str(checkpoint.path)
     network = network_from_checkpoint(checkpoint, ema=ema)
     record = checkpoint.contents.get("tokenizer")
     if not record:
         raise UserError(f"ckpt: {source} is a refiner without its tokenizer, and cannot be sampled")
-    plain = OmegaConf.to_container(config)
+    config = plain(checkpoint.config)
     kind = TextRefinerBundle if isinstance(network, CaptionedRefiner) else RefinerBundle
-    known = inspect.signature(kind).parameters  # of the keys of `training`, the others are of training alone
-    settings = {key: value for key, value in plain["training"].items() if key in known}
+    arguments = {key: value for key, value in config["training"].items() if key in kind.settings}
     if isinstance(network, CaptionedRefiner) and network.encoder is None:
-        settings["text_encoder"] = instantiate(plain["text_encoder"])
-    bundle = kind(network, restore_tokenizer(record), build_sampler(plain["sampler"]), **settings)
+        arguments["text_encoder"] = instantiate(config["text_encoder"])
+    bundle = kind(network, restore_tokenizer(record), build_sampler(config["sampler"]), **arguments)
     refiner = {"source": source, "step": checkpoint.step, "ema": checkpoint.average(ema)}
     bundle.provenance = {"refiner": refiner, "tokenizer": {"source": record["path"], "step": record["step"]}}
     return bundle.eval()

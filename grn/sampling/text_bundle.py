@@ -56,6 +56,12 @@ class TextRefinerBundle(RefinerBundle):
             other kinds than these.
     """
 
+    settings = (
+        *RefinerBundle.settings,
+        *("prompts", "negative_prompt", "prompt_prefix", "prompt_suffix", "context_prefix"),
+        *("size", "frames", "context_latents"),
+    )
+
     def __init__(
         self,
         network: CaptionedRefiner,
@@ -211,7 +217,7 @@ class TextRefinerBundle(RefinerBundle):
             if self._offloaded:
                 encoder.to("cpu")
 
-    @functools.lru_cache(maxsize=2**16)  # noqa: B019, one module a run; a prompt is told once
+    @functools.lru_cache(maxsize=2**16)  # noqa: B019, one bundle a process; a prompt is told once
     def _warn_if_cut(self, prompt: str) -> None:
         taken = self.text_encoder.tokenization
         if taken.is_cut(prompt) and rank_and_world_size()[0] == 0:

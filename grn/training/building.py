@@ -9,9 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from grn.checkpoints.exported import is_exported_refiner
-from grn.checkpoints.native import (
-    load_tokenizer,
-)
+from grn.checkpoints.native import load_tokenizer
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
 from grn.checkpoints.official_text_refiner import check_attention, load_official_training
 from grn.checkpoints.official_tokenizer import load_official_tokenizer

@@ -106,7 +106,6 @@ class RefinerModule(LightningModule):
         self._is_batch_checked = False
         self.network = network
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.labeling = labeling
         check_adamw(learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
@@ -163,7 +162,9 @@ class RefinerModule(LightningModule):
         Pixels are encoded in the tokenizer's own precision, whatever the trainer's: tokens are what is learnt.
         """
         if "bits" in batch:
-            return unpack_bits(batch["bits"], self.tokenizer.latent_channels, self.tokenizer.rounds, self.labeling)
+            return unpack_bits(
+                batch["bits"], self.tokenizer.latent_channels, self.tokenizer.rounds, self.bundle.labeling
+            )
         return self.bundle.tokenize(batch["pixels"])
 
     def predict_corrupted(
@@ -307,7 +308,7 @@ class RefinerModule(LightningModule):
     @property
     def frozen(self) -> dict[str, nn.Module]:
         """The parts that checkpoints leave out, by name."""
-        return {"tokenizer": self.tokenizer}
+        return {name: part for name, part in self.bundle.parts.items() if name != "network"}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_loss.check(self)

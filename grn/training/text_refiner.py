@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from grn.data.samples import by_shape
@@ -84,7 +84,7 @@ class TextRefinerModule(RefinerModule):
             network,
             tokenizer,
             sampler,
-            labeling=self.labeling,
+            labeling=self.bundle.labeling,
             precision=self._precision,
             text_encoder=text_encoder,
             prompts=prompts,
@@ -98,8 +98,7 @@ class TextRefinerModule(RefinerModule):
         )
         self._is_batch_checked = True  # packs are from this package's data modules
         self.frozen_encoder = text_encoder
-        self.context_latents, self.context_ratio = context_latents, context_ratio
-        self.sample_weight_power = sample_weight_power
+        self.context_ratio, self.sample_weight_power = context_ratio, sample_weight_power
         self._weighted: Tensor | None = None  # [2]: of the step until now, over ranks, as `corruption.weighted_sums`
         self._unit: Tensor | None = None  # the weight that losses of the step's batches are divided by
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
@@ -107,22 +106,17 @@ class TextRefinerModule(RefinerModule):
 
     @property
     def refiner(self) -> TextRefiner:
-        return self.network.refiner
+        return self.bundle.refiner
 
     @property
     def text_encoder(self) -> TextEncoder:
-        return self.network.encoder or self.frozen_encoder
+        return self.bundle.text_encoder
 
     @property
     def packed_tokens(self) -> PackedTokens:
         """For the data to pack by, in processes that get no copy of the encoder."""
         count = self.text_encoder.tokenization
         return PackedTokens(self.tokenizer.stride, self.tokenizer.temporal_stride, count)
-
-    @property
-    def frozen(self) -> dict[str, nn.Module]:
-        encoder = {} if self.frozen_encoder is None else {"frozen_encoder": self.frozen_encoder}
-        return super().frozen | encoder
 
     def setup(self, stage: str) -> None:
         self._hollow = [hollow(self.refiner)]  # before a strategy shards the network
@@ -230,11 +224,12 @@ class TextRefinerModule(RefinerModule):
 
     def draw_context(self, tokens: list[Tensor], ids: Tensor) -> list[int]:
         """How many first latents of each sample are given in this step; some are always left."""
-        if self.context_latents == 0 or self.context_ratio == 0:
+        most = self.bundle.context_latents
+        if most == 0 or self.context_ratio == 0:
             return [0] * len(tokens)
         drawn = philox.uniform(self.seed, Stream.CONTEXT, ids, self.global_step) / self.context_ratio
         return [
-            0 if share >= 1 else min(1 + int(share * self.context_latents), sample.shape[1] - 1)
+            0 if share >= 1 else min(1 + int(share * most), sample.shape[1] - 1)
             for share, sample in zip(drawn.tolist(), tokens)
         ]
 

@@ -1,5 +1,7 @@
 """Modules from configs: official weights of tokenizer and refiner, recorded so that a checkpoint finds them."""
 
+import inspect
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -13,7 +15,9 @@ from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
+from grn.sampling.bundle import RefinerBundle
 from grn.sampling.loading import bundle_from_checkpoint
+from grn.sampling.text_bundle import TextRefinerBundle
 from grn.training.building import module_from_config
 
 
@@ -183,3 +187,9 @@ def test_a_text_refiner_and_its_encoder_come_back_from_a_checkpoint(official_tok
     assert whole.initial_weights is None
     for name, parameter in whole.refiner.named_parameters():
         assert torch.equal(hollow.initial_weights[f"refiner.{name}"], parameter)
+
+
+@pytest.mark.parametrize("kind", [RefinerBundle, TextRefinerBundle])
+def test_checkpoints_give_every_setting_of_a_bundle(kind):
+    others = {"network", "tokenizer", "sampler", "precision", "text_encoder"}
+    assert set(kind.settings) == inspect.signature(kind).parameters.keys() - others
