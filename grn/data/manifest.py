@@ -39,13 +39,13 @@ def read_manifest(root: str | os.PathLike) -> dict | None:
     return manifest
 
 
-def token_manifest(root: str | os.PathLike, *, key: str) -> dict:
+def token_manifest(root: str | os.PathLike | None, *, key: str) -> dict:
     """The manifest of token shards in `root`; `key` is the part of the config that names it, e.g. data.
 
     Raises:
         UserError: there is none, or it is of pixels.
     """
-    manifest = read_manifest(root)
+    manifest = None if root is None else read_manifest(root)
     if not (manifest and "tokenizer" in manifest):
         raise UserError(
             f"{key}.root={root} holds no token shards with their manifest; write them with "

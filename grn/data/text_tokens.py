@@ -13,7 +13,7 @@ from grn.data.text_images import PackedDataModule, PackedTokens, TextImageDataMo
 from grn.data.text_videos import TextVideoDataModule
 from grn.data.tokens import Encoded, is_count, read_view
 from grn.media.skips import Reason, Skip
-from grn.networks.text_encoder import DTYPES, TextEncoder
+from grn.networks.text_encoder import DTYPES, PretrainedT5, TextEncoder
 from grn.runtime.errors import UserError
 
 PLACES = {"name", "root", *SPLITS}  # what a source has beside what decides which pixels of a sample are encoded:
@@ -144,16 +144,17 @@ class TextTokensDataModule(Encoded, PackedDataModule):
         Raises:
             UserError: the shards' features are of another one.
         """
-        if self.features is None:
+        known = self.encoder
+        if self.features is None or known is None:
             return
-        own, known = (None if encoder is None else encoder_record(encoder)), self.encoder
+        own = encoder_record(encoder) if isinstance(encoder, PretrainedT5) else None
         alike = ("sha256", "max_length", "clean_captions", "width", "dtype")
         if own is None or any(own[key] != known[key] for key in alike):
             told = f"max_length {known['max_length']}, clean_captions {str(known['clean_captions']).lower()}"
+            kind = "trained along" if encoder is None else "another one"
             raise UserError(
                 f"{self.key}.root={self.root} has features of the text encoder {known['source']} ({told}, sha256 "
-                f"{known['sha256'][:12]}), and text_encoder is {'another one' if own else 'trained along'}: give that "
-                f"one, or {self.key}.features=false"
+                f"{known['sha256'][:12]}), and text_encoder is {kind}: give that one, or {self.key}.features=false"
             )
 
     def decoder(self, *, training: bool) -> TextTokenDecoder:

@@ -22,6 +22,7 @@ from grn.data.text_images import TextImageDataModule
 from grn.data.text_tokens import TextTokenDecoder, TextTokensDataModule
 from grn.data.tokens import TokenShardsDataModule, write_array
 from grn.media.skips import Reason, Skip
+from grn.networks.text_encoder import ByteT5
 from grn.networks.tokenizer import Encoder
 from grn.runtime.errors import UserError
 from grn.training.building import check_fits, module_from_config, tell_packing
@@ -299,6 +300,8 @@ def test_what_does_not_fit_is_refused(folder):
     for encoder in (frozen(folder, "other"), shorter, coarser, cleaning):
         with pytest.raises(UserError, match=r"has features of .*, and text_encoder is another one.*features=false"):
             check_fits(refiner(folder, encoder), of_images)
+    with pytest.raises(UserError, match="text_encoder is another one"):  # of a kind that is never encoded with
+        of_images.check_text_encoder(ByteT5(width=16, depth=1, heads=2, hidden=16))
     own = ["text_encoder=byt5_tiny", "text_encoder.width=16"]
     with pytest.raises(UserError, match="text_encoder is trained along"):
         check_fits(refiner(folder, own), of_images)

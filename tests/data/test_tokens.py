@@ -153,6 +153,8 @@ def test_what_does_not_fit_is_refused(folder):
         check_fits(TokenizerModule(tokenizer, perceptual_weight=0.0, gan_weight=0.0), data)
     with pytest.raises(UserError, match=r"holds no token shards.*grn\.encode"):
         tokens(folder, root=folder / "data" / "digits")
+    with pytest.raises(UserError, match=r"data\.root=None holds no token shards"):
+        tokens(folder, root=None)
     with pytest.raises(UserError, match="only pixels are encoded"):
         encode(config(folder, "data=tokens", f"data.root={data.root}", "flip=false"))
     with pytest.raises(UserError, match="height 30 is not a multiple of the tokenizer's stride 4"):
