@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from types import NoneType
 
 import torch
 
@@ -75,7 +76,7 @@ class ClipDecoder:
 def video_entry(raw: Mapping[str, object]) -> tuple[bytes, str]:
     """The bytes of the video, and its suffix."""
     for suffix in VIDEO_SUFFIXES:
-        if (data := entry(raw, (suffix,), missing=None)) is not None:
+        if (data := entry(raw, (suffix,))) is not None:
             return data, suffix
     raise Skip(Reason.NO_VIDEO)
 
@@ -93,7 +94,7 @@ def read_section(raw: Mapping[str, object]) -> tuple[Fraction, Fraction | None]:
     if begin is None and end is None:
         return Fraction(0), None
     begin = 0 if begin is None else begin
-    if type(begin) is not int or type(end) not in (int, type(None)) or type(fps) not in (int, float):
+    if type(begin) is not int or type(end) not in (int, NoneType) or fps is None or type(fps) not in (int, float):
         raise Skip(Reason.BAD_SECTION)
     if not 0 < fps < 1e6 or not 0 <= begin < (2**40 if end is None else end) <= 2**40:
         raise Skip(Reason.BAD_SECTION)

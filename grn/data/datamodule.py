@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule, Trainer
+from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from grn.data.manifest import how_to_make, read_manifest
@@ -22,6 +22,7 @@ from grn.data.stream.survey import why_none
 from grn.data.stream.workers import outlive_sigterm
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.ranks import rank_and_world_size
+from grn.runtime.trainer import Trainer
 
 SPLITS = ("train", "val")
 
@@ -52,6 +53,9 @@ class ShardsDataModule(LightningDataModule):
         UserError: `batch_size` or the streams do not divide, shards are missing, empty or too few, or the manifest
             contradicts `num_labels`; from the methods.
     """
+
+    name: str
+    trainer: Trainer | None
 
     def __init__(
         self,

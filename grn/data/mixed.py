@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from grn.data.datamodule import ShardsDataModule, repeated_batches
 from grn.data.stream.endless import ResumableLoader
 from grn.runtime.errors import UserError
+from grn.runtime.trainer import Trainer
 
 
 class MixedDataModule(LightningDataModule):
@@ -28,6 +29,8 @@ class MixedDataModule(LightningDataModule):
     Raises:
         UserError: parts and weights do not go together.
     """
+
+    trainer: Trainer | None
 
     def __init__(
         self, *, name: str, parts: Mapping[str, ShardsDataModule], weights: Mapping[str, float], seed: int = 0

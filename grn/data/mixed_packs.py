@@ -27,6 +27,8 @@ class MixedPacksDataModule(MixedDataModule):
         UserError: parts and weights do not go together; from the methods: parts that differ.
     """
 
+    parts: dict[str, PackedDataModule]
+
     def __init__(
         self,
         *,
@@ -56,12 +58,12 @@ class MixedPacksDataModule(MixedDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         loaders = [part.train_dataloader() for part in self.drawn.values()]
-        parts: list[PackedBatches] = [loader.dataset for loader in loaders]
+        parts = [loader.dataset for loader in loaders]
         batches = PackedBatches(
             [url for part in parts for url in part.urls],
-            parts[0].decode,  # never asked: each part decodes its own
+            parts[0].decode,  # never asked, nor are `tokens`: each part has its own
             collate=parts[0].collate,
-            tokens=parts[0].tokens,
+            tokens=len,
             mixture=Mixture(parts, [self.weights[name] for name in self.drawn], self.seed),
             seed=self.seed,
             length=None if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches,

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import ImageOps
@@ -22,7 +23,7 @@ FEATURE_SUFFIXES = ("features.safetensors",)  # of grn.encode, see grn.data.text
 METADATA_SUFFIXES = ("json",)  # {"label": 3, "caption": "a cat"}, in place of key.cls and key.txt
 
 
-def decode_or_skip(decode: Callable[[Mapping[str, object], int], dict], raw: Mapping[str, object], number: int) -> dict:
+def decode_or_skip(decode: Callable[[dict, int], dict], raw: dict, number: int) -> dict:
     """`decode(raw, number)`.
 
     Raises:
@@ -63,7 +64,7 @@ class ImageDecoder:
             Skip: with the reason.
         """
         sample = read_annotation(raw, self.num_labels)
-        image = decode_image(entry(raw, IMAGE_SUFFIXES, missing=Reason.NO_IMAGE), max_pixels=self.max_pixels)
+        image = decode_image(needed(raw, IMAGE_SUFFIXES, Reason.NO_IMAGE), max_pixels=self.max_pixels)
         if self.center_crop:
             image = center_crop(image, self.image_size, max_pixels=self.max_pixels)
         elif image.size != (self.image_size, self.image_size):
@@ -84,19 +85,24 @@ def is_mirrored(seed: int, pass_number: int, key: object) -> bool:
     return random.Random(f"flip/{seed}/{pass_number}/{key}").random() < 0.5
 
 
-def entry(raw: Mapping[str, object], suffixes: tuple[str, ...], *, missing: Reason | None) -> bytes | None:
-    """The bytes of the first of `suffixes` that the sample has.
+def needed(raw: Mapping[str, Any], suffixes: tuple[str, ...], missing: Reason) -> bytes:
+    """As `entry`; a `Skip` for the reason `missing` where the sample has none."""
+    if (data := entry(raw, suffixes)) is None:
+        raise Skip(missing)
+    return data
+
+
+def entry(raw: Mapping[str, Any], suffixes: tuple[str, ...]) -> bytes | None:
+    """The bytes of the first of `suffixes` that the sample has; None: it has none.
 
     Raises:
-        Skip: the entry could not be read (the reason stands in its place), or there is none and `missing` says so.
+        Skip: the entry could not be read; the reason stands in its place.
     """
     for suffix in suffixes:
         if (value := raw.get(suffix)) is not None:
             if isinstance(value, Reason):
                 raise Skip(value)
             return value
-    if missing is not None:
-        raise Skip(missing)
     return None
 
 
@@ -111,7 +117,7 @@ def read_annotation(raw: Mapping[str, object], num_labels: int | None) -> dict:
 
 def read_metadata(raw: Mapping[str, object]) -> dict:
     """The object in `key.json`; {} where there is none."""
-    if (data := entry(raw, METADATA_SUFFIXES, missing=None)) is None:
+    if (data := entry(raw, METADATA_SUFFIXES)) is None:
         return {}
     try:
         metadata = json.loads(data)
@@ -124,7 +130,7 @@ def read_metadata(raw: Mapping[str, object]) -> dict:
 
 def read_label(raw: Mapping[str, object], metadata: Mapping[str, object], num_labels: int) -> int:
     """The label of `key.cls` (decimal digits) or of "label" in `key.json`, in [0, num_labels)."""
-    data = entry(raw, LABEL_SUFFIXES, missing=None)
+    data = entry(raw, LABEL_SUFFIXES)
     if data is not None:
         if not re.fullmatch(rb"\s*[+-]?[0-9]{1,18}\s*", data):
             raise Skip(Reason.BAD_LABEL)
@@ -142,7 +148,7 @@ def read_label(raw: Mapping[str, object], metadata: Mapping[str, object], num_la
 
 def read_caption(raw: Mapping[str, object], metadata: Mapping[str, object]) -> str | None:
     """The text of `key.txt` or of "caption" in `key.json`, stripped; None where there is neither."""
-    data = entry(raw, CAPTION_SUFFIXES, missing=None)
+    data = entry(raw, CAPTION_SUFFIXES)
     if data is not None:
         try:
             return _plain(data.decode("utf-8"))
@@ -150,9 +156,11 @@ def read_caption(raw: Mapping[str, object], metadata: Mapping[str, object]) -> s
             raise Skip(Reason.BAD_CAPTION) from None
     if (caption := metadata.get("caption")) is None:
         return None
+    if not isinstance(caption, str):
+        raise Skip(Reason.BAD_CAPTION)
     try:
         return _plain(caption.encode("utf-8").decode("utf-8"))  # JSON's "\\ud800" is no text
-    except (AttributeError, UnicodeEncodeError):
+    except UnicodeEncodeError:
         raise Skip(Reason.BAD_CAPTION) from None
 
 
@@ -201,7 +209,8 @@ def collate(samples: list[dict]) -> dict:
         {"pixels": uint8 [B, 3, T, H, W] or "bits": uint8 [B, T, h, w, bytes], "key": list[str], "label": int64 [B]
         where samples have labels, "caption": list[str] where any sample has one ("" for those without)}.
     """
-    batch = {kind: torch.stack([s[kind] for s in samples]) for kind in ("pixels", "bits") if kind in samples[0]}
+    batch: dict[str, Any] = {}
+    batch |= {kind: torch.stack([s[kind] for s in samples]) for kind in ("pixels", "bits") if kind in samples[0]}
     batch["key"] = [sample["key"] for sample in samples]
     if "label" in samples[0]:
         batch["label"] = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)

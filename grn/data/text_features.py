@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from grn.checkpoints.native import weights_hash
-from grn.data.samples import FEATURE_SUFFIXES, entry
+from grn.data.samples import FEATURE_SUFFIXES, needed
 from grn.media.skips import Reason, Skip
 from grn.networks.text_encoder import DTYPES, PretrainedT5
 
@@ -35,7 +35,7 @@ class FeatureForm:
         Raises:
             Skip: there are none, of another form, or not finite.
         """
-        data = entry(raw, FEATURE_SUFFIXES, missing=Reason.NO_FEATURES)
+        data = needed(raw, FEATURE_SUFFIXES, Reason.NO_FEATURES)
         try:
             features = load(data).get(name)
         except MemoryError:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from grn.data.captions import Captions, caption_draws
 from grn.data.datamodule import ShardsDataModule
 from grn.data.manifest import how_to_make
-from grn.data.samples import entry, is_mirrored
+from grn.data.samples import is_mirrored, needed
 from grn.data.stream.packing import PackedBatches
 from grn.media.images import IMAGE_SUFFIXES, MAX_PIXELS, decode_image, resize_and_crop, to_tensor
 from grn.media.skips import Reason, Skip
@@ -56,7 +56,7 @@ class TextImageDecoder:
             Skip: with the reason.
         """
         caption, draws = self.draw(raw, pass_number)
-        image = decode_image(entry(raw, IMAGE_SUFFIXES, missing=Reason.NO_IMAGE), max_pixels=self.max_pixels)
+        image = decode_image(needed(raw, IMAGE_SUFFIXES, Reason.NO_IMAGE), max_pixels=self.max_pixels)
         height, width = self.size_of(image, draws)
         image = resize_and_crop(image, height, width, max_pixels=self.max_pixels)
         if self.flip and is_mirrored(self.seed, pass_number, raw["__key__"]):
@@ -274,12 +274,12 @@ class TextImageDataModule(PackedDataModule):
     def _budgets(
         self, pixels: str | Mapping[str, float] | None, resolutions: Sequence[Sequence[int]] | None
     ) -> tuple[tuple[float, Sizes], ...]:
-        if (pixels is None) == (resolutions is None):
-            raise UserError(f"give one of {self.key}.pixels={pixels} and {self.key}.resolutions={resolutions}")
-        if resolutions is None:
-            drawn = _weights({pixels: 1.0} if isinstance(pixels, str) else pixels, f"{self.key}.pixels")
+        if pixels is not None and resolutions is None:
             key = f"{self.key}.pixels"
+            drawn = _weights({pixels: 1.0} if isinstance(pixels, str) else pixels, key)
             return tuple((weight, tuple(resolutions_at(budget, key=key).items())) for budget, weight in drawn)
+        if pixels is not None or resolutions is None:
+            raise UserError(f"give one of {self.key}.pixels={pixels} and {self.key}.resolutions={resolutions}")
         pairs = isinstance(resolutions, Sequence) and all(isinstance(size, Sequence) for size in resolutions)
         if pairs and any(side is None for size in resolutions for side in size):
             raise UserError(

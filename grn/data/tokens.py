@@ -10,6 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from grn.data.datamodule import SPLITS, ShardsDataModule
 from grn.data.images import ImageShardsDataModule
 from grn.data.manifest import MANIFEST, token_manifest
-from grn.data.samples import TOKEN_SUFFIXES, entry, is_mirrored, read_annotation
+from grn.data.samples import TOKEN_SUFFIXES, is_mirrored, needed, read_annotation
 from grn.data.stream.streaming import check_foreign_urls
 from grn.media.skips import Reason, Skip
 from grn.method import hbq
@@ -83,7 +84,7 @@ def read_view(raw: Mapping[str, object], *, mirrored: bool, width: int) -> Tenso
     Raises:
         Skip: there are none, or of another width, or not mirrored.
     """
-    views = read_array(entry(raw, TOKEN_SUFFIXES, missing=Reason.NO_TOKENS))
+    views = read_array(needed(raw, TOKEN_SUFFIXES, Reason.NO_TOKENS))
     if len(views) <= mirrored or views.shape[4] != width:
         raise Skip(Reason.BAD_TOKENS)
     return torch.from_numpy(views[int(mirrored)].copy())
@@ -120,9 +121,9 @@ def write_array(views: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-class Encoded:
+class Encoded(ShardsDataModule):
     """What all data modules of token shards share: their manifest, their tokenizer, their views, and the pixels that
-    they were. A part of a `ShardsDataModule`, before which it stands among the bases.
+    they were.
 
     Args:
         flip: mirror training samples at random; needs both views; None: where the shards have both.
@@ -133,6 +134,8 @@ class Encoded:
         UserError: `root` holds no token shards of this kind.
     """
 
+    root: Path
+    manifest: dict[str, Any]
     captioned: ClassVar[bool]  # whether these are samples of text refiners, each of a size of its own
 
     def __init__(self, *, flip: bool | None = None, pixels: str | None = None, **shards: Any):
@@ -202,7 +205,7 @@ class Encoded:
         )
 
 
-class TokenShardsDataModule(Encoded, ShardsDataModule):
+class TokenShardsDataModule(Encoded):
     """Packed tokens from the shards of `grn.encode`.
 
     They are what the tokenizer makes of the pixel shards' images with the same labels and, sample by sample and pass by
@@ -212,7 +215,7 @@ class TokenShardsDataModule(Encoded, ShardsDataModule):
     list[str] (where there are any), "key": list[str]}; `unpack_bits` makes tokens of them.
 
     Args:
-        encoded: as `Encoded` and `ShardsDataModule` have them.
+        encoded: as `Encoded` has them.
     """
 
     captioned = False

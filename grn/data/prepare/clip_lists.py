@@ -19,7 +19,7 @@ from fractions import Fraction
 from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from grn.data.clips import read_section
 from grn.data.prepare.folders import (
@@ -53,7 +53,7 @@ _KIND = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
 def video_source(
-    *, root: str | None, captioned: bool, val: int | str | None, folder: str | None = None, **others: object
+    *, root: str | None, captioned: bool, val: int | str | None, folder: str | None = None, **others: Any
 ) -> "Clips | ClipList":
     """The source for a folder of videos, or for a JSON-lines file of parts of videos.
 
@@ -67,27 +67,30 @@ def video_source(
     Raises:
         UserError: `val` or `folder` is for a JSON-lines file, and `root` is a folder.
     """
-    if _is_list(root, val, folder):
+    if _is_list(root):
         return ClipList(root=root, captioned=captioned, val=val, folder=folder, **others)
-    return (CaptionedClips if captioned else Clips)(root=root, val=val, **others)
+    return (CaptionedClips if captioned else Clips)(root=root, val=_number(val, folder, root), **others)
 
 
 def image_source(
-    *, root: str | None, val: int | str | None, folder: str | None = None, **others: object
+    *, root: str | None, val: int | str | None, folder: str | None = None, **others: Any
 ) -> "CaptionedImages | ImageList":
     """Likewise of captioned images."""
-    if _is_list(root, val, folder):
+    if _is_list(root):
         return ImageList(root=root, val=val, folder=folder, **others)
-    return CaptionedImages(root=root, val=val, **others)
+    return CaptionedImages(root=root, val=_number(val, folder, root), **others)
 
 
-def _is_list(root: str | None, val: int | str | None, folder: str | None) -> bool:
-    if root is not None and os.path.isfile(Path(root).expanduser()):
-        return True
-    for key, is_for_list in {"val": isinstance(val, str), "folder": folder is not None}.items():
-        if is_for_list:
-            raise UserError(f"source.{key} names a file or folder beside a JSON-lines file, but root={root} is none")
-    return False
+def _is_list(root: str | None) -> TypeGuard[str]:
+    return root is not None and os.path.isfile(Path(root).expanduser())
+
+
+def _number(val: int | str | None, folder: str | None, root: str | None) -> int | None:
+    """`val`, of a source that is no JSON-lines file."""
+    if isinstance(val, str) or folder is not None:
+        key = "val" if isinstance(val, str) else "folder"
+        raise UserError(f"source.{key} names a file or folder beside a JSON-lines file, but root={root} is none")
+    return val
 
 
 @dataclass(frozen=True, order=True)
@@ -282,7 +285,7 @@ def draw_files(lines: Sequence[Line], folder: Path, count: int, seed: int, key: 
     return drawn
 
 
-def list_lines(key: str, path: str) -> tuple[list[Line], str]:
+def list_lines(key: str, path: str | Path) -> tuple[list[Line], str]:
     """(Every line of a file that is not blank, SHA-256 of the file); in memory there is a mebibyte of it at a time.
 
     Args:
@@ -392,5 +395,5 @@ def _encode(metadata: Mapping[str, object]) -> bytes:
     return data
 
 
-def _absolute(path: str) -> Path:
+def _absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from grn.checkpoints.native import load_tokenizer
 from grn.data.datamodule import ShardsDataModule
@@ -22,6 +22,7 @@ from grn.data.text_videos import TextVideoDataModule
 from grn.data.videos import VideoShardsDataModule
 from grn.networks.text_encoder import PretrainedT5
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.configs import plain
 from grn.runtime.errors import UserError
 from grn.runtime.ranks import place
 
@@ -34,7 +35,7 @@ def encode(config: DictConfig) -> bool:
     official = config.tokenizer.model
     source = {
         "path": str(config.tokenizer.ckpt),
-        "official": None if official is None else OmegaConf.to_container(official, resolve=True),
+        "official": None if official is None else plain(official, resolve=True),
         "ema": config.tokenizer.ema,
         "key": "ckpt",
     }
@@ -51,8 +52,10 @@ def encode(config: DictConfig) -> bool:
         "num_labels": datamodule.num_labels,
         "label_names": datamodule.label_names,
     }
+    captions = None
     if isinstance(datamodule, TextImageDataModule):
         facts["text"] = _text_facts(tokenizer, datamodule)
+        captions = datamodule.drawn_captions(training=False)
     else:
         facts |= {"token_shape": _token_shape(tokenizer, datamodule), "image_size": datamodule.image_size}
     if (text_encoder := _text_encoder(config, datamodule)) is not None:
@@ -68,8 +71,8 @@ def encode(config: DictConfig) -> bool:
         compile=config.compile,
         first_process=local_rank * max(1, config.num_workers),
         processes=max(1, config.num_workers),
-        text_encoder=None if text_encoder is None else OmegaConf.to_container(config.text_encoder, resolve=True),
-        captions=datamodule.drawn_captions(training=False) if text_encoder is not None else None,
+        text_encoder=None if text_encoder is None else plain(config.text_encoder, resolve=True),
+        captions=captions,
     )
     if not config.num_workers:
         encoder.start_worker(0, tokenizer, text_encoder)
@@ -101,7 +104,7 @@ def encode(config: DictConfig) -> bool:
     )
 
 
-def _token_shape(tokenizer: HBQTokenizer, datamodule: ShardsDataModule) -> list[int]:
+def _token_shape(tokenizer: HBQTokenizer, datamodule: ImageShardsDataModule | VideoShardsDataModule) -> list[int]:
     """(T, h, w) of every sample; what does not fit the strides is refused before anything is read."""
     frames = datamodule.frames if isinstance(datamodule, VideoShardsDataModule) else 1
     tokenizer.check_video((1, 3, frames, datamodule.image_size, datamodule.image_size))
@@ -127,7 +130,7 @@ def _text_encoder(config: DictConfig, datamodule: ShardsDataModule) -> Pretraine
 
 def _text_facts(tokenizer: HBQTokenizer, datamodule: TextImageDataModule) -> dict[str, Any]:
     """What text refiners' tokens may be; what does not fit the strides is refused before anything is read."""
-    if len(datamodule.budgets) > 1:
+    if datamodule.pixels is not None and len(datamodule.budgets) != 1:
         raise UserError(
             f"{datamodule.key}.pixels={datamodule.pixels}: a sample is encoded in one size: give one budget, such as "
             f"{datamodule.key}.pixels={next(iter(datamodule.pixels))}, and another out=... for each"

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import webdataset as wds
+from webdataset.writer import TarWriter
 
 from grn.data.manifest import MAX_BYTES
 from grn.data.prepare.pool import check_stopped
@@ -178,7 +179,7 @@ class ShardWriter:
             nonlocal samples
             with (
                 open(path, "wb") as file,
-                wds.TarWriter(file, user="grn", group="grn", mode=0o644, mtime=0, encoder=False) as tar,
+                TarWriter(file, user="grn", group="grn", mode=0o644, mtime=0, encoder=False) as tar,
             ):
                 for sample in self.write(job.description):
                     check_stopped()
@@ -205,8 +206,9 @@ class ShardWriter:
         return entry | {"rejected": rejected, "noted": noted}
 
 
-def difference(own: Mapping[str, object], other: Mapping[str, object]) -> tuple[str, str, str]:
+def difference(own: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str]:
     """The first key in which two identities differ, and both values, short enough for a message."""
     own, other = ({"name": it["name"]} | it["parameters"] | it.get("facts", {}) | it for it in (own, other))
     key = next(key for key in [*own, *other] if own.get(key) != other.get(key))
-    return key, *(textwrap.shorten(str(it.get(key)), 80, placeholder="...") for it in (own, other))
+    first, second = (textwrap.shorten(str(it.get(key)), 80, placeholder="...") for it in (own, other))
+    return key, first, second

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ class Stopped(Exception):
     """The other jobs are over: nobody waits for this one."""
 
 
-def run_jobs(work: Callable[[Any], Any], jobs: Sequence[Any], *, num_workers: int) -> Iterator[Any]:
+def run_jobs(work: Callable[[Any], Any], jobs: Sequence[Any], *, num_workers: int) -> Generator[Any]:
     """`work(job)` for every job; the results come as they are ready. Close the iterator to end early.
 
     Args:
@@ -101,9 +101,12 @@ def _start_process(*arguments: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # of the pool
+    parent.join()
     os._exit(1)
 
 
 def _run_job(job: Any) -> Any:
+    assert _process is not None  # `_start_process` has run in this one
     return _process.run(job)

@@ -144,6 +144,7 @@ class ShardEncoder:
         raws = [raw for raw, _ in batch]
         written = [{TOKEN_SUFFIXES[0]: tokens} for tokens in self._tokens([pixels for _, pixels in batch])]
         if self._text_encoder is not None:
+            assert self.captions is not None  # which are given with it
             names = [name for name, _ in self.captions.weights]
             captions = [
                 {name: self.captions.worded(raw, caption) for name, caption in read_captions(raw, names).items()}
@@ -162,6 +163,7 @@ class ShardEncoder:
     def _tokens(self, pixels: list[Tensor]) -> list[bytes]:
         """Each sample's views as an npy file."""
         network, arrays = self._network, [b""] * len(pixels)
+        assert network is not None  # of a worker that was started
         for places in by_shape(pixels):
             same = torch.stack([pixels[place] for place in places]).to(network.encoder.stem.weight.device)
             views = [same, same.flip(-1)] if self.mirrored else [same]

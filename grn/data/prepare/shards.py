@@ -95,8 +95,8 @@ def write_shards(
     jobs = [Job(split, number, it) for split in shards for number, it in enumerate(shards[split])]
     _write_missing(folder, jobs[rank::world_size], write, num_workers, quiet=rank > 0)
 
-    finished = {job.shard: folder.finished(job.shard) for job in jobs}
-    missing = sum(entry is None for entry in finished.values())
+    finished = {job.shard: entry for job in jobs if (entry := folder.finished(job.shard)) is not None}
+    missing = len(jobs) - len(finished)
     if not folder.shards.is_dir():
         log.info("another process has moved the data to %s", root)
     elif missing:

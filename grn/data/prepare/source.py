@@ -2,8 +2,8 @@
 
 import os
 from abc import ABC, abstractmethod
-from dataclasses import asdict
-from typing import Any
+from dataclasses import Field, asdict
+from typing import Any, ClassVar
 
 from grn.data.prepare.shards import write_shards
 
@@ -11,6 +11,7 @@ from grn.data.prepare.shards import write_shards
 class Source(ABC):
     """What `grn.prepare` makes shards of: a dataclass of its config keys, and `name`, the data set's."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # as all dataclasses have
     name: str
 
     @abstractmethod

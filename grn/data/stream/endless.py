@@ -200,6 +200,8 @@ class ResumableLoader(DataLoader):
     them in turn: what Lightning's `overfit_batches` means.
     """
 
+    dataset: GlobalBatches
+
     def __init__(self, dataset: GlobalBatches, **arguments: Any):
         super().__init__(dataset, batch_size=None, num_workers=dataset.num_workers, **arguments)
         self._kept: list[Any] = []
@@ -236,7 +238,7 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """{"batches": global batches given, "shards": number, "streams": [columns, rows], "places": one a stream}."""
-        places = [self.dataset.places]
+        places: list[Any] = [self.dataset.places]
         if dist.is_available() and dist.is_initialized():
             places = [None] * dist.get_world_size()
             dist.all_gather_object(places, self.dataset.places)

@@ -102,6 +102,8 @@ class PackedBatches(GlobalBatches):
         others: as `GlobalBatches` has them; `collate` gets a list of packs.
     """
 
+    places: list[PackPlace]
+
     def __init__(
         self,
         *arguments: Any,
@@ -158,8 +160,8 @@ class PackedBatches(GlobalBatches):
             numbers = tuple(it.number - first for it in waiting)
             yield pack, PackPlace(packs, before, numbers[-1] + 1, numbers)
 
-    def _waiting(self, stream: int, place: Place | MixedPlace, wanted: Callable[[int], bool]) -> Iterator[Waiting]:
-        source, before = self if self.mixture is None else self.mixture, place
+    def _waiting(self, stream: int, place: Any, wanted: Callable[[int], bool]) -> Iterator[Waiting]:
+        source, before = self if self.mixture is None else self.mixture, place  # a place as the source has them
         for number, (sample, after) in enumerate(source.samples(stream, place, wanted)):
             if sample is not None:
                 yield Waiting(number, before, sample["tokens"], sample)

@@ -4,17 +4,17 @@ import glob
 import logging
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import braceexpand
 import torch
-import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
 from grn.data.samples import (
@@ -26,7 +26,7 @@ from grn.data.samples import (
     decode_or_skip,
 )
 from grn.data.stream.remote import RemoteFile, Unreachable, check_reachable, check_scheme
-from grn.data.stream.tar import TarReader
+from grn.data.stream.tar import ByteStream, TarReader
 from grn.media.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from grn.media.skips import Note, Reason, Skip, noting
 from grn.runtime.errors import UserError
@@ -165,7 +165,7 @@ class ShardStream(ShardDataset):
         super().__init__(urls, decode, **others)
         self.rank, self.world_size = rank_and_world_size() if split_by_rank else (0, 1)
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Generator[dict]:
         worker_id, workers = worker_and_workers()
         reader, readers = worker_id * self.world_size + self.rank, self.world_size * workers
         # Readers beyond the number of shards share shards and take turns at the samples.
@@ -324,7 +324,7 @@ def local_path(url: str) -> Path | None:
 
 def read_shard(
     url: str, max_entry_bytes: dict[str, int], *, check: Callable[[], None] = lambda: None
-) -> Iterator[dict]:
+) -> Generator[dict]:
     """The raw samples of one tar: {"__key__", "__url__", suffix: bytes, ...}, grouped as webdataset does.
 
     (webdataset's own reader is passed over as it reads entries of any size and takes a damaged tar for a short one.)
@@ -341,8 +341,8 @@ def read_shard(
     """
     path = local_path(url)
     with _closing(open_shard(url, check)) as stream:
-        regular = path is not None and path.is_file()
-        archive = TarReader(stream, length=path.stat().st_size if regular else None, check=check)
+        length = path.stat().st_size if path is not None and path.is_file() else None
+        archive = TarReader(stream, length=length, check=check)
         for key, entries in groupby(_entries(archive, max_entry_bytes), key=itemgetter(0)):
             raw, error = {"__key__": key, "__url__": url}, None
             try:
@@ -357,12 +357,12 @@ def read_shard(
                 raise error
 
 
-def open_shard(url: str, check: Callable[[], None] = lambda: None) -> BinaryIO:
+def open_shard(url: str, check: Callable[[], None] = lambda: None) -> ByteStream:
     """The bytes of a shard, packed or not."""
     if (path := local_path(url)) is not None:
         return path.open("rb")
     if url.startswith("pipe:"):
-        return wds.gopen(url)
+        return gopen(url)
     return RemoteFile(url, check=check)
 
 
@@ -373,7 +373,7 @@ def is_clutter(path: str) -> bool:
 
 
 @contextmanager
-def _closing(stream: BinaryIO) -> Iterator[BinaryIO]:
+def _closing(stream: ByteStream) -> Iterator[ByteStream]:
     """As `contextlib.closing`, but a command whose output is not wanted any more is not waited for."""
     try:
         yield stream
@@ -390,7 +390,7 @@ def _entries(archive: TarReader, max_entry_bytes: dict[str, int]) -> Iterator[tu
     """(key, suffix, bytes) of each file."""
     for name, size in archive:
         key, suffix = base_plus_ext(name)
-        if key is None or is_clutter(name):
+        if key is None or suffix is None or is_clutter(name):
             continue
         suffix = suffix.lower()
         if suffix.startswith("__"):  # `__key__` and `__url__` are the reader's to say

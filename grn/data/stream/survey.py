@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
 
@@ -22,7 +22,7 @@ def survey(url: str, reasons: Sequence[str], *, key: str) -> str:
         reasons: of `Reason`, by their values: why samples were skipped.
         key: where the config has the data, for messages.
     """
-    raws: list[Mapping[str, object]] = []
+    raws: list[dict] = []
     try:
         with closing(read_shard(url, dict.fromkeys(METADATA_SUFFIXES, 2**16))) as samples:
             raws.extend(islice(samples, SAMPLES))
@@ -42,7 +42,7 @@ def why_none(data: ShardDataset, key: str) -> str:
     return f"({counts or 'they are empty'}){said}; the first shard is {data.urls[0]}"
 
 
-def _names(raws: Sequence[Mapping[str, object]]) -> str:
+def _names(raws: Sequence[dict]) -> str:
     """How the files are named and where they stand, which is all that makes samples of them."""
     first = raws[0]
     dotted = [raw for raw in raws if not _known(raw) and any(s.rpartition(".")[2] in MAX_ENTRY_BYTES for s in raw)]
@@ -70,11 +70,11 @@ def _names(raws: Sequence[Mapping[str, object]]) -> str:
     return f"its samples have {told}{alone}"
 
 
-def _known(raw: Mapping[str, object]) -> bool:
+def _known(raw: dict) -> bool:
     return any(suffix in MAX_ENTRY_BYTES for suffix in raw)
 
 
-def _remedies(raws: Sequence[Mapping[str, object]], reasons: set[str], key: str) -> list[str]:
+def _remedies(raws: Sequence[dict], reasons: set[str], key: str) -> list[str]:
     """Which keys of the config would have such samples used."""
     found = {suffix for raw in raws for suffix in raw}
     told = []
@@ -95,7 +95,7 @@ def _remedies(raws: Sequence[Mapping[str, object]], reasons: set[str], key: str)
     return told
 
 
-def _texts(raws: Sequence[Mapping[str, object]]) -> list[str]:
+def _texts(raws: Sequence[dict]) -> list[str]:
     """Names of the texts in `key.json`, those that sound like captions first."""
     names = Counter()
     for raw in raws:

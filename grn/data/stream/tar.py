@@ -12,7 +12,7 @@ import os
 import selectors
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 MAX_SILENCE = 300  # seconds
 MAX_HEADER_BYTES = 2**20  # of a long name or of extended attributes
@@ -21,6 +21,14 @@ FREE_EXPANSION, MAX_EXPANSION = 2**30, 100  # of a compressed archive: bytes, an
 BLOCK, CHUNK = tarfile.BLOCKSIZE, 2**20
 ZEROS = bytes(BLOCK)
 DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+
+
+class ByteStream(Protocol):
+    """What archives are read from."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def close(self) -> None: ...
 
 
 class TarReader:
@@ -38,7 +46,7 @@ class TarReader:
         OSError: from iterating or reading: `stream` cannot be read.
     """
 
-    def __init__(self, stream: BinaryIO, *, length: int | None = None, check: Callable[[], None] = lambda: None):
+    def __init__(self, stream: ByteStream, *, length: int | None = None, check: Callable[[], None] = lambda: None):
         self._source = _Source(stream, check)
         self._plain = buffered = io.BufferedReader(self._source, 2**16)
         for magic, decompressor in DECOMPRESSORS.items():
@@ -161,7 +169,7 @@ class _Source(io.RawIOBase):
     Of a command's output (webdataset's `Pipe`) no more than `MAX_SILENCE` seconds without a byte are waited for.
     """
 
-    def __init__(self, stream: BinaryIO, check: Callable[[], None]):
+    def __init__(self, stream: ByteStream, check: Callable[[], None]):
         self.stream, self.check = stream, check
         self.pipe: BinaryIO | None = getattr(getattr(stream, "proc", None), "stdout", None)
         self.read_bytes = 0
@@ -173,7 +181,7 @@ class _Source(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         try:
             self.check()
-            data = self.stream.read(len(buffer)) if self.pipe is None else self._from_pipe(len(buffer))
+            data = self.stream.read(len(buffer)) if self.pipe is None else self._from_pipe(self.pipe, len(buffer))
         except BaseException as error:
             self.error = error
             raise
@@ -181,13 +189,13 @@ class _Source(io.RawIOBase):
         self.read_bytes += len(data)
         return len(data)
 
-    def _from_pipe(self, size: int) -> bytes:
+    def _from_pipe(self, pipe: BinaryIO, size: int) -> bytes:
         with selectors.DefaultSelector() as selector:
-            selector.register(self.pipe, selectors.EVENT_READ)
+            selector.register(pipe, selectors.EVENT_READ)
             for _ in range(MAX_SILENCE):
                 if selector.select(timeout=1):
                     # Nobody else reads it, so that nothing waits in the buffer that `stream` has. It knows the status.
-                    return os.read(self.pipe.fileno(), size) or self.stream.read(size)
+                    return os.read(pipe.fileno(), size) or self.stream.read(size)
                 self.check()
         raise TimeoutError(f"no byte came in {MAX_SILENCE} seconds")
 
