@@ -38,6 +38,11 @@ class Group:
 
 
 SPLITS = ("train", "val")
+# What the config of a text refiner's training says of its samples (`TextRefinerBundle.settings`).
+TEXT_SETTINGS = (
+    *("prompts", "negative_prompt", "prompt_prefix", "prompt_suffix", "context_prefix"),
+    *("size", "frames", "context_latents"),
+)
 # Where what checkpoints name was before it got its room.
 EARLIER = (
     "grn.sampler.",
@@ -84,8 +89,9 @@ GROUPS: dict[str, Group] = {
             "discriminator": Group(targets=("grn.networks.discriminator.PatchDiscriminator",)),
             "perceptual": Group(targets=("grn.networks.perceptual.LPIPS",), files=("weights",)),
         },
-        given=("network", "tokenizer", "sampler", "text_encoder"),
-        extra=("adapters",),  # of text refiners' networks
+        given=("network", "bundle"),
+        # Of text refiners' networks, and what `grn.sampling` reads.
+        extra=("adapters", "labeling", *TEXT_SETTINGS),
     ),
     "sampler": Group(
         targets=("grn.method.sampler.Sampler",),

@@ -1,6 +1,7 @@
 """A request: everything samples depend on besides the weights."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from grn.method.sampler import Erasure, Sampler, Start
 
@@ -39,3 +40,20 @@ class Request:
     def wanted(self) -> tuple[int | str, ...]:
         """The labels or prompts that take turns."""
         return self.prompts if self.prompts is not None else self.labels or ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteRequest(Request):
+    """A request that leaves nothing open (`RefinerBundle.complete`); it has labels or prompts, never both."""
+
+    negative_prompt: str
+    height: int
+    width: int
+    frames: int
+    num: int
+    sampler: Sampler
+
+    @classmethod
+    def of(cls, request: Request, **own: Any) -> "CompleteRequest":
+        """The request, with `own` values where it has none."""
+        return cls(**{**own, **{name: value for name, value in vars(request).items() if value is not None}})

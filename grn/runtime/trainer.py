@@ -14,3 +14,8 @@ if TYPE_CHECKING:
 
 else:
     Trainer = lightning.Trainer
+
+
+def is_logged(trainer: Any, step: int) -> bool:
+    """Whether what happens in optimiser step `step`, from 0, is logged."""
+    return (step + 1) % trainer.log_every_n_steps == 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from grn.media.pixels import from_uint8, to_uint8
 from grn.method import hbq
-from grn.method.request import Request
+from grn.method.request import CompleteRequest, Request
 from grn.method.sampler import Condition, Refined, Refinement, Sampler, Start, Step, finished
 from grn.networks.conditions import Labels
 from grn.networks.tokenizer import HBQTokenizer
@@ -56,8 +56,8 @@ class RefinerBundle:
                 f"training.labeling={labeling} of {tokenizer.latent_channels} channels and {tokenizer.rounds} rounds "
                 f"needs model.channels={channels} model.classes={classes}"
             )
-        self.network, self.tokenizer, self.sampler, self.labeling = network, tokenizer, sampler, labeling
-        self.precision = precision
+        self.network, self.tokenizer, self.sampler, self.precision = network, tokenizer, sampler, precision
+        self.labeling: hbq.Labeling = labeling
         self.provenance: dict[str, dict[str, Any]] = {}
 
     @property
@@ -69,10 +69,10 @@ class RefinerBundle:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def to(self: Bundle, *where: torch.device | torch.dtype | str | None) -> Bundle:
+    def to(self: Bundle, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Bundle:
         """Moves and casts all networks, as `nn.Module.to`."""
         for part in self.parts.values():
-            part.to(*where)
+            part.to(device, dtype)
         return self
 
     def eval(self: Bundle) -> Bundle:
@@ -90,35 +90,37 @@ class RefinerBundle:
         """(D, T, H, W) of one sample."""
         return self.network.channels, 1, self.network.size, self.network.size
 
-    def complete(self, request: Request) -> Request:
+    def complete(self, request: Request) -> CompleteRequest:
         """The request with all that it leaves open filled in, as this refiner was trained to be sampled.
 
         Raises:
             UserError: something that this refiner does not draw.
         """
-        texts = ("prompts", "negative_prompt", "height", "width", "frames")
-        if odd := next((name for name in texts if getattr(request, name) is not None), None):
+        side = self.network.size * self.tokenizer.stride
+        own = {"prompts": None, "negative_prompt": "", "height": side, "width": side, "frames": 1}
+        if odd := next((name for name, value in own.items() if getattr(request, name) not in (None, value)), None):
             raise UserError(f"{odd} is for text refiners, this one is of classes: give labels=[0,1,...] instead")
         labels = tuple(range(self.num_conditions)) if request.labels is None else request.labels
         if not labels or any(type(label) is not int or not 0 <= label < self.num_conditions for label in labels):
             raise UserError(f"labels={list(labels)}: labels of this checkpoint are 0..{self.num_conditions - 1}")
-        return self._counted(replace(request, labels=labels))
+        return self._completed(replace(request, labels=labels), **own)
 
-    def _counted(self, request: Request) -> Request:
-        num = len(request.wanted) if request.num is None else request.num
+    def _completed(self, request: Request, **own: Any) -> CompleteRequest:
+        """With `own` values, and those that all refiners have, where the request has none."""
+        request = CompleteRequest.of(request, **{"num": len(request.wanted), "sampler": self.sampler, **own})
+        num, shape = request.num, self.shape_of(request)
         check_count("num", num)
         if type(request.seed) is not int or not -(2**63) <= request.seed < 2**64:
             raise UserError(f"seed={request.seed}: a whole number of 64 bits")
-        request = replace(request, num=num, sampler=request.sampler or self.sampler)
-        shape, steps = self.shape_of(request)[1:], request.sampler.schedule.max_steps
         if request.start is not None:
-            self._check_start(request.start, num, self.shape_of(request))
+            self._check_start(request.start, num, shape)
+        steps = request.sampler.schedule.max_steps
         for erasure in request.erasures:
             there = f"erasures: of sample {erasure.sample} after {erasure.after} steps"
             if not (0 <= erasure.sample < num and 0 <= erasure.after < steps):
                 raise UserError(f"{there}, of num={num} samples that take {steps} at most: give them as they were made")
-            if erasure.positions.dtype != torch.bool or tuple(erasure.positions.shape) != shape:
-                raise UserError(f"{there}: positions {list(erasure.positions.shape)}, but maps are {list(shape)}")
+            if erasure.positions.dtype != torch.bool or tuple(erasure.positions.shape) != shape[1:]:
+                raise UserError(f"{there}: positions {list(erasure.positions.shape)}, but maps are {list(shape[1:])}")
         return request
 
     def _check_start(self, start: Start, num: int, shape: tuple[int, int, int, int]) -> None:
@@ -132,14 +134,14 @@ class RefinerBundle:
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.network.classes:
             raise UserError(f"start: tokens are 0 to {self.network.classes - 1}: these are of another tokenizer")
 
-    def shape_of(self, request: Request) -> tuple[int, int, int, int]:
-        """(D, T, H, W) of one sample of a complete request, in tokens."""
+    def shape_of(self, request: CompleteRequest) -> tuple[int, int, int, int]:
+        """(D, T, H, W) of one sample of a request, in tokens."""
         return self.token_shape
 
     def generate(self, request: Request, callback: Callable[[Step], None] | None = None) -> Refined:
         """All samples of a request, in one batch and in their order."""
-        request = self.complete(request)
-        ((_, refined),) = self.generate_queue(request, batch_size=request.num, callback=callback)
+        complete = self.complete(request)
+        ((_, refined),) = self.generate_queue(complete, batch_size=complete.num, callback=callback)
         return refined
 
     def generate_queue(
@@ -166,13 +168,13 @@ class RefinerBundle:
 
         Of a compiled network the rows of a call are bucketed, and what else a step does is compiled, too.
         """
-        request = self.complete(request)
-        ids = torch.arange(request.num) if ids is None else ids
-        start = request.start
+        complete = self.complete(request)
+        ids = torch.arange(complete.num) if ids is None else ids
+        start = complete.start
         if start is not None:
             start = start.to(self.device)
             start = start.expand(len(ids)) if len(start.tokens) == 1 else start.select(ids)
-        place = {number: place for place, number in enumerate(ids.tolist())} if request.erasures else {}
+        place = {number: place for place, number in enumerate(ids.tolist())} if complete.erasures else {}
 
         def predict(tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
             with self.precision():
@@ -181,29 +183,29 @@ class RefinerBundle:
         # nn.Module.compile() leaves no public trace.
         compiled = any(module._compiled_call_impl is not None for module in self.network.modules())
         with self.precision(), torch.no_grad():
-            condition = self.condition(request, ids)
+            condition = self.condition(complete, ids)
         return Refinement(
             predict,
             condition,
-            request.sampler,
-            shape=self.shape_of(request),
+            complete.sampler,
+            shape=self.shape_of(complete),
             classes=self.network.classes,
-            seed=request.seed,
+            seed=complete.seed,
             ids=ids.to(self.device),
             batch_size=batch_size,
             start=start,
-            erasures=[replace(it, sample=place[it.sample]) for it in request.erasures if it.sample in place],
+            erasures=[replace(it, sample=place[it.sample]) for it in complete.erasures if it.sample in place],
             bucketed=compiled,
             compiled=compiled,
         )
 
-    def condition(self, request: Request, ids: Tensor) -> Condition:
-        """What samples `ids`, int64 [B] on the CPU, of a complete request are conditioned on."""
-        labels = torch.tensor(request.labels)[ids % len(request.labels)]
+    def condition(self, request: CompleteRequest, ids: Tensor) -> Condition:
+        """What samples `ids`, int64 [B] on the CPU, of a request are conditioned on."""
+        labels = torch.tensor(request.wanted)[ids % len(request.wanted)]
         return Labels(labels.to(self.device), self.network.num_labels)
 
-    def predict(self, tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """As `grn.method.sampler.Refinement` asks for it."""
+    def predict(self, tokens: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """Logits of tokens at t under what `condition` made; as `grn.method.sampler.Refinement` asks for it."""
         return self.network(tokens, t, condition.index)
 
     @torch.no_grad()

@@ -38,11 +38,12 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     if config.num is not None:
         check_count("num", config.num)
     bundle, source = load_refiner(config.ckpt, ema=config.ema)
-    if config.sampler.schedule.get("_target_") != "grn.method.schedules.EntropyGuided":
-        raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
     sampler = build_sampler(config.sampler, bundle.sampler)
-    target, spread = (_number(config, key) for key in ("target_steps", "spread"))
-    spread = wanted_spread(sampler.schedule, target, spread)
+    schedule = sampler.schedule
+    if not isinstance(schedule, EntropyGuided):
+        raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
+    target = _number("target_steps", config.target_steps)
+    spread = wanted_spread(schedule, target, None if config.spread is None else _number("spread", config.spread))
     num = _number_of_samples(config.num, bundle.num_conditions)
     device = join(best_device(config.device))
     rank, world_size = rank_and_world_size()
@@ -67,8 +68,9 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     for first, part in enumerate(gather(own)):
         entropy[first::world_size] = part
     halves = dict(zip(("fitted", "fresh"), entropy.chunk(2)))
-    sampler = replace(sampler, schedule=fit(sampler.schedule, halves["fitted"], target=target, spread=spread))
-    measured = {name: _described(sampler.schedule, half) for name, half in halves.items()}
+    schedule = fit(schedule, halves["fitted"], target=target, spread=spread)
+    sampler = replace(sampler, schedule=schedule)
+    measured = {name: _described(schedule, half) for name, half in halves.items()}
     if rank == 0:
         _print(measured, target)
     mean = measured["fresh"]["steps_mean"]
@@ -93,9 +95,8 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     return report
 
 
-def _number(config: DictConfig, key: str) -> float | None:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+def _number(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{key}={value}: give a number of steps")
     return value
 

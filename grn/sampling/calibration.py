@@ -33,12 +33,17 @@ def decision_entropies(
     Args:
         ids: int64 [N], which of the samples; None: all.
         advance: gets the number of each few that are measured.
+
+    Raises:
+        UserError: another schedule.
     """
-    request = bundle.complete(request)
-    schedule = request.sampler.schedule
+    complete = bundle.complete(request)
+    schedule = complete.sampler.schedule
+    if not isinstance(schedule, EntropyGuided):
+        raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
     schedule = replace(schedule, scale=0.0, offset=0.0, min_steps=schedule.warmup + 1)
-    short = replace(request, sampler=replace(request.sampler, schedule=schedule))
-    entropy = torch.empty(request.num if ids is None else len(ids))
+    short = replace(complete, sampler=replace(complete.sampler, schedule=schedule))
+    entropy = torch.empty(complete.num if ids is None else len(ids))
     for rows, refined in bundle.generate_queue(short, ids=ids, batch_size=batch_size):
         entropy[rows] = refined.decision_entropy
         if advance is not None:

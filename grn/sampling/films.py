@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -62,8 +62,8 @@ def _captioned(picture: Image.Image, text: str, share: float) -> Image.Image:
     return strip
 
 
-def state_pixels(states: Tensor, size: tuple[int, int]) -> Tensor:
-    """States uint8 [B, D, T, h, w] -> uint8 pixels [B, 3, *size] of the first frame.
+def state_pixels(states: Tensor, size: Sequence[int]) -> Tensor:
+    """States uint8 [B, D, T, h, w] -> uint8 pixels [B, 3, height, width] of the first frame; `size`: height, width.
 
     A position is a square of its D tokens, row by row.
     """

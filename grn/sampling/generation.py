@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from grn.method.request import Request
+from grn.method.request import CompleteRequest, Request
 from grn.method.sampler import Refined, Step
 from grn.runtime.errors import UserError, check_count
 from grn.sampling.bundle import RefinerBundle
@@ -63,21 +63,21 @@ def generate(
         UserError: a `batch_size` that is none, or something that the refiner does not draw.
     """
     check_count("batch_size", batch_size)
-    request = bundle.complete(request)
-    check_memory(bundle, request, batch_size=batch_size)
-    ids = torch.arange(request.num)[rank::world_size]
-    labels = torch.arange(request.num) % len(request.wanted)
-    if request.labels is not None:
-        labels = torch.tensor(request.labels)[labels]
+    complete = bundle.complete(request)
+    check_memory(bundle, complete, batch_size=batch_size)
+    ids = torch.arange(complete.num)[rank::world_size]
+    labels = torch.arange(complete.num) % len(complete.wanted)
+    if complete.labels is not None:
+        labels = torch.tensor(complete.labels)[labels]
     first = None if watch_first is None else partial(_watch, watch_first, batch_size)
     callbacks = [callback for callback in (watch, first) if callback is not None]
-    _, latents, height, width = bundle.shape_of(request)
+    _, latents, height, width = bundle.shape_of(complete)
     frames = 1 + (latents - 1) * bundle.tokenizer.temporal_stride
     pixels = frames * height * width * bundle.tokenizer.stride**2
     decode = bundle.decode if pixels <= DECODED_PIXELS else partial(_decode_long, bundle)
     count = max(1, DECODED_PIXELS // pixels)
     for rows, refined in bundle.generate_queue(
-        request,
+        complete,
         ids=ids,
         batch_size=batch_size,
         callback=partial(_each, callbacks) if callbacks else None,
@@ -120,13 +120,12 @@ def _watch(callback: Callable[[Step], None], number: int, step: Step) -> None:
 
 
 def check_memory(
-    bundle: RefinerBundle, request: Request, *, batch_size: int, pictures: bool = False, recorded: int = 0
+    bundle: RefinerBundle, request: CompleteRequest, *, batch_size: int, pictures: bool = False, recorded: int = 0
 ) -> None:
     """Before anything is allocated, by what no run can do without: the numbers and traces of all samples, and the
     logits of those that are refined at a time, with their probabilities.
 
     Args:
-        request: a complete one.
         pictures: whether the first frame of every sample is kept, too.
         recorded: of how many samples every step is kept (`grn.sampling.recording.Recording`), all latents of them.
 
@@ -152,7 +151,7 @@ def check_memory(
     info = getattr(torch.get_device_module(bundle.device), "mem_get_info", None)  # of accelerators that tell
     there = there if bundle.device.type == "cpu" else info(bundle.device)[1] if info else math.inf
     if at_a_time * logits > there:
-        size = f"height={height * stride} width={width * stride} frames={request.frames or 1} batch_size={batch_size}"
+        size = f"height={height * stride} width={width * stride} frames={request.frames} batch_size={batch_size}"
         raise UserError(
             f"{size}: logits and probabilities of {at_a_time} samples at a time, {logits} bytes each, take "
             f"{at_a_time * logits / 2**30:.3g} GiB, and {bundle.device} has {there / 2**30:.3g}: fewer, or smaller ones"

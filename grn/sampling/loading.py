@@ -17,6 +17,7 @@ from grn.networks.adapters import adapter_state, check_adapters, merged
 from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.text_encoder import ByteT5
 from grn.networks.text_refiner import TextRefiner
+from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.configs import plain
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
@@ -45,11 +46,15 @@ def load_refiner(ckpt: str, *, ema: str | float | None = None, **hub: Any) -> tu
         raise UserError(f"ema={ema}: {ckpt} holds one set of weights; leave ema out")
     try:
         found = load_exported_refiner(ckpt, **hub)
-        arguments = {"tokenizer": found.tokenizer, "sampler": found.sampler, "labeling": found.labeling}
-        if found.text is None:
-            bundle = RefinerBundle(found.refiner, **arguments)
-        else:
+        arguments: dict[str, Any] = {
+            "tokenizer": found.tokenizer,
+            "sampler": found.sampler,
+            "labeling": found.labeling,
+        }
+        if found.text is not None and isinstance(found.refiner, TextRefiner):
             bundle = text_refiner_bundle(found.refiner, found.text, **arguments)
+        else:
+            bundle = RefinerBundle(found.refiner, **arguments)
     except UserError as error:
         raise UserError(f"ckpt: {error}") from None
     bundle.provenance = found.provenance
@@ -67,15 +72,25 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = 
     record = checkpoint.contents.get("tokenizer")
     if not record:
         raise UserError(f"ckpt: {source} is a refiner without its tokenizer, and cannot be sampled")
-    config = plain(checkpoint.config)
-    kind = TextRefinerBundle if isinstance(network, CaptionedRefiner) else RefinerBundle
-    arguments = {key: value for key, value in config["training"].items() if key in kind.settings}
-    if isinstance(network, CaptionedRefiner) and network.encoder is None:
-        arguments["text_encoder"] = instantiate(config["text_encoder"])
-    bundle = kind(network, restore_tokenizer(record), build_sampler(config["sampler"]), **arguments)
+    bundle = bundle_from_config(checkpoint.config, network, restore_tokenizer(record))
     refiner = {"source": source, "step": checkpoint.step, "ema": checkpoint.average(ema)}
     bundle.provenance = {"refiner": refiner, "tokenizer": {"source": record["path"], "step": record["step"]}}
     return bundle.eval()
+
+
+def bundle_from_config(config: DictConfig, network: Any, tokenizer: HBQTokenizer) -> RefinerBundle:
+    """A refiner's bundle with the sampler, the settings and the frozen text encoder of a training config.
+
+    Raises:
+        UserError: parts that do not fit together, or values that are none.
+    """
+    kind, arguments = RefinerBundle, {}
+    if isinstance(network, CaptionedRefiner):
+        kind = TextRefinerBundle
+        arguments = {"text_encoder": instantiate(config.text_encoder)} if network.encoder is None else {}
+    settings = plain(config.training, resolve=True)
+    arguments |= {key: value for key, value in settings.items() if key in kind.settings}
+    return kind(network, tokenizer, build_sampler(config.sampler), **arguments)
 
 
 def network_from_checkpoint(checkpoint: Checkpoint, *, ema: str | float | None = None) -> Any:
@@ -118,16 +133,16 @@ def save_refiner(bundle: RefinerBundle, folder: str | Path, request: Request | N
     Raises:
         UserError: as in `save_exported_refiner`, or a request that the bundle cannot serve.
     """
-    request = bundle.complete(request or Request())
+    complete = bundle.complete(request or Request())
     parts, text = {"refiner": bundle.network, "tokenizer": bundle.tokenizer}, None
     if isinstance(bundle, TextRefinerBundle):
         parts["refiner"] = bundle.refiner
         text = TextSide(
             bundle.text_encoder,
-            request.prompts,
-            request.negative_prompt,
-            (request.height, request.width),
-            request.frames,
+            complete.prompts or (),
+            complete.negative_prompt,
+            (complete.height, complete.width),
+            complete.frames,
             bundle.context_latents,
             bundle.prompt_prefix,
             bundle.prompt_suffix,
@@ -144,7 +159,7 @@ def save_refiner(bundle: RefinerBundle, folder: str | Path, request: Request | N
         refiner=parts["refiner"],
         tokenizer=bundle.tokenizer,
         labeling=bundle.labeling,
-        sampler=request.sampler,
+        sampler=complete.sampler,
         provenance=provenance,
         text=text,
     )

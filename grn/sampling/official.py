@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grn.checkpoints.exported import TextSide, sampler_from_plain
 from grn.checkpoints.official_class_refiner import SAMPLED, load_official_class_refiner
@@ -27,6 +27,8 @@ from grn.weights.pretrained import fetch
 from grn.weights.releases import File, Release, find_release
 
 log = logging.getLogger(__name__)
+
+Refiner = TypeVar("Refiner", ClassRefiner, TextRefiner)
 
 
 def load_official_refiner(
@@ -64,14 +66,13 @@ def load_official_refiner(
         described=f"{tokenizer_file} is no tokenizer of this release",
         remedy=_REMEDY,
     )
-    is_text = release.encoder is not None
-    state, decay = (official_text_weights if is_text else official_class_weights)(refiner_file, ema, key="ckpt")
-    refiner = _refiner(TextRefiner if is_text else ClassRefiner, release, state, refiner_file)
     sampler = sampler_from_plain(release.sampler, Path("grn.weights.releases"))
-    labeling = labeling_of(refiner, tokenizer)
-    arguments = {"tokenizer": tokenizer.float(), "sampler": sampler, "labeling": labeling}
+    arguments: dict[str, Any] = {"tokenizer": tokenizer.float(), "sampler": sampler}
     files = [refiner_file, tokenizer_file]
-    if is_text:
+    if release.encoder is not None:
+        state, decay = official_text_weights(refiner_file, ema, key="ckpt")
+        refiner = _refiner(TextRefiner, release, state, refiner_file)
+        labeling = labeling_of(refiner, tokenizer)
         check_attention(state, refiner.attention, refiner_file, key="ckpt")
         encoder_file = _found(folder, release.encoder, task)
         files.append(encoder_file)
@@ -88,9 +89,11 @@ def load_official_refiner(
             release.prompt_prefix,
             release.prompt_suffix,
         )
-        bundle: RefinerBundle = text_refiner_bundle(refiner.float(), text, **arguments)
+        bundle: RefinerBundle = text_refiner_bundle(refiner.float(), text, labeling=labeling, **arguments)
     else:
-        bundle = RefinerBundle(refiner.float(), **arguments)
+        state, decay = official_class_weights(refiner_file, ema, key="ckpt")
+        refiner = _refiner(ClassRefiner, release, state, refiner_file)
+        bundle = RefinerBundle(refiner.float(), labeling=labeling_of(refiner, tokenizer), **arguments)
     bundle.provenance = {
         "refiner": {"source": f"{ckpt}/{refiner_file.name}", "step": None, "ema": decay, "task": task},
         "tokenizer": {"source": f"{ckpt}/{tokenizer_file.name}", "step": None},
@@ -155,9 +158,7 @@ def _found(folder: Path, file: File, task: str) -> Path:
     return paths[0]
 
 
-def _refiner(
-    kind: type[TextRefiner] | type[ClassRefiner], release: Release, state: dict[str, Tensor], path: Path
-) -> nn.Module:
+def _refiner(kind: type[Refiner], release: Release, state: dict[str, Tensor], path: Path) -> Refiner:
     """With the definition, of those that the release may have, whose shapes the file has; else with the first."""
     shapes = {name: tensor.shape for name, tensor in state.items()}
     chosen: Mapping[str, Any] = release.models[0]

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from grn.media.pictures import single
-from grn.method.request import Request
+from grn.method.request import CompleteRequest, Request
 from grn.method.sampler import Refinement, Sampler, Step
 from grn.method.schedules import EntropyGuided, Schedule, fixed, grid_of
 from grn.networks.adapters import load_adapters, merged
@@ -245,8 +245,8 @@ class GRNPipeline:
         fps: float = 16,
         strength: float | None = None,
         mask_image: Image.Image | str | Path | None = None,
-    ) -> Request:
-        """What `stream` and `sample` take; arguments as of `__call__`. It is complete: what was left open is filled in.
+    ) -> CompleteRequest:
+        """What `stream` and `sample` take; arguments as of `__call__`, what they leave open filled in.
 
         Raises:
             UserError: something asked for that cannot be done.
@@ -293,8 +293,8 @@ class GRNPipeline:
         for step in pipeline.stream(request): ... shows `step.predicted`, decoded by `decode`. Between two steps,
         `erase` puts tokens back to noise; the same request with the `Erasure`s it returned draws the same samples.
         """
-        request = self.bundle.complete(request)
-        return self.bundle.refinement(request, batch_size=request.num)
+        complete = self.bundle.complete(request)
+        return self.bundle.refinement(complete, batch_size=complete.num)
 
     def sample(
         self,
@@ -305,9 +305,9 @@ class GRNPipeline:
         watch_first: Callable[[Step], None] | None = None,
     ) -> Iterator[Batch]:
         """The samples of a request, `batch_size` (None: all) at a time; see `grn.sampling.generation.generate`."""
-        request = self.bundle.complete(request)
-        size = request.num if batch_size is None else batch_size
-        return generate(self.bundle, request, batch_size=size, watch=watch, watch_first=watch_first)
+        complete = self.bundle.complete(request)
+        size = complete.num if batch_size is None else batch_size
+        return generate(self.bundle, complete, batch_size=size, watch=watch, watch_first=watch_first)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """int64 tokens [B, D, T', h, w] -> uint8 pixels [B, T, 3, H, W] on the CPU; of clips, frame by frame."""
@@ -418,20 +418,15 @@ class GRNPipeline:
         wanted = [what for what in whole.wanted for _ in range(num_images_per_prompt)]
         if seed is not None or len(generator) != len(wanted):
             raise UserError(f"generator: give one, or a list of one for each of {len(wanted)} images, and no seed")
-        kind = "labels" if whole.prompts is None else "prompts"
-        made = [
-            draw(replace(whole, **{kind: (what,)}, num=1, seed=_seed(None, own)), each=1)
-            for what, own in zip(wanted, generator)
-        ]
+        kind, seeds = "labels" if whole.prompts is None else "prompts", [_seed(None, own) for own in generator]
+        made = [draw(replace(whole, **{kind: (what,)}, num=1, seed=own), each=1) for what, own in zip(wanted, seeds)]
         same = ("seed", "height", "width", "num_frames")
         parts = {name: _joined([vars(one)[name] for one in made]) for name in vars(made[0]) if name not in same}
-        return PipelineOutput(
-            **parts, seed=[one.seed for one in made], **{name: getattr(made[0], name) for name in same[1:]}
-        )
+        return PipelineOutput(**parts, seed=seeds, **{name: getattr(made[0], name) for name in same[1:]})
 
     def _draw(
         self,
-        request: Request,
+        request: CompleteRequest,
         *,
         each: int,
         batch_size: int | None,
@@ -495,18 +490,17 @@ class GRNPipeline:
                 raise UserError(
                     f"{odd} is for refiners of texts, this one is of classes: give labels=[0, 1, ...] instead"
                 )
-            asked = list(labels) if isinstance(labels, Iterable) else [] if labels is None else [labels]
-            return Request(labels=tuple(asked))
+            several = labels if isinstance(labels, Iterable) else [] if labels is None else [labels]
+            return Request(labels=tuple(several))
         if labels is not None:
             raise UserError(f"labels={labels} are for refiners of classes, this one is of texts: give a prompt instead")
-        prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
-        if not prompts or not all(isinstance(text, str) for text in prompts):
+        several = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
+        prompts = tuple(text for text in several if isinstance(text, str))
+        if not several or len(prompts) < len(several):
             raise UserError(f"prompt={prompt}: a text, or a list of some")
         if num_frames is not None and type(num_frames) is not int:
             raise UserError(f"num_frames={num_frames}: a whole number of frames")
-        return Request(
-            prompts=tuple(prompts), negative_prompt=negative_prompt, height=height, width=width, frames=num_frames
-        )
+        return Request(prompts=prompts, negative_prompt=negative_prompt, height=height, width=width, frames=num_frames)
 
     def _sampler(
         self,

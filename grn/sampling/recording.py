@@ -72,7 +72,7 @@ class Recording:
             "states": token_states(before, kept, stayed | (predicted == tokens)),
             "uncertainty": uncertainty,
         }
-        if self.moments:
+        if self.moments and self._held is not None:
             earlier = vars(self.moments[-1])
             now = {name: earlier[name].index_copy(0, step.rows, value) for name, value in now.items()}
             self._held = self._held.index_copy(0, step.rows, kept)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from grn.method.request import Request
+from grn.method.request import CompleteRequest
 from grn.method.sampler import Erasure, Sampler, Start
 from grn.method.schedules import Cosine, EntropyGuided, Linear, Shifted
 from grn.runtime.errors import UserError
@@ -24,15 +24,15 @@ MAX_BYTES = 1 << 24
 MAX_START = 1 << 28
 
 
-def as_command(ckpt: str, request: Request, extra: Mapping[str, Any] | None = None) -> str:
-    """`grn sample ...`, as a shell takes it, of a complete request.
+def as_command(ckpt: str, request: CompleteRequest, extra: Mapping[str, Any] | None = None) -> str:
+    """`grn sample ...`, as a shell takes it, of a request.
 
     Args:
         extra: keys of the command that are no part of a request: init, mask, strength, erasures, ...
     """
     given: dict[str, Any] = {"ckpt": ckpt}
     if request.prompts is None:
-        given["labels"] = list(request.labels)
+        given["labels"] = list(request.wanted)
     else:
         given["prompts"] = [quote(prompt, "text") for prompt in request.prompts]
         given |= {"negative_prompt": quote(request.negative_prompt, "text")} if request.negative_prompt else {}
@@ -41,8 +41,8 @@ def as_command(ckpt: str, request: Request, extra: Mapping[str, Any] | None = No
     return shlex.join(["grn", "sample", *(f"{key}={_value(value)}" for key, value in given.items())])
 
 
-def as_python(ckpt: str, request: Request, *, start: str | None = None, erasures: str | None = None) -> str:
-    """Lines of Python that draw a complete request with `GRNPipeline`.
+def as_python(ckpt: str, request: CompleteRequest, *, start: str | None = None, erasures: str | None = None) -> str:
+    """Lines of Python that draw a request with `GRNPipeline`.
 
     They leave a `PipelineOutput` as `result`, or, with files, a `grn.sampling.generation.Batch` as `batch`.
 
@@ -51,7 +51,7 @@ def as_python(ckpt: str, request: Request, *, start: str | None = None, erasures
     """
     schedule, sampler = request.sampler.schedule, request.sampler
     settings = ", ".join(f"{name}={value!r}" for name, value in vars(schedule).items() if value is not None)
-    what = repr(list(request.labels if request.prompts is None else request.prompts))
+    what = repr(list(request.wanted))
     arguments = [f"labels={what}"] if request.prompts is None else [what]
     if request.prompts is not None:
         arguments += [f"negative_prompt={request.negative_prompt!r}"] if request.negative_prompt else []

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -15,9 +16,10 @@ from rich.progress import Progress
 from grn.checkpoints.sampler_config import build_sampler
 from grn.media import pictures
 from grn.media.mp4 import save_mp4
-from grn.method.request import Request
+from grn.method.request import CompleteRequest, Request
 from grn.method.sampler import Start, given_latents
 from grn.runs.wandb_runs import log_results
+from grn.runtime.configs import plain
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
 from grn.runtime.wandb_login import wandb_offline
@@ -50,7 +52,8 @@ def sample(config: DictConfig) -> Path:
     check_count("batch_size", config.batch_size)
     if config.columns is not None:
         check_count("columns", config.columns)
-    init, mask = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.init, config.mask))
+    init: Any = plain(config.init) if OmegaConf.is_config(config.init) else config.init
+    mask: Any = plain(config.mask) if OmegaConf.is_config(config.mask) else config.mask
     if config.task is None:
         bundle, source = load_refiner(config.ckpt, ema=config.ema)
     else:
@@ -105,9 +108,9 @@ def sample(config: DictConfig) -> Path:
     out = Path(config.out)
     ids, *columns = map(torch.cat, zip(*batches))
     images, steps, entropy, decision_entropy, trace = (column[ids.argsort()] for column in columns)
-    wanted = range(len(request.prompts)) if request.labels is None else request.labels
+    wanted = range(len(request.wanted)) if request.labels is None else request.labels
     labels = [wanted[number % len(wanted)] for number in range(request.num)]
-    captions = [str(label) if request.prompts is None else request.prompts[label] for label in labels]
+    captions = [str(request.wanted[number % len(wanted)]) for number in range(request.num)]
     scale = pictures.scale_for(images.shape[-1])
     pictures.save(pictures.grid(images, config.columns, scale, captions), out / "samples.png")
     difficulty = trace.nanmean(dim=1) if request.sampler.schedule.decide_at is None else decision_entropy
@@ -119,8 +122,9 @@ def sample(config: DictConfig) -> Path:
     if config.images:
         for i, image in enumerate(images):
             pictures.save(pictures.single(image), out / "images" / f"{i:05d}-{labels[i]}.png")
-    used, negative = request.prompts, request.negative_prompt
-    if used is not None:
+    used, negative = request.prompts, None
+    if used is not None and isinstance(bundle, TextRefinerBundle):
+        negative = request.negative_prompt
         taken = bundle.text_encoder.tokenization
         *used, negative = (taken.used(text) if taken.is_cut(text) else text for text in (*used, negative))
     stride, (_, latents, *positions) = bundle.tokenizer.temporal_stride, shape
@@ -159,7 +163,7 @@ def sample(config: DictConfig) -> Path:
     return out
 
 
-def _show(config: DictConfig, bundle: RefinerBundle, request: Request, recording: Recording, out: Path) -> None:
+def _show(config: DictConfig, bundle: RefinerBundle, request: CompleteRequest, recording: Recording, out: Path) -> None:
     """Writes the film and the page of a recording, as `config` asks for them."""
 
     def decode(tokens: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -172,7 +176,7 @@ def _show(config: DictConfig, bundle: RefinerBundle, request: Request, recording
     if config.html:
         extra = ("task", "model_size", "init", "init_frames", "mask", "start", "strength", "erasures", "ema")
         given = {key: config[key] for key in extra}
-        given |= {"fps": config.fps if request.frames not in (None, 1) else None, "bf16": config.bf16 or None}
+        given |= {"fps": config.fps if request.frames > 1 else None, "bf16": config.bf16 or None}
         command = as_command(config.ckpt, request, {key: value for key, value in given.items() if value is not None})
         facts = {
             "command": command,

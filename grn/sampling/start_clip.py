@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import TypeIs
 
 from grn.data.prepare.clip_lists import map_file
 from grn.data.prepare.folders import suffix_of
@@ -32,7 +33,8 @@ from grn.sampling.text_bundle import TextRefinerBundle
 
 log = logging.getLogger(__name__)
 
-Init = str | Path | Image.Image | Sequence[str | Path | Image.Image]
+Picture = str | Path | Image.Image
+Init = Picture | Sequence[Picture]
 
 
 def start_from(
@@ -60,7 +62,7 @@ def start_from(
     frame_rate(fps)
     if init is None and not started and shape[1] > 1 and goes_on_from_frame(bundle):
         raise UserError(f"{names[0]}: these weights make clips of a first frame (image to video): give {names[0]}")
-    if init is None or shape[1] == 1:
+    if init is None or shape[1] == 1 or not isinstance(bundle, TextRefinerBundle):
         if frames is not None:
             raise UserError(
                 f"init_frames={frames} is of clips that go on from {names[0]}=clip.mp4: give that, and frames=..."
@@ -119,7 +121,7 @@ def start_from_clip(
     if suffix is not None and suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         raise UserError(f"{name}={init}: give one of {', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}")
     try:
-        if suffix in VIDEO_SUFFIXES:
+        if isinstance(init, str | Path) and suffix in VIDEO_SUFFIXES:
             pictures = _last_frames(Path(init).expanduser(), most, rate, fitted, name)
         else:
             images = list(init) if _is_several(init) else [init]
@@ -149,8 +151,8 @@ def goes_on_from_frame(bundle: RefinerBundle) -> bool:
     return bundle.provenance.get("refiner", {}).get("task") == "i2v"
 
 
-def _is_several(init: object) -> bool:
-    return isinstance(init, Sequence) and not isinstance(init, (str, bytes))
+def _is_several(init: Init | None) -> TypeIs[Sequence[Picture]]:
+    return isinstance(init, Sequence) and not isinstance(init, str)
 
 
 def _last_frames(

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from grn.checkpoints.trust import TEXT_SETTINGS
 from grn.method import hbq
-from grn.method.request import Request
+from grn.method.request import CompleteRequest, Request
 from grn.method.sampler import Refined, Sampler, Step, given_latents
 from grn.networks.captioned_refiner import CaptionedRefiner, check_features
 from grn.networks.conditions import Text, text_condition
@@ -56,11 +57,7 @@ class TextRefinerBundle(RefinerBundle):
             other kinds than these.
     """
 
-    settings = (
-        *RefinerBundle.settings,
-        *("prompts", "negative_prompt", "prompt_prefix", "prompt_suffix", "context_prefix"),
-        *("size", "frames", "context_latents"),
-    )
+    settings = (*RefinerBundle.settings, *TEXT_SETTINGS)
 
     def __init__(
         self,
@@ -101,7 +98,9 @@ class TextRefinerBundle(RefinerBundle):
         if not isinstance(size, Sequence) or [type(side) for side in size] != [int, int]:
             raise UserError(f"training.size={size}: height and width in pixels, training.size=[256,256]")
         self.frozen_encoder = text_encoder
-        self.prompts, self.negative_prompt, self.size = list(prompts), negative_prompt, tuple(size)
+        self.prompts, self.negative_prompt = list(prompts), negative_prompt
+        height, width = size
+        self.size = (height, width)
         self.prompt_prefix, self.prompt_suffix, self.context_prefix = prompt_prefix, prompt_suffix, context_prefix
         self.frames, self.context_latents = frames, context_latents
         self.tells_cut, self._offloaded = True, False
@@ -115,7 +114,7 @@ class TextRefinerBundle(RefinerBundle):
         encoder = {} if self.frozen_encoder is None else {"frozen_encoder": self.frozen_encoder}
         return super().parts | encoder
 
-    def complete(self, request: Request) -> Request:
+    def complete(self, request: Request) -> CompleteRequest:
         """As of `RefinerBundle`.
 
         Raises:
@@ -127,22 +126,16 @@ class TextRefinerBundle(RefinerBundle):
             value = getattr(request, key)
             if value is not None and type(value) is not int:
                 raise UserError(f"{key}={value}: a whole number of {'frames' if key == 'frames' else 'pixels'}")
-        own = {
-            "prompts": tuple(self.prompts),
-            "negative_prompt": self.negative_prompt,
-            "height": self.size[0],
-            "width": self.size[1],
-            "frames": self.frames,
-        }
-        request = replace(request, **{name: value for name, value in own.items() if getattr(request, name) is None})
-        if not request.prompts or not all(isinstance(prompt, str) for prompt in request.prompts):
-            raise UserError(f"prompts={list(request.prompts)}: texts, at least one")
-        if not isinstance(request.negative_prompt, str):
+        prompts = tuple(self.prompts) if request.prompts is None else request.prompts
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(f"prompts={list(prompts)}: texts, at least one")
+        if not isinstance(request.negative_prompt, str | None):
             raise UserError(f"negative_prompt={request.negative_prompt}: one text")
-        self.shape_of(request)  # whether the size will do
-        return self._counted(request)
+        height, width = self.size
+        own = {"negative_prompt": self.negative_prompt, "height": height, "width": width, "frames": self.frames}
+        return self._completed(replace(request, prompts=prompts), **own)
 
-    def shape_of(self, request: Request) -> tuple[int, int, int, int]:
+    def shape_of(self, request: CompleteRequest) -> tuple[int, int, int, int]:
         return self._shape((request.height, request.width), request.frames)
 
     @property
@@ -151,7 +144,9 @@ class TextRefinerBundle(RefinerBundle):
 
     @property
     def text_encoder(self) -> TextEncoder:
-        return self.network.encoder or self.frozen_encoder
+        encoder = self.network.encoder or self.frozen_encoder
+        assert encoder is not None  # as __init__ has checked
+        return encoder
 
     @property
     def num_conditions(self) -> int:
@@ -163,7 +158,7 @@ class TextRefinerBundle(RefinerBundle):
 
     def _shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
         stride = self.tokenizer.stride
-        if len(size) != 2 or min(size) < stride or any(side % stride for side in size):
+        if min(size) < stride or any(side % stride for side in size):
             raise UserError(f"height and width must be multiples of the tokenizer's stride {stride}, got {size}")
         if (latents := 1 + (frames - 1) // self.tokenizer.temporal_stride) > MAX_FRAMES:
             raise UserError(f"frames={frames}: {latents} latents are more than a text refiner's {MAX_FRAMES}")
@@ -179,11 +174,11 @@ class TextRefinerBundle(RefinerBundle):
         callback: Callable[[Step], None] | None = None,
     ) -> Iterator[tuple[Tensor, Refined]]:
         """As of `RefinerBundle`; of many prompts, a few batches' at a time: their keys and values fill the memory."""
-        request = self.complete(request)
-        ids = torch.arange(request.num) if ids is None else ids
+        complete = self.complete(request)
+        ids = torch.arange(complete.num) if ids is None else ids
         for rows in torch.arange(len(ids)).split(QUEUED_BATCHES * batch_size):
             done = super().generate_queue(
-                request,
+                complete,
                 ids=ids[rows],
                 batch_size=batch_size,
                 callback=None if callback is None else functools.partial(_renumbered, callback, rows),
@@ -201,8 +196,9 @@ class TextRefinerBundle(RefinerBundle):
             return text
         return self.context_prefix + text.removeprefix(self.prompt_prefix)
 
-    def condition(self, request: Request, ids: Tensor) -> Text:
-        prompts = [self.worded(request.prompts[number % len(request.prompts)]) for number in ids.tolist()]
+    def condition(self, request: CompleteRequest, ids: Tensor) -> Text:
+        wanted = [self.worded(str(prompt)) for prompt in request.wanted]
+        prompts = [wanted[number % len(wanted)] for number in ids.tolist()]
         if self.shape_of(request)[1] > 1 and given_latents(request.start):
             prompts = [self.retagged(prompt) for prompt in prompts]
         encoder = self.text_encoder

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from grn.runtime.errors import UserError
@@ -26,7 +25,7 @@ _KEPT = {
 }
 
 
-def checkpoint_activations(network: nn.Module, mode: Mode) -> None:
+def checkpoint_activations(network: Any, mode: Mode) -> None:
     """Makes the blocks of a network keep less for the backward pass, from now on; names of parameters stay.
 
     Args:

@@ -1,11 +1,12 @@
 """From a config to a LightningModule that is ready to train."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_class, instantiate
 from lightning import LightningDataModule, LightningModule
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from grn.checkpoints.exported import is_exported_refiner
@@ -13,7 +14,6 @@ from grn.checkpoints.native import load_tokenizer
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
 from grn.checkpoints.official_text_refiner import check_attention, load_official_training
 from grn.checkpoints.official_tokenizer import load_official_tokenizer
-from grn.checkpoints.sampler_config import build_sampler
 from grn.data.text_images import PackedDataModule
 from grn.data.text_tokens import TextTokensDataModule
 from grn.data.tokens import TokenShardsDataModule
@@ -22,10 +22,11 @@ from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.configs import plain
 from grn.runtime.errors import UserError
 from grn.runtime.secrets import without_secrets
-from grn.sampling.loading import network_from_config
-from grn.training import AnyModule, RefinerModule, TextRefinerModule
+from grn.sampling.loading import bundle_from_config, network_from_config
+from grn.training import AnyModule, RefinerModule, TextRefinerModule, TokenizerModule
 from grn.weights.kinds import is_pretrained
 from grn.weights.mapping import check_state, load_strict
 from grn.weights.pretrained import local_file
@@ -40,7 +41,9 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule
         hollow: leaves the network on the meta device, for a strategy to shard and to fill with the module's
             `initial_weights`, those of `model.weights`.
     """
-    network, averages, for_strategy = network_from_config(config, hollow=hollow), {}, None
+    network: Any = network_from_config(config, hollow=hollow)
+    kind = _kind_of_module(config, network)
+    averages, for_strategy = {}, None
     if hasattr(network, "initializers") and not hollow:
         network.init_weights(torch.Generator().manual_seed(config.seed))  # as a strategy that shards it does
     if weights := config.model.get("weights"):
@@ -60,16 +63,23 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule
             raise UserError("training.adapters: a network with adapters is not sharded; give another cluster than fsdp")
         add_adapters(network, **check_adapters(adapters), seed=config.seed)
         averages = {}
-    plain = OmegaConf.to_container(config, resolve=True)
-    if config.tokenizer.ckpt is None:
-        return _module(plain, network)
+    extras = {"config": without_secrets(plain(config, resolve=True))}
+    settings = {key: value for key, value in plain(config.training, resolve=True).items() if key != "adapters"}
+    if issubclass(kind, TokenizerModule):
+        weights = {"discriminator": settings["gan_weight"], "perceptual": settings["perceptual_weight"]}
+        settings |= {part: None for part, weight in weights.items() if weight == 0}  # nothing to build or download
+        module = instantiate(settings, network=network)
+        module.checkpoint_extras = extras
+        return module
     tokenizer, record = load_tokenizer(
         config.tokenizer.ckpt,
         embed=config.tokenizer.embed,
         official=config.tokenizer.model,
         ema=config.tokenizer.ema,
     )
-    module = _module(plain, network, tokenizer, record)
+    bundle = bundle_from_config(config, network, tokenizer)
+    module = kind(bundle, **{key: settings[key] for key in settings.keys() - {"_target_", *bundle.settings}})
+    module.checkpoint_extras = {**extras, "tokenizer": record}
     module.initial_averages = averages
     module.initial_weights = for_strategy
     return module
@@ -131,26 +141,30 @@ def tell_packing(module: LightningModule, datamodule: LightningDataModule) -> No
             part.packed_by(module.packed_tokens)
 
 
-def _module(config: dict[str, Any], network: Any, tokenizer: Any = None, record: Any = None) -> Any:
-    """Instantiates `training` and a frozen text encoder, and has every checkpoint carry the config, which is all the
-    record of that encoder, and the tokenizer's record."""
-    settings = dict(config["training"])
-    settings.pop("adapters", None)  # of the network
-    if tokenizer is None:
-        weights = {"discriminator": settings["gan_weight"], "perceptual": settings["perceptual_weight"]}
-        settings |= {part: None for part, weight in weights.items() if weight == 0}  # nothing to build or download
-        module = instantiate(settings, network=network)
+def _kind_of_module(config: DictConfig, network: Any) -> type[Any]:
+    """The class that `training` names.
+
+    Raises:
+        UserError: it trains networks of another kind.
+    """
+    kind = get_class(config.training._target_)
+    if config.tokenizer.ckpt is None:
+        fitting, fits = "tokenizer", issubclass(kind, TokenizerModule)
+    elif isinstance(network, CaptionedRefiner):
+        fitting, fits = "text_refiner", issubclass(kind, TextRefinerModule)
     else:
-        if isinstance(network, CaptionedRefiner) and network.encoder is None:
-            settings["text_encoder"] = instantiate(config["text_encoder"])
-        module = get_method(settings.pop("_target_"))(
-            network=network, tokenizer=tokenizer, sampler=build_sampler(config["sampler"]), **settings
+        fitting, fits = "refiner", issubclass(kind, RefinerModule) and not issubclass(kind, TextRefinerModule)
+    if not fits:
+        name = type(network.refiner if isinstance(network, CaptionedRefiner) else network).__name__
+        without = " without a tokenizer (tokenizer.ckpt)" if config.tokenizer.ckpt is None else ""
+        raise UserError(
+            f"training: {kind.__name__} does not train the model, {name}{without}: give training={fitting}, or another "
+            "model"
         )
-    module.checkpoint_extras = {"config": without_secrets(config)} | ({} if record is None else {"tokenizer": record})
-    return module
+    return kind
 
 
-def _initial_weights(network: Any, path: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+def _initial_weights(network: Any, path: str | Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """(Weights to start from, their averages by decay where the file has any)."""
     path = local_file(path)
     if isinstance(network, ClassRefiner) and is_exported_refiner(path):

@@ -3,7 +3,6 @@
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.runtime.errors import UserError
@@ -36,7 +35,7 @@ def check_mode(mode: Any, compiles: Any, *, key: str, trains: bool = False) -> M
 
 
 def compile_network(
-    network: nn.Module, device: torch.device, *, key: str, mode: Mode = "default", by_blocks: bool = False
+    network: Any, device: torch.device, *, key: str, mode: Mode = "default", by_blocks: bool = False
 ) -> None:
     """Has a network compiled when it is first called, in place: the names in checkpoints stay.
 

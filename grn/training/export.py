@@ -119,7 +119,7 @@ def _save(bundle: RefinerBundle, config: DictConfig) -> tuple[Path, str]:
         width=config.width,
         sampler=build_sampler(config.sampler, bundle.sampler),
     )
-    folder = save_refiner(bundle.to(DTYPES[config.dtype]), config.out, request)
+    folder = save_refiner(bundle.to(dtype=DTYPES[config.dtype]), config.out, request)
     return folder, read_config(folder / "refiner")["_provenance"]["sha256"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -67,7 +68,7 @@ class FSDP(ModelParallelStrategy):
 
     # --- the network --------------------------------------------------------------------------------------------------
 
-    def shard(self, network: nn.Module, weights: Mapping[str, Tensor] | None = None, *, seed: int = 0) -> None:
+    def shard(self, network: Any, weights: Mapping[str, Tensor] | None = None, *, seed: int = 0) -> None:
         """Shards a network that is on the meta device and gives it `weights`, or its first ones: never whole anywhere.
 
         Args:
@@ -75,7 +76,7 @@ class FSDP(ModelParallelStrategy):
                 any number of ranks.
         """
         bf16 = self.precision_plugin.precision == "bf16-mixed"
-        mesh = self.device_mesh
+        mesh: Any = self.device_mesh
         exact = MixedPrecisionPolicy(
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # autocast does, where it is safe; not of signal ratios and positions
@@ -83,15 +84,14 @@ class FSDP(ModelParallelStrategy):
         policy = replace(exact, param_dtype=torch.bfloat16 if bf16 else None)
         # Hybrid sharding is what two dimensions mean. The root is resharded after forward, too, so that weights are
         # shards whenever somebody looks at them between two steps.
-        arguments = {
+        arguments: dict[str, Any] = {
             "mesh": mesh if mesh.size(0) > 1 else mesh[mesh.mesh_dim_names[1]],
             "reshard_after_forward": True,
-            "mp_policy": policy,
         }
         for block in network.blocks:
-            fully_shard(block, **arguments)
-        fully_shard(network.head, **arguments | {"mp_policy": exact})
-        fully_shard(network, **arguments)
+            fully_shard(block, mp_policy=policy, **arguments)
+        fully_shard(network.head, mp_policy=exact, **arguments)
+        fully_shard(network, mp_policy=policy, **arguments)
         network.to_empty(device=self.root_device)
         with torch.no_grad():
             for tensor, fill in network.initializers(torch.Generator().manual_seed(seed)):
@@ -112,8 +112,13 @@ class FSDP(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True
 
+    @property
+    def _trained(self) -> LightningModule:
+        assert self.lightning_module is not None  # the trainer has connected it
+        return self.lightning_module
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self.lightning_module.state_dict()
+        return self._trained.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return getattr(optimizer, "optimizer", optimizer).state_dict()
@@ -125,7 +130,7 @@ class FSDP(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint with DTensors out of a folder, or with whole tensors, mapped, out of a single file."""
         path = Path(self.broadcast(checkpoint_path))
-        like = next(p for p in self.lightning_module.parameters() if isinstance(p, DTensor))
+        like = next(p for p in self._trained.parameters() if isinstance(p, DTensor))
         placed = {"device_mesh": like.device_mesh, "placements": like.placements}
         return read_either(
             path,
@@ -135,9 +140,9 @@ class FSDP(ModelParallelStrategy):
         )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        own = self.lightning_module.state_dict()
+        own = self._trained.state_dict()
         state = {name: shard_like(own[name], value) for name, value in checkpoint["state_dict"].items()}
-        self.lightning_module.load_state_dict(state, strict=strict)
+        self._trained.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):

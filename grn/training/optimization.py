@@ -28,7 +28,7 @@ def check_adamw(*, learning_rate: float, betas: Sequence[float], weight_decay: f
 
 
 def adamw(
-    network: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    network: nn.Module, *, learning_rate: float, betas: Sequence[float], weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW that decays matrices and kernels only: biases and other 1-d parameters (gains) are left alone.
 
@@ -40,7 +40,7 @@ def adamw(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, betas=tuple(betas), fused=True
+        [group for group in groups if group["params"]], lr=learning_rate, betas=(betas[0], betas[1]), fused=True
     )
     settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
 
@@ -58,12 +58,11 @@ class Schedule(LambdaLR):
     function. The optimiser's state is loaded first."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        steps = [
-            state_dict.get(name) if isinstance(state_dict, dict) else None for name in ("last_epoch", "_step_count")
-        ]
-        if not all(type(step) is int and step >= 0 for step in steps):
-            raise UserError(f"ckpt_path: the learning rate's schedule is at step {steps[0]}; {REMEDY}")
-        self.last_epoch, self._step_count = steps
+        state = state_dict if isinstance(state_dict, dict) else {}
+        step, count = state.get("last_epoch"), state.get("_step_count")
+        if type(step) is not int or type(count) is not int or min(step, count) < 0:
+            raise UserError(f"ckpt_path: the learning rate's schedule is at step {step}; {REMEDY}")
+        self.last_epoch, self._step_count = step, count
         self._last_lr = [rate * factor(self.last_epoch) for rate, factor in zip(self.base_lrs, self.lr_lambdas)]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr):
             group["lr"] = rate
@@ -71,7 +70,7 @@ class Schedule(LambdaLR):
 
 def planned_steps(trainer: Trainer) -> int | float:
     """Optimiser steps of the run; infinitely many where `fast_dev_run` breaks it off after a few."""
-    return math.inf if trainer.fast_dev_run else trainer.max_steps
+    return math.inf if getattr(trainer, "fast_dev_run", False) else trainer.max_steps
 
 
 def learning_rate_schedule(

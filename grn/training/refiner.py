@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from grn.data.contract import check_batch
 from grn.data.samples import key_id
 from grn.data.tokens import unpack_bits
-from grn.method import corruption, hbq, philox
+from grn.method import corruption, philox
 from grn.method.philox import Stream
-from grn.method.sampler import Sampler
 from grn.metrics.ranks import Totals
-from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.flops import forward_flop, training_flop
+from grn.runtime.trainer import is_logged
 from grn.sampling.bundle import RefinerBundle
 from grn.training.fsdp import FSDP, gather_weights, release_weights
 from grn.training.optimization import (
@@ -40,11 +39,8 @@ class RefinerModule(LightningModule):
     """A class-conditional refiner over the tokens of a frozen tokenizer.
 
     Args:
-        network: (tokens int64 [B, D, T, H, W], t float [B], labels int64 [B]) -> logits [B, classes, D, T, H, W], with
-            attributes `channels` (D), `classes`, `num_labels` (also the null label) and `size` (tokens a side).
-        tokenizer: frozen; gives the tokens and turns samples into pixels.
-        sampler: how pictures and scores of the run are sampled.
-        labeling: `ind` or `bit` (`grn.method.hbq`).
+        bundle: the network that is trained, the tokenizer, which is frozen, and how pictures and scores of the run are
+            sampled; it samples in the trainer's precision from then on.
         learning_rate, betas, weight_decay: AdamW.
         lr_schedule, warmup_steps: `learning_rate_schedule`.
         gradient_clip: largest global gradient norm; None does not clip.
@@ -58,20 +54,14 @@ class RefinerModule(LightningModule):
             `ClassRefiner` does.
         seed: of every draw of training.
 
-    Attributes:
-        bundle: draws samples of the network as it is.
-
     Raises:
-        UserError: a network that does not fit the tokenizer's tokens, or that has no loss in chunks.
+        UserError: values of other kinds than these, or a network that has no loss in chunks.
     """
 
     def __init__(
         self,
-        network: Any,
-        tokenizer: HBQTokenizer,
-        sampler: Sampler,
+        bundle: RefinerBundle,
         *,
-        labeling: hbq.Labeling = "ind",
         learning_rate: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
@@ -87,7 +77,8 @@ class RefinerModule(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.bundle = RefinerBundle(network, tokenizer, sampler, labeling=labeling, precision=self._precision)
+        self.bundle = bundle
+        bundle.precision = self._precision
         if type(signal_ratio_shift) not in (int, float) or not 0 < signal_ratio_shift < math.inf:
             raise UserError(
                 f"training.signal_ratio_shift={signal_ratio_shift} must be a positive number; 1 shifts nothing"
@@ -98,14 +89,14 @@ class RefinerModule(LightningModule):
             )
         if loss_chunk is not None:
             check_count("training.loss_chunk", loss_chunk)
-            if not getattr(network, "scores_targets", False):
+            if not getattr(bundle.network, "scores_targets", False):
                 raise UserError(
-                    f"training.loss_chunk={loss_chunk}: {type(network).__name__} has no loss in chunks; "
+                    f"training.loss_chunk={loss_chunk}: {type(bundle.network).__name__} has no loss in chunks; "
                     "training.loss_chunk=null has it of all positions at once"
                 )
         self._is_batch_checked = False
-        self.network = network
-        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.network = bundle.network
+        self.tokenizer = bundle.tokenizer.eval().requires_grad_(False)
         check_adamw(learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
@@ -115,13 +106,11 @@ class RefinerModule(LightningModule):
         self.loss_chunk = loss_chunk
         self.seed = seed
         self.finite_loss = FiniteLoss()
-        self.checkpoint_extras: dict[
-            str, Any
-        ] = {}  # what else makes a checkpoint self-contained (grn.training.building)
+        self.checkpoint_extras: dict[str, Any] = {}  # what else a checkpoint is of (grn.training.building)
         self.initial_weights: dict[str, Tensor] | None = None  # for `configure_model` to shard
         self.initial_averages: dict[str, dict[str, Tensor]] = {}  # decay -> state, for EMAs that start elsewhere
         self._accuracy: tuple[Tensor, Tensor] | None = None
-        self._network_flop: int | None = None
+        self._network_flop = 0
         self._encoding_flop: dict[torch.Size, int] = {}
 
     def train(self, mode: bool = True) -> "RefinerModule":
@@ -233,8 +222,9 @@ class RefinerModule(LightningModule):
         self._accuracy = sums, counts
 
     def _log_curves(self) -> None:
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if is_logged(self.trainer, self.global_step):
             self.finite_loss.check(self)
+            assert self._accuracy is not None  # after a training step
             sums, counts = self.trainer.strategy.reduce(torch.stack(self._accuracy), reduce_op="sum")
             curves = {"train/accuracy/mean": (sums.sum() / counts.sum()).item()}
             for i, (total, count) in enumerate(zip(sums.tolist(), counts.tolist())):

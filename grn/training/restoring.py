@@ -50,7 +50,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
     if [len(found) if isinstance(found, list) else None for found in numbers] != own:
         raise UserError(f"ckpt_path: {what} is not of {sum(own)} parameters in {len(own)} groups; {REMEDY}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    places = [number for found in numbers for number in found]
+    places = [number for found in numbers for number in found or ()]
     if not isinstance(moments, Mapping) or places != list(range(len(parameters))) or moments.keys() - set(places):
         raise UserError(f"ckpt_path: {what} is of other parameters than the model's; {REMEDY}")
     for number, values in moments.items():

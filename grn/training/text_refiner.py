@@ -14,11 +14,8 @@ from grn.data.samples import by_shape
 from grn.data.text_images import PackedTokens
 from grn.method import corruption, philox
 from grn.method.philox import Stream
-from grn.method.sampler import Sampler
-from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.text_encoder import TextEncoder
 from grn.networks.text_refiner import TextRefiner
-from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import check_number
 from grn.runtime.flops import forward_flop, hollow, training_flop
 from grn.runtime.ranks import rank_and_world_size
@@ -41,66 +38,36 @@ class TextRefinerModule(RefinerModule):
     validation is the mean over samples.
 
     Args:
-        network: the refiner, and its encoder where that is trained along.
-        tokenizer, sampler: as `RefinerModule` has them.
-        text_encoder, prompts, negative_prompt, prompt_prefix, prompt_suffix, context_prefix, size, frames: as
-            `TextRefinerBundle` has them.
-        context_latents: as many first latents as may be given to a clip in training, true and without loss, so that
-            samples can continue from an image or a clip (docs/method.md#image-to-video); 0: none.
-        context_ratio: share of clips that are given some: each number of them is as likely.
+        bundle: as `RefinerModule` has it, of the refiner and its encoder, which is trained along or frozen.
+        context_ratio: share of clips that are given first latents, true and without loss: each number of them, up to
+            the bundle's `context_latents`, is as likely.
         sample_weight_power: p of the weights N^p of samples in the loss, where N positions are predicted; 0: samples
             count alike, 1: positions do.
         training: as `RefinerModule` has it.
 
     Raises:
-        UserError: as of `TextRefinerBundle`, and values of other kinds than these.
+        UserError: as of `RefinerModule`.
     """
 
     bundle: TextRefinerBundle
 
     def __init__(
         self,
-        network: CaptionedRefiner,
-        tokenizer: HBQTokenizer,
-        sampler: Sampler,
+        bundle: TextRefinerBundle,
         *,
-        text_encoder: TextEncoder | None = None,
-        prompts: Sequence[str],
-        negative_prompt: str = "",
-        prompt_prefix: str = "",
-        prompt_suffix: str = "",
-        context_prefix: str | None = None,
-        size: Sequence[int],
-        frames: int = 1,
-        context_latents: int = 0,
         context_ratio: float = 0.2,
         sample_weight_power: float = 0.0,
         **training: Any,
     ):
-        super().__init__(network, tokenizer, sampler, label_dropout=0.0, **training)
+        super().__init__(bundle, label_dropout=0.0, **training)
         check_number("training.context_ratio", context_ratio, least=0, most=1)
         check_number("training.sample_weight_power", sample_weight_power, least=0)
-        self.bundle = TextRefinerBundle(
-            network,
-            tokenizer,
-            sampler,
-            labeling=self.bundle.labeling,
-            precision=self._precision,
-            text_encoder=text_encoder,
-            prompts=prompts,
-            negative_prompt=negative_prompt,
-            prompt_prefix=prompt_prefix,
-            prompt_suffix=prompt_suffix,
-            context_prefix=context_prefix,
-            size=size,
-            frames=frames,
-            context_latents=context_latents,
-        )
         self._is_batch_checked = True  # packs are from this package's data modules
-        self.frozen_encoder = text_encoder
+        self.frozen_encoder = bundle.frozen_encoder
         self.context_ratio, self.sample_weight_power = context_ratio, sample_weight_power
-        self._weighted: Tensor | None = None  # [2]: of the step until now, over ranks, as `corruption.weighted_sums`
-        self._unit: Tensor | None = None  # the weight that losses of the step's batches are divided by
+        # Of the step until now, over ranks: [2] as `corruption.weighted_sums`, and what losses of its batches are
+        # divided by.
+        self._weighted: tuple[Tensor, Tensor] | None = None
         self._hollow: list[TextRefiner] = []  # a list, as it is no part of this module
         self._empty: Tensor | None = None
 
@@ -165,13 +132,11 @@ class TextRefinerModule(RefinerModule):
 
         Size by size.
         """
-        kind = _kind(batch)
-        tokens = [None] * len(batch[kind])
+        kind, tokens = _kind(batch), {}
         for rows in by_shape(batch[kind]):
             same = super().tokenize({kind: torch.stack([batch[kind][row] for row in rows])})
-            for row, sample in zip(rows, same):
-                tokens[row] = sample
-        return tokens
+            tokens |= zip(rows, same)
+        return [tokens[row] for row in range(len(tokens))]
 
     def predict_corrupted(
         self,
@@ -192,12 +157,10 @@ class TextRefinerModule(RefinerModule):
             features: [tokens, text width] of each caption, None for an empty one; None: the encoder computes them.
         """
         t = self.draw_signal_ratio(seed, ids, step)
-        noisy, told = [None] * len(tokens), t.clone()
+        noisy, told = list(tokens), t.clone()
         for rows in by_shape(tokens):
-            same, where = (
-                torch.stack([tokens[row] for row in rows]),
-                torch.tensor(rows).to(ids.device, non_blocking=True),
-            )
+            same = torch.stack([tokens[row] for row in rows])
+            where = torch.tensor(rows).to(ids.device, non_blocking=True)
             # Given latents count into the realised share, although they are shown as they are: the authors' way.
             same, told[where] = self.corrupt(same, t[where], seed=seed, ids=ids[where], step=step)
             for row, sample in zip(rows, same):
@@ -217,10 +180,12 @@ class TextRefinerModule(RefinerModule):
 
     def _empty_caption(self) -> Tensor:
         """The features of dropped captions, which no shard has; computed once, in the encoder's own precision."""
-        if self._empty is None:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._empty, _ = self.frozen_encoder([""])
-        return self._empty
+        if self._empty is not None:
+            return self._empty
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            features, _ = self.text_encoder([""])
+        self._empty = features
+        return features
 
     def draw_context(self, tokens: list[Tensor], ids: Tensor) -> list[int]:
         """How many first latents of each sample are given in this step; some are always left."""
@@ -271,16 +236,17 @@ class TextRefinerModule(RefinerModule):
         own = corruption.weighted_sums(losses, positions, self.sample_weight_power)
         sums = self.trainer.strategy.reduce(own.detach().clone(), reduce_op="sum")
         if batch_idx % self.trainer.accumulate_grad_batches == 0 or self._weighted is None:  # or resumed amid a step
-            self._weighted, self._unit = sums, sums[1]
+            self._weighted = sums, sums[1]
         else:
-            self._weighted = self._weighted + sums
-        return own[0] * self.trainer.world_size / self._unit
+            self._weighted = self._weighted[0] + sums, self._weighted[1]
+        return own[0] * self.trainer.world_size / self._weighted[1]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        loss, weight = self._weighted
+        assert self._weighted is not None  # after a training step
+        (loss, weight), unit = self._weighted
         if (batches := self.trainer.accumulate_grad_batches) > 1:
             gradients = [local(p.grad) for p in self.network.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, batches * self._unit / weight)
+            torch._foreach_mul_(gradients, batches * unit / weight)
         self.log("train/loss", loss / weight, prog_bar=True)
         super().on_before_optimizer_step(optimizer)
 

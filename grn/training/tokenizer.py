@@ -1,5 +1,6 @@
 """LightningModule of the HBQ tokenizer: L1 + LPIPS + hinge GAN on reconstructions through the quantizer."""
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from grn.media.pixels import as_frames, from_uint8, to_uint8
 from grn.metrics.reconstruction import ReconstructionScores
 from grn.networks.discriminator import generator_loss, hinge_discriminator_loss
 from grn.networks.tokenizer import HBQTokenizer
+from grn.runtime.errors import UserError
 from grn.runtime.flops import training_flop
+from grn.runtime.trainer import is_logged
 from grn.training.optimization import (
     FiniteLoss,
     adamw,
@@ -61,9 +64,15 @@ class TokenizerModule(LightningModule):
         super().__init__()
         self.initial_averages: dict[str, dict[str, Tensor]] = {}  # as refiners have them
         self.automatic_optimization = False
+        if gan_weight > 0 and discriminator is None:
+            raise UserError(f"training.gan_weight={gan_weight} needs training.discriminator; 0 trains without")
+        if perceptual_weight > 0 and perceptual is None:
+            raise UserError(f"training.perceptual_weight={perceptual_weight} needs training.perceptual; 0: without")
         self.network = network
         self.discriminator = discriminator if gan_weight > 0 else None
-        self.perceptual = perceptual.requires_grad_(False).eval() if perceptual_weight > 0 else None
+        self.perceptual = perceptual if perceptual_weight > 0 else None
+        if self.perceptual is not None:
+            self.perceptual.requires_grad_(False).eval()
         self.l1_weight, self.perceptual_weight, self.gan_weight = l1_weight, perceptual_weight, gan_weight
         self.gan_start = gan_start
         check_adamw(learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
@@ -71,9 +80,7 @@ class TokenizerModule(LightningModule):
         self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
         self.finite_loss = FiniteLoss()
         self._is_batch_checked = False
-        self.checkpoint_extras: dict[
-            str, Any
-        ] = {}  # what else makes a checkpoint self-contained (grn.training.building)
+        self.checkpoint_extras: dict[str, Any] = {}  # what else a checkpoint is of (grn.training.building)
         self._flop: dict[torch.Size, int] = {}
 
     def train(self, mode: bool = True) -> "TokenizerModule":
@@ -107,20 +114,20 @@ class TokenizerModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pixels = from_uint8(batch["pixels"])
-        adversarial = self.discriminator is not None and self.global_step >= self.gan_start
+        discriminator = self.discriminator if self.global_step >= self.gan_start else None
         reconstruction, _ = self.network(pixels)
         losses = {"l1": self.l1_weight * F.l1_loss(reconstruction.float(), pixels)}
         if self.perceptual is not None:
             losses["lpips"] = self.perceptual_weight * self.perceptual(as_frames(reconstruction), as_frames(pixels))
-        if adversarial:
-            self.discriminator.requires_grad_(False)  # the generator's loss trains the generator alone
-            losses["gan"] = self.gan_weight * generator_loss(self.discriminator(reconstruction))
-        loss = sum(losses.values())
+        if discriminator is not None:
+            discriminator.requires_grad_(False)  # the generator's loss trains the generator alone
+            losses["gan"] = self.gan_weight * generator_loss(discriminator(reconstruction))
+        loss = functools.reduce(torch.add, losses.values())
         self.finite_loss.watch(loss)
         self.manual_backward(loss)
-        if adversarial:
-            self.discriminator.requires_grad_(True)
-            judged = self.discriminator(pixels), self.discriminator(reconstruction.detach())
+        if discriminator is not None:
+            discriminator.requires_grad_(True)
+            judged = discriminator(pixels), discriminator(reconstruction.detach())
             discriminator_loss = hinge_discriminator_loss(*judged)
             self.finite_loss.watch(discriminator_loss)
             self.manual_backward(discriminator_loss)
@@ -129,20 +136,21 @@ class TokenizerModule(LightningModule):
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         for name, value in losses.items():
             self.log(f"train/{name}", value, sync_dist=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if is_logged(self.trainer, self.global_step):
             self.finite_loss.check(self)
-        self._step(adversarial)
+        self._step(discriminator)
 
-    def _step(self, adversarial: bool) -> None:
-        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
+    def _step(self, discriminator: nn.Module | None) -> None:
+        optimizers: Any = self.optimizers()  # one, or of two networks two
+        schedulers: Any = self.lr_schedulers()
         optimizer, scheduler = (optimizers[0], schedulers[0]) if self.discriminator else (optimizers, schedulers)
         self.log("train/grad_norm", clip_gradients(self.network.parameters(), self.gradient_clip))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        if adversarial:
-            clip_gradients(self.discriminator.parameters(), self.gradient_clip)
+        if discriminator is not None:
+            clip_gradients(discriminator.parameters(), self.gradient_clip)
             bare = optimizers[1].optimizer  # Lightning's wrapper would count a second global step
             bare.step()
             bare.zero_grad()
@@ -155,7 +163,7 @@ class TokenizerModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # One for each data set that is validated: of a mixture, the first is logged as `val/...` as if it were alone.
-        others = list(getattr(self.trainer.datamodule, "parts", ()))[1:]
+        others = list(getattr(getattr(self.trainer, "datamodule", None), "parts", ()))[1:]
         prefixes = ["", *(f"{name}/" for name in others)]
         self._scores = {prefix: ReconstructionScores(device=self.device) for prefix in prefixes}
 

@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def _run(config: DictConfig) -> dict[str, float]:
     except SIGTERMException as stopped:
         if trainer.global_rank > 0:
             sys.exit(0)  # Lightning kills rank 0, which may still be closing its logs, where another fails
-        received = signal.Signals(*stopped.args or [signal.SIGTERM])
+        received = signal.Signals(stopped.args[0] if stopped.args else signal.SIGTERM)
         step = trainer.global_step
         log.warning("stopped by %s after step %d: ckpt_path=last resumes from there", received.name, step)
         requeue(received)
@@ -152,10 +153,8 @@ def _of_batch(config: DictConfig) -> str:
 
 
 def _is_raised_by_lightning(error: BaseException) -> bool:
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame.tb_frame.f_globals.get("__name__", "").startswith("lightning.")
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("lightning.")
 
 
 def _millions(network: torch.nn.Module) -> float:

@@ -96,7 +96,7 @@ class _Side:
             complain(error)
             self._ckpt.set_value(self.model.ckpt)
             return
-        if model.is_text != session.model.is_text:
+        if (model.text is None) != (session.model.text is None):
             complain(f"{model.name} and {session.model.name} are of classes and of texts: they draw nothing in common")
             self._ckpt.set_value(self.model.ckpt)
             return

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from nicegui import events, ui
 
 from grn.method.psi import UPDATES
+from grn.sampling.text_bundle import TextRefinerBundle
 from grn.web import uploads
 from grn.web.models import Model
 from grn.web.session import Session, complain
@@ -16,8 +17,8 @@ FIXED = ("linear", "cosine", "shifted")
 
 def what_controls(session: Session, settings: Settings) -> None:
     """Classes or prompts, size, frames, the number of each, and the seed."""
-    if session.model.is_text:
-        _texts(session.model, settings)
+    if session.model.text is not None:
+        _texts(session.model.text, settings)
     else:
         _classes(session.model, settings)
     with ui.element("div").classes("studio-row").style("flex-wrap: nowrap"):
@@ -64,11 +65,12 @@ def sampler_controls(model: Model, settings: Settings, *, name: str = "") -> Non
         interval.props(f"data-testid={mark}interval aria-label='guidance interval'")
 
     def told() -> None:
-        settings.interval = (float(interval.value["min"]), float(interval.value["max"]))
+        chosen = interval.value or {"min": 0, "max": 1}
+        settings.interval = (float(chosen["min"]), float(chosen["max"]))
         text.text = "guidance acts at t from {:.2f} to {:.2f}".format(*settings.interval)
 
     def calibrated() -> None:
-        if settings.kind == "calibrated":
+        if settings.kind == "calibrated" and model.calibrated is not None:
             found = settings.sampled_as(model.calibrated)
             for name in ("guidance", "temperature", "update", "kappa"):
                 setattr(settings, name, getattr(found, name))
@@ -81,7 +83,7 @@ def sampler_controls(model: Model, settings: Settings, *, name: str = "") -> Non
 
 def start_controls(session: Session, settings: Settings) -> None:
     """A picture to start from, with its strength, and a mask of what is redrawn."""
-    is_clip = session.model.is_text and session.model.pipeline.bundle.frames > 1
+    is_clip = session.model.text is not None and session.model.text.frames > 1
     what = "clips go on from it" if is_clip else "samples start from it"
     shown = ui.element("div").classes("studio-row")
 
@@ -176,16 +178,16 @@ def _classes(model: Model, settings: Settings) -> None:
     choose(settings.labels)
 
 
-def _texts(model: Model, settings: Settings) -> None:
+def _texts(bundle: TextRefinerBundle, settings: Settings) -> None:
     text = ui.textarea("prompts, a line each").bind_value(settings, "prompts")
     text.props("outlined dense autogrow data-testid=prompts").classes("w-full")
     negative = ui.input("negative prompt").bind_value(settings, "negative_prompt")
     negative.props("outlined dense data-testid=negative-prompt").classes("w-full")
-    known = sizes(model)
+    known = sizes(bundle)
     with ui.element("div").classes("studio-row"):
         size = ui.select({size: f"{size[1]} x {size[0]}" for size in known}, label="size").bind_value(settings, "size")
         size.props("outlined dense options-dense data-testid=size").classes("grow")
-        if model.pipeline.bundle.tokenizer.temporal_stride > 1:
+        if bundle.tokenizer.temporal_stride > 1:
             frames = ui.number("frames", min=1, step=4, precision=0).bind_value(
                 settings, "frames", forward=lambda value: int(value or 1)
             )

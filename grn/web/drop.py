@@ -42,7 +42,8 @@ def drop_picture(
             on_problem(str(mistake))
             return
         on_problem("")
-        await on_picture(decoded)
+        if decoded is not None:  # the studio is being closed
+            await on_picture(decoded)
 
     upload = ui.upload(auto_upload=True, max_file_size=MAX_BYTES, on_upload=take)
     upload.on("uploaded", upload.reset)  # not before: that would break the answer off

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grn.method.request import Request
+from grn.method.request import CompleteRequest, Request
 from grn.method.sampler import Erasure, Refined, Refinement, Start, given_latents
 from grn.runtime.errors import UserError
 from grn.runtime.failures import explain
@@ -32,7 +32,7 @@ class Drawing:
     Only the engine's thread changes it (`Engine.change` and the like); what it has shown may be read from any thread.
 
     Attributes:
-        pipeline, request: what draws what; the request is complete.
+        pipeline, request: what draws what.
         recording: what its steps were; of clips with all latents.
         state: `waiting` for its first step, `drawing`, `paused`, `done`, `cancelled` or `failed`.
         error: of a failed one, in one line.
@@ -41,11 +41,12 @@ class Drawing:
         version: rises with every change.
     """
 
-    def __init__(self, pipeline: GRNPipeline, request: Request):
+    def __init__(self, pipeline: GRNPipeline, request: CompleteRequest):
         self.pipeline, self.request = pipeline, request
         self.given = given_latents(request.start) if pipeline.bundle.shape_of(request)[1] > 1 else 0
         self.recording = Recording(given=self.given, whole=pipeline.bundle.shape_of(request)[1] > 1)
-        self.state, self.error, self.version = "waiting", None, 0
+        self.state, self.version = "waiting", 0
+        self.error: str | None = None
         self.erasures: list[Erasure] = []
         self.refined: Refined | None = None
         self._refinement: Refinement | None = None
@@ -62,7 +63,7 @@ class Drawing:
         return self.state in ("done", "cancelled", "failed")
 
     @property
-    def repeatable(self) -> Request:
+    def repeatable(self) -> CompleteRequest:
         """What draws the same again: the request with its erasures."""
         return replace(self.request, erasures=tuple(self.erasures))
 
@@ -137,9 +138,9 @@ class Engine:
             UserError: the pipeline does not draw that, this machine has not the memory for it, or too much else is
                 being drawn.
         """
-        request = pipeline.bundle.complete(request)
-        check_memory(pipeline.bundle, request, batch_size=request.num, recorded=request.num)
-        drawing = Drawing(pipeline, request)
+        complete = pipeline.bundle.complete(request)
+        check_memory(pipeline.bundle, complete, batch_size=complete.num, recorded=complete.num)
+        drawing = Drawing(pipeline, complete)
         with self._changed:
             if len(self._drawings) >= MAX_DRAWINGS:
                 raise UserError(f"{MAX_DRAWINGS} drawings are under way: end one, or close other tabs of the studio")

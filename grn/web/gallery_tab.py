@@ -1,5 +1,7 @@
 """Gallery: the samples of the drawing that Live shows, from the easiest to the most difficult, with their steps."""
 
+from functools import partial
+
 from nicegui import ui
 
 from grn.web.engine import Drawing
@@ -49,16 +51,15 @@ def gallery_tab(session: Session) -> None:
             for sample, difficulty, steps in by_difficulty(drawing):
                 wanted = drawing.request.wanted
                 caption = str(wanted[sample % len(wanted)])
-                with (
-                    ui.element("button").classes("studio-tile").on("click", lambda sample=sample: look(sample)) as tile
-                ):
+                with ui.element("button").classes("studio-tile").on("click", partial(look, sample)) as tile:
                     tile.props(f"type=button data-testid=tile-{sample}")
                     ui.element("img").props(f'src="{url(images[sample])}" alt="sample {sample + 1}"')
                     ui.label(f"H {difficulty:.2f} · {steps} steps").classes("studio-now studio-small")
                     ui.label(caption).classes("studio-soft studio-cut")
 
     async def draw() -> None:
-        count = len(session.settings.labels) if not session.model.is_text else len(session.settings.prompts.split("\n"))
+        is_text = session.model.text is not None
+        count = len(session.settings.prompts.split("\n") if is_text else session.settings.labels)
         session.settings.each = max(1, min(MAX_SAMPLES, 40) // max(1, count))
         drawing = await session.draw()
         if drawing is not None:

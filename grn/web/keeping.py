@@ -1,6 +1,7 @@
 """What draws the shown samples again, and files of them to keep."""
 
 from collections.abc import Callable
+from functools import partial
 
 from nicegui import ui
 
@@ -28,7 +29,7 @@ def keeping(session: Session, stage: Stage) -> Callable[[], None]:
         for name, text in (("command", export.command(drawing, ckpt)), ("python", export.snippet(drawing, ckpt))):
             with ui.element("div").classes("studio-copied").bind_visibility_from(choice, "value", value=name):
                 ui.label(text).classes("studio-code").props(f"data-testid={name}")
-                copy = ui.button(icon="content_copy", on_click=lambda text=text: ui.clipboard.write(text))
+                copy = ui.button(icon="content_copy", on_click=partial(ui.clipboard.write, text))
                 copy.props(f"flat round dense size=sm aria-label=copy data-testid=copy-{name}")
                 copy.on_click(lambda: ui.notify("copied", type="positive", timeout=1000))
         with ui.element("div").classes("studio-row"):

@@ -59,7 +59,8 @@ def live_tab(session: Session) -> None:
                 keep = keeping(session, stage)
 
     def follow() -> None:
-        stage.watch(session.drawing)
+        if session.drawing is not None:
+            stage.watch(session.drawing)
         player.play(at=0)
         inspector.forget()
         tools.refresh()
@@ -96,11 +97,11 @@ class _Tools:
 
     def refresh(self) -> None:
         """After another drawing was begun."""
-        drawing = self._stage.drawing
-        number = 1 if drawing is None else drawing.request.num
+        views = self._stage.views
+        number = 1 if views is None else views.drawing.request.num
         self._focus.set_options({-1: "all samples"} | {n: f"sample {n + 1}" for n in range(number)}, value=-1)
         self._focus.set_visibility(number > 1)
-        frames = 1 if drawing is None else self._stage.views.frames
+        frames = 1 if views is None else views.frames
         self._frame.props(f"max={max(1, frames - 1)}")
         self._frame.set_value(0)
         for element in (self._frame, self._through):
@@ -135,7 +136,7 @@ class _Tools:
             await self._stage.look(focus=focus, frame=int(self._frame.value or 0))
 
     async def _refine_on(self) -> None:
-        at, drawing = self._stage.at, await self._stage.refine_on(all_frames=self._through.value)
+        at, drawing = self._stage.at, await self._stage.refine_on(all_frames=bool(self._through.value))
         if drawing is self._stage.drawing:
             self._player.play(at=at)
         elif drawing is not None:
@@ -181,6 +182,8 @@ class _Curves:
 
     def refresh(self) -> None:
         drawing, at = self._stage.drawing, self._stage.at
+        if drawing is None:
+            return
         known = (id(drawing), drawing.version, at)
         if known == self._known:
             return
@@ -222,12 +225,12 @@ class _Inspector:
 
     def refresh(self) -> None:
         stage = self._stage
-        if self._place is None or stage.drawing is None or not stage.drawing.steps:
+        if self._place is None or stage.views is None or not stage.views.drawing.steps:
             return
         sample, row, column = self._place
         stage.select(stage.layout.cell(sample, row, column))
         latent = stage.views.latent(stage.frame)
-        visits = history(stage.drawing, sample, row, column, latent)
+        visits = history(stage.views.drawing, sample, row, column, latent)
         now = visits[min(stage.at, len(visits)) - 1]
         erased = sum(visit.states.count("erased") for visit in visits[: stage.at])
         self._text.text = (

@@ -32,8 +32,10 @@ class Model:
     calibrated: Sampler | None
 
     @property
-    def is_text(self) -> bool:
-        return isinstance(self.pipeline.bundle, TextRefinerBundle)
+    def text(self) -> TextRefinerBundle | None:
+        """The bundle of a text refiner; None of one of classes."""
+        bundle = self.pipeline.bundle
+        return bundle if isinstance(bundle, TextRefinerBundle) else None
 
     @property
     def name(self) -> str:

@@ -64,7 +64,7 @@ def _build(session: Session) -> None:
         for name, _, _, fill in TABS:
             with ui.tab_panel(name).classes("studio-panel").props(f"data-testid=panel-{name}"):
                 fill(session)
-    session.show_tab, session.shown_tab = tabs.set_value, lambda: tabs.value
+    session.show_tab, session.shown_tab = tabs.set_value, lambda: str(tabs.value)
 
     def named() -> None:
         model.text = session.model.name

@@ -158,6 +158,7 @@ class Details:
             self._open.props("unelevated no-caps data-testid=open-run")
         self._progress = ui.linear_progress(0, show_value=False, size="4px").props("instant-feedback")
         self._problems = ui.column().classes("gap-1")
+        self._told_problems: list[str] = []
         with ui.row().classes("w-full items-center gap-4"):
             self._choice = ui.select([], multiple=True, label="curves", on_change=self._draw_charts)
             self._choice.props("use-chips dense outlined options-dense data-testid=curves").classes("grow min-w-0")
@@ -169,7 +170,7 @@ class Details:
     async def refresh(self, now: Run) -> None:
         """Reads curves and pictures in another thread and shows them."""
         curves, pictures = await io_bound(read_curves, now.folder), await io_bound(_dated, now.folder)
-        if self._told.is_deleted:  # another run was chosen meanwhile
+        if curves is None or pictures is None or self._told.is_deleted:  # closed, or another run was chosen meanwhile
             return
         state = f"running: {now.writer}" if now.is_running else f"last written {ago(now.updated)}"
         self._told.set_text(" · ".join(filter(None, [now.kind or "unknown kind", steps_of(now), state])))
@@ -209,7 +210,8 @@ class Details:
             chart.update()
 
     def _show_problems(self, problems: Sequence[str]) -> None:
-        if [label.text for label in self._problems.default_slot.children] != list(problems):
+        if list(problems) != self._told_problems:
+            self._told_problems = list(problems)
             self._problems.clear()
             with self._problems:
                 for problem in problems:

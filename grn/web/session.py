@@ -24,6 +24,9 @@ class Studio:
     first: Model  # that new windows open
 
 
+async def _no_tab(ckpt: str) -> None: ...
+
+
 @dataclass
 class Session:
     """One browser window. `settings` are what Live's controls say; `drawing` is what Live and Gallery show, `others`
@@ -39,11 +42,11 @@ class Session:
     settings: Settings
     drawing: Drawing | None = None
     others: list[Drawing] = field(default_factory=list)
-    on_model: list[Callable[[], None]] = field(default_factory=list)
-    on_drawing: list[Callable[[], None]] = field(default_factory=list)
-    show_tab: Callable[[str], None] = lambda name: None
+    on_model: list[Callable[[], object]] = field(default_factory=list)
+    on_drawing: list[Callable[[], object]] = field(default_factory=list)
+    show_tab: Callable[[str], object] = lambda name: None
     shown_tab: Callable[[], str] = lambda: ""
-    open_tokenizer: Callable[[str], Awaitable[None]] | None = None
+    open_tokenizer: Callable[[str], Awaitable[None]] = _no_tab
     focus: Callable[[int], None] = lambda sample: None  # shows a sample alone in Live
 
     async def work(self, what: Callable[[], T]) -> T:

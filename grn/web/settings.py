@@ -1,15 +1,16 @@
 """What is chosen on the page, and the request that it stands for."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
-from grn.method.request import Request
+from grn.method.request import CompleteRequest
 from grn.method.resolutions import BUDGETS, resolutions_at
 from grn.method.sampler import Sampler
-from grn.method.schedules import FIXED, EntropyGuided, grid_of
+from grn.method.schedules import FIXED, EntropyGuided, Schedule, grid_of
 from grn.runtime.errors import UserError
+from grn.sampling.text_bundle import TextRefinerBundle
 from grn.web.models import Model
 
 Kind = Literal["trained", "linear", "cosine", "shifted", "entropy", "calibrated"]
@@ -44,7 +45,7 @@ class Settings:
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     temperature: float = 1.0
-    update: str = "redraw"
+    update: Literal["redraw", "psi"] = "redraw"
     kappa: float = 1.0
     seed: int = 0
     image: Image.Image | None = None
@@ -54,43 +55,43 @@ class Settings:
     @classmethod
     def of(cls, model: Model) -> "Settings":
         """As a refiner was trained to be sampled."""
-        bundle = model.pipeline.bundle
+        bundle, text = model.pipeline.bundle, model.text
         found = cls().sampled_as(bundle.sampler)
-        found.steps = getattr(bundle.sampler.schedule, "max_steps", 50)
-        if model.is_text:
-            return replace(
-                found,
-                prompts=bundle.prompts[0],
-                negative_prompt=bundle.negative_prompt or "",
-                size=tuple(bundle.size),
-                frames=bundle.frames,
-            )
-        return replace(found, labels=[min(3, bundle.num_conditions - 1)])
+        found.steps = bundle.sampler.schedule.max_steps
+        if text is None:
+            return replace(found, labels=[min(3, bundle.num_conditions - 1)])
+        return replace(
+            found,
+            prompts=text.prompts[0],
+            negative_prompt=text.negative_prompt,
+            size=text.size,
+            frames=text.frames,
+        )
 
     def sampled_as(self, sampler: Sampler) -> "Settings":
         """With all of a sampler but its schedule."""
         own = {name: getattr(sampler, name) for name in ("guidance", "temperature", "update", "kappa")}
         return replace(self, interval=tuple(sampler.guidance_interval), **own)
 
-    def request(self, model: Model) -> Request:
-        """The complete request; its start is encoded by the tokenizer.
+    def request(self, model: Model) -> CompleteRequest:
+        """The request; its start is encoded by the tokenizer.
 
         Raises:
             UserError: something that the refiner does not draw.
         """
-        what: dict = {"labels": list(self.labels)}
-        if model.is_text:
+        what: dict[str, Any] = {"labels": list(self.labels)}
+        if model.text is not None:
             prompts = [line.strip() for line in self.prompts.splitlines() if line.strip()]
             if not prompts:
                 raise UserError("prompts: write at least one, a line each")
             if long := [prompt for prompt in prompts if len(prompt) > MAX_PROMPT]:
                 raise UserError(f"prompts: one has {len(long[0])} characters; at most {MAX_PROMPT}")
-            height, width = self.size or model.pipeline.bundle.size
+            height, width = self.size or model.text.size
             what = {"prompt": prompts, "negative_prompt": self.negative_prompt.strip() or None}
             what |= {"height": height, "width": width, "num_frames": self.frames}
         elif not self.labels:
             raise UserError("classes: choose at least one")
-        number = self.each * len(what["prompt"] if model.is_text else self.labels)
+        number = self.each * len(what.get("prompt", self.labels))
         if not 1 <= number <= MAX_SAMPLES:
             raise UserError(f"{number} samples: 1 to {MAX_SAMPLES} are shown at a time; grn sample draws any number")
         return model.pipeline.request(
@@ -109,9 +110,9 @@ class Settings:
         )
 
     def _is_clip(self, model: Model) -> bool:
-        return model.is_text and (self.frames or 1) > 1
+        return model.text is not None and (self.frames or 1) > 1
 
-    def _schedule(self, model: Model):
+    def _schedule(self, model: Model) -> Schedule:
         own = model.pipeline.bundle.sampler.schedule
         if self.kind == "trained":
             return own
@@ -125,9 +126,9 @@ class Settings:
         return FIXED[self.kind](self.steps, **{k: v for k, v in grid.items() if k != "grid" and self.kind == "shifted"})
 
 
-def sizes(model: Model) -> list[tuple[int, int]]:
+def sizes(bundle: TextRefinerBundle) -> list[tuple[int, int]]:
     """The (height, width) that a text refiner was trained in, the one it is sampled in first."""
-    own = tuple(model.pipeline.bundle.size)
+    own = bundle.size
     budget = next((budget for budget in BUDGETS if own in resolutions_at(budget).values()), None)
     return [own, *(size for size in (resolutions_at(budget).values() if budget else ()) if size != own)]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from nicegui import ui
@@ -29,7 +30,7 @@ class Stage:
     """The pictures of a step of a drawing.
 
     Attributes:
-        drawing: None before the first one.
+        views, drawing: None before the first one.
         at: the step that is shown, from 1; 0: none yet.
         focus: the sample that is shown alone; None: all. frame: of clips.
         painted: cells (`Layout.place`) that are to be erased.
@@ -39,9 +40,9 @@ class Stage:
 
     def __init__(self, session: Session, *, panels: Sequence[str] = tuple(PANELS), name: str = "") -> None:
         self._session = session
-        self.drawing: Drawing | None = None
         self.views: Views | None = None
-        self.at, self.focus, self.frame = 0, None, 0
+        self.at, self.frame = 0, 0
+        self.focus: int | None = None
         self.painted: set[int] = set()
         self.on_step: list[Callable[[], Any]] = []
         self.on_pick: Callable[[int], Any] = lambda cell: None
@@ -56,7 +57,12 @@ class Stage:
                     self._images[panel] = image
 
     @property
+    def drawing(self) -> Drawing | None:
+        return None if self.views is None else self.views.drawing
+
+    @property
     def layout(self) -> Layout:
+        assert self.drawing is not None  # only what is drawn is laid out
         return Layout.of(self.drawing, self.focus)
 
     @property
@@ -67,7 +73,7 @@ class Stage:
 
     def watch(self, drawing: Drawing) -> None:
         """Another drawing, of which no step is shown yet."""
-        self.drawing, self.views = drawing, Views(drawing)
+        self.views = Views(drawing)
         self.at, self.focus, self.frame = 0, None, 0
         self.clear()
         self.select(None)
@@ -75,6 +81,8 @@ class Stage:
     async def show(self, step: int) -> None:
         """Shows a step that was taken."""
         views, focus, frame = self.views, self.focus, self.frame
+        if views is None:
+            return
         try:
             shown = await self._session.work(lambda: views.step(step, focus=focus, frame=frame))
         except IndexError:  # the drawing went back meanwhile
@@ -121,11 +129,12 @@ class Stage:
             the drawing that goes on: this one, of finished samples another; None where something is wrong, which is
             said on the page.
         """
-        drawing, at, engine = self.drawing, self.at, self._session.studio.engine
-        if drawing is None or not self.painted or not at:
+        views, at, engine = self.views, self.at, self._session.studio.engine
+        if views is None or not self.painted or not at:
             return None
+        drawing = views.drawing
         total = drawing.pipeline.bundle.shape_of(drawing.request)[1]
-        latent = self.views.latent(self.frame)
+        latent = views.latent(self.frame)
         latents = slice(drawing.given, None) if all_frames else slice(latent, latent + 1)
         erased = positions(self.layout, sorted(self.painted), latents, total)
         try:
@@ -135,7 +144,7 @@ class Stage:
         except Exception as error:
             complain(error)
             return None
-        self.views.forget(at)
+        views.forget(at)
         self.clear()
         return drawing
 
@@ -173,7 +182,7 @@ class Player:
                 ("skip_previous", -1, "a step back", "back"),
                 ("skip_next", 1, "a step on", "next"),
             ):
-                button = ui.button(icon=icon, on_click=lambda by=by: self.go(self.at + by))
+                button = ui.button(icon=icon, on_click=partial(self._go_by, by))
                 button.props(f"flat round dense aria-label='{label}' data-testid={marked(name, mark)}")
             self._slider = ui.slider(min=1, max=2, value=1).classes("studio-slider")
             self._slider.props(f"aria-label=step data-testid={marked(name, 'scrubber')}")
@@ -219,6 +228,9 @@ class Player:
             self.pause()
             await self._show(min(max(1, step), self._steps))
 
+    async def _go_by(self, steps: int) -> None:
+        await self.go(self.at + steps)
+
     async def tick(self) -> None:
         """Goes on by a step where there is one."""
         if self.playing:
@@ -231,8 +243,8 @@ class Player:
 
     async def _show(self, step: int) -> None:
         self.at = step
-        shown = [stage for stage in self._stages if stage.drawing is not None and stage.drawing.steps]
-        await asyncio.gather(*(stage.show(min(step, stage.drawing.steps)) for stage in shown))
+        taken = [(stage, stage.drawing.steps) for stage in self._stages if stage.drawing is not None]
+        await asyncio.gather(*(stage.show(min(step, steps)) for stage, steps in taken if steps))
         self._say()
 
     def _say(self) -> None:
@@ -249,7 +261,7 @@ class Player:
     def _told(self) -> str:
         drawings = self._drawings
         if failed := next((drawing for drawing in drawings if drawing.state == "failed"), None):
-            return failed.error
+            return failed.error or "failed"
         if not drawings:
             return ""
         if not self.at:

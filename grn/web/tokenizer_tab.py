@@ -96,7 +96,7 @@ def tokenizer_tab(session: Session) -> None:
     def show() -> None:
         if not made:
             return
-        now, picture, errors = made[min(int(slider.value), len(made)) - 1]
+        now, picture, errors = made[min(int(slider.value or 1), len(made)) - 1]
         reconstruction.props(f'src="{picture}"')
         error.props(f'src="{errors}"')
         _, height, width = now.pixels.shape

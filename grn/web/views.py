@@ -118,6 +118,7 @@ class Views:
 
     def pictures(self) -> list[Image.Image]:
         """The samples of a drawing that is done; of clips their last frames."""
+        assert self.drawing.refined is not None
         tokens = self.drawing.refined.tokens.to(self.drawing.pipeline.device)
         with torch.no_grad():
             *_, last = self.drawing.pipeline.bundle.decode_stream(tokens)
@@ -169,10 +170,12 @@ def history(drawing: Drawing, sample: int, row: int, column: int, latent: int = 
     for number, moment in enumerate(drawing.recording.moments, 1):
         if moment.taken[sample] < number:
             break
-        tokens = (getattr(moment, name)[sample, :, latent, row, column].tolist() for name in ("seen", "predicted"))
+        seen, predicted = (
+            tuple(part[sample, :, latent, row, column].tolist()) for part in (moment.seen, moment.predicted)
+        )
         states = tuple(STATES[state] for state in moment.states[sample, :, latent, row, column].tolist())
         entropy = moment.uncertainty[sample, latent, row, column].item()
-        visits.append(Visit(number, entropy, *map(tuple, tokens), states))
+        visits.append(Visit(number, entropy, seen, predicted, states))
     return visits
 
 

@@ -52,7 +52,7 @@ class Release:
     tokenizer_model: Mapping[str, Any]
     sampler: Mapping[str, Any]
     encoder: File | None = None
-    encoder_tokenizer: str | None = None
+    encoder_tokenizer: str = ""
     prompts: tuple[str, ...] = ("an astronaut riding a horse",)
     prompt_prefix: str = ""
     prompt_suffix: str = ""

@@ -11,6 +11,7 @@ from grn.method.sampler import Sampler
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.flops import forward_flop, training_flop
+from grn.sampling.bundle import RefinerBundle
 from grn.training import RefinerModule, TokenizerModule
 
 FLOP = 10**9
@@ -73,7 +74,7 @@ def test_refiner_counts_the_encoder_where_there_are_pixels():
         channels=3, classes=4, num_labels=5, size=4, depth=2, width=16, heads=2, bottleneck=8, context_start=1,
         context_tokens=2,
     )  # fmt: skip
-    module = RefinerModule(network, tokenizer(), Sampler())
+    module = RefinerModule(RefinerBundle(network, tokenizer(), Sampler()))
     module.setup("fit")
     from_bits = module.flop_per_sample({"bits": torch.zeros(7, 12)})
     pixels = {"pixels": torch.zeros(7, 3, 1, 16, 16, dtype=torch.uint8)}

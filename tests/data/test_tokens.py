@@ -22,6 +22,7 @@ from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
+from grn.sampling.bundle import RefinerBundle
 from grn.toys.digits import DigitsSource
 from grn.training import RefinerModule, TokenizerModule
 from grn.training.building import check_fits
@@ -66,7 +67,7 @@ def refiner(folder, **sizes):
     network = ClassRefiner(
         depth=1, width=32, heads=2, bottleneck=8, context_start=0, context_tokens=2, mlp_ratio=2.0, **sizes
     )
-    module = RefinerModule(network, HBQTokenizer.from_pretrained(folder / "tokenizer"), Sampler())
+    module = RefinerModule(RefinerBundle(network, HBQTokenizer.from_pretrained(folder / "tokenizer"), Sampler()))
     manifest = json.loads((folder / "data" / "digits_tokens" / "manifest.json").read_text())
     module.checkpoint_extras = {"tokenizer": {"sha256": manifest["tokenizer"]["sha256"]}}
     return module

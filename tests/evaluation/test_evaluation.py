@@ -108,7 +108,7 @@ def test_the_callback_logs_the_histogram_and_the_classes(tmp_path, monkeypatch):
     monkeypatch.setattr(WandbLogger, "log_metrics", lambda self, metrics, step=None: logged.append((metrics, step)))
     callback = EvaluateSamples({"x": lambda **_: Brightness()}, num=20, batch_size=8, cache_dir=str(tmp_path), seed=2)
     bundle = tiny_bundle(GUIDED)
-    module = RefinerModule(bundle.network, bundle.tokenizer, bundle.sampler)
+    module = RefinerModule(bundle)
     module.validation_step = lambda *_: None
     module.on_validation_epoch_end = lambda: None  # which has no loss to tell
     trainer = Trainer(

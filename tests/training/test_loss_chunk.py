@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grn.method import corruption
 from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.runtime.errors import UserError
+from grn.sampling.bundle import RefinerBundle
 from grn.training import RefinerModule
 from grn.training.activations import checkpoint_activations
 
@@ -144,4 +145,4 @@ def test_a_network_without_is_refused():
     bare = torch.nn.Linear(1, 1)
     bare.channels, bare.classes, bare.num_labels = module.network.channels, module.network.classes, 5
     with pytest.raises(UserError, match=r"training\.loss_chunk=16: Linear has no loss in chunks; training.loss_chunk"):
-        RefinerModule(bare, module.tokenizer, module.bundle.sampler, loss_chunk=16)
+        RefinerModule(RefinerBundle(bare, module.tokenizer, module.bundle.sampler), loss_chunk=16)

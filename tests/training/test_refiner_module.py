@@ -9,6 +9,7 @@ from grn.method.schedules import Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
+from grn.sampling.bundle import RefinerBundle
 from grn.training import RefinerModule
 
 
@@ -22,7 +23,7 @@ def build(labeling="ind", *, training=None, **changes):
         **sizes | changes, num_labels=5, size=4, depth=2, width=16, heads=2, bottleneck=8, context_start=1,
         context_tokens=2,
     )  # fmt: skip
-    return RefinerModule(network, tokenizer, Sampler(Linear(4)), labeling=labeling, **training or {})
+    return RefinerModule(RefinerBundle(network, tokenizer, Sampler(Linear(4)), labeling=labeling), **training or {})
 
 
 def pixels():

@@ -26,6 +26,7 @@ from grn.networks.text_encoder import ByteT5
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
+from grn.sampling.text_bundle import TextRefinerBundle
 from grn.training import TextRefinerModule
 from grn.training.fsdp import gather_weights, local, release_weights
 
@@ -59,7 +60,9 @@ def build(frozen=False, *, multipliers=(1, 2), temporal=(False,), **changes):
     )  # fmt: skip
     encoder = ByteT5(**ENCODER).requires_grad_(False).eval() if frozen else None
     arguments = {"prompts": PROMPTS, "size": (16, 32), "labeling": "ind", "text_encoder": encoder} | changes
-    module = TextRefinerModule(network(frozen), tokenizer, Sampler(Linear(3), guidance=2.0), **arguments)
+    training = {key: arguments.pop(key) for key in arguments.keys() - {*TextRefinerBundle.settings, "text_encoder"}}
+    bundle = TextRefinerBundle(network(frozen), tokenizer, Sampler(Linear(3), guidance=2.0), **arguments)
+    module = TextRefinerModule(bundle, **training)
     module._trainer = SimpleNamespace(
         world_size=1, global_rank=0, accumulate_grad_batches=1, global_step=5, log_every_n_steps=1000,
         precision_plugin=SimpleNamespace(forward_context=torch.no_grad), barebones=False,

@@ -21,6 +21,7 @@ from grn.method.schedules import Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
+from grn.sampling.bundle import RefinerBundle
 from grn.training import RefinerModule, TokenizerModule
 
 SIZE = 16
@@ -56,7 +57,7 @@ def refiner(labels=2):
     )
     network.init_weights(torch.Generator().manual_seed(0))
     torch.nn.init.normal_(network.head.out.weight, std=0.2, generator=torch.Generator().manual_seed(0))
-    return RefinerModule(network, tokenizer(), Sampler(Linear(2)))
+    return RefinerModule(RefinerBundle(network, tokenizer(), Sampler(Linear(2))))
 
 
 def tokenizer():
