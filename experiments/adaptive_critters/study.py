@@ -27,7 +27,6 @@ from torch import Tensor
 import grn.cli.entry  # noqa: F401  its resolvers
 from grn.cli.entry import CONF
 from grn.media.pixels import from_uint8
-from grn.method.request import Request
 from grn.method.schedules import EntropyGuided, Linear, Schedule
 from grn.metrics.features import FeatureStatistics
 from grn.metrics.fid import as_numpy, frechet_distance
@@ -36,6 +35,7 @@ from grn.sampling.bundle import RefinerBundle
 from grn.sampling.calibration import decision_entropies, fit, steps_taken
 from grn.sampling.generation import generate
 from grn.sampling.loading import load_refiner
+from grn.sampling.request import Request
 from grn.toys.critters import SHORT_WORDINGS, WORDINGS, Critter, caption, read_caption
 from grn.toys.critters_judge import UNTOLD, CrittersJudge
 

@@ -29,13 +29,13 @@ import grn.cli.entry  # noqa: F401  its resolvers
 from grn.checkpoints.native import read_checkpoint
 from grn.evaluation.scoring import build_scores, score_samples
 from grn.media import pictures
-from grn.method.request import Request
 from grn.method.schedules import Cosine, EntropyGuided, Linear, Schedule
 from grn.runtime.files import write_atomically, write_json
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.calibration import decision_entropies, fit, steps_taken
 from grn.sampling.generation import Batch
 from grn.sampling.loading import bundle_from_checkpoint
+from grn.sampling.request import Request
 from grn.toys.judge import DigitsJudge
 
 matplotlib.use("agg")

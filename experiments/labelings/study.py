@@ -29,12 +29,13 @@ import grn.cli.entry  # noqa: F401  its resolvers
 from grn.checkpoints.native import load_tokenizer, read_checkpoint
 from grn.media.pixels import from_uint8, to_uint8
 from grn.method import corruption, hbq
-from grn.method.sampler import Refinement, Sampler, finished
+from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.metrics.fid import GenerationScores
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.files import write_json
+from grn.sampling.refinement import Refinement, finished
 from grn.toys.digits_classifier import digits_classifier_weights
 from grn.toys.judge import DigitsJudge
 

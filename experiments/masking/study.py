@@ -32,12 +32,13 @@ from grn.checkpoints.native import read_checkpoint
 from grn.evaluation.scoring import build_scores
 from grn.media import pictures
 from grn.method import corruption
-from grn.method.sampler import Refinement, Sampler, finished
+from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.files import write_atomically, write_json
 from grn.sampling.loading import bundle_from_checkpoint
+from grn.sampling.refinement import Refinement, finished
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

@@ -28,13 +28,14 @@ from grn.checkpoints.native import read_checkpoint
 from grn.evaluation.scoring import build_scores, real_splits
 from grn.media.pixels import from_uint8
 from grn.method import corruption
-from grn.method.sampler import Refinement, Sampler, finished
+from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.files import write_json
 from grn.runtime.flops import training_flop
 from grn.sampling.loading import bundle_from_checkpoint
+from grn.sampling.refinement import Refinement, finished
 from grn.training.optimization import adamw, learning_rate_schedule
 
 matplotlib.use("agg")

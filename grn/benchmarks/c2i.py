@@ -17,12 +17,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from grn.benchmarks import machine
 from grn.checkpoints.native import build_network
 from grn.method import corruption
-from grn.method.sampler import Refinement, Sampler, finished
+from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.errors import UserError
 from grn.runtime.flops import forward_flop, training_flop
+from grn.sampling.refinement import Refinement, finished
 from grn.training.activations import Mode, checkpoint_activations
 from grn.training.optimization import adamw, clip_gradients
 

@@ -27,13 +27,14 @@ from grn.checkpoints.native import build_network
 from grn.data.samples import collate
 from grn.data.stream.endless import GlobalBatches, ResumableLoader
 from grn.data.tokens import TokenDecoder, write_array
-from grn.method.sampler import Refinement, Sampler, finished
+from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.networks.conditions import Text
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import for_inference
 from grn.runtime.errors import UserError
 from grn.runtime.flops import training_flop
+from grn.sampling.refinement import Refinement, finished
 from grn.training.activations import Mode, checkpoint_activations
 from grn.training.optimization import adamw, clip_gradients
 

@@ -11,13 +11,14 @@ from rich.table import Table
 
 from grn.benchmarks import machine
 from grn.checkpoints.native import build_network
-from grn.method.sampler import Refined, Refinement, Sampler, finished
+from grn.method.sampler import Sampler
 from grn.method.schedules import EntropyGuided, Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.errors import UserError
 from grn.sampling.calibration import fit
 from grn.sampling.loading import load_refiner
+from grn.sampling.refinement import Refined, Refinement, finished
 
 SEED = 0
 BAR = 1.15  # entropy-guided sampling in S steps in the mean takes at most this times S/N of what N fixed steps take

@@ -16,11 +16,11 @@ from torch import Tensor
 from grn.callbacks.validations import is_last_validation, logged_step
 from grn.media import pictures
 from grn.media.pixels import as_frames
-from grn.method.request import Request
 from grn.runtime.trainer import Trainer
 from grn.sampling import films
 from grn.sampling.player import save_page
 from grn.sampling.recording import Recording
+from grn.sampling.request import Request
 from grn.training import RefinerModule, TokenizerModule
 
 

@@ -37,7 +37,6 @@ from grn.evaluation.scoring import (
 )
 from grn.evaluation.suites import Layout, Suite, read_suite, scorer, with_lines
 from grn.media import pictures
-from grn.method.request import Request
 from grn.metrics.headlines import headlines
 from grn.metrics.nearest import NearestTrainingDistance
 from grn.metrics.splits import Split, image_batches
@@ -52,6 +51,7 @@ from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, Refining, best_device, check_memory
 from grn.sampling.loading import bundle_from_checkpoint, load_refiner, network_from_checkpoint
 from grn.sampling.official import load_official_refiner
+from grn.sampling.request import Request
 from grn.sampling.text_bundle import TextRefinerBundle
 from grn.training.compiling import check_mode, compile_network
 from grn.weights.kinds import is_pretrained

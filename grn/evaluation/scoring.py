@@ -11,7 +11,6 @@ from torch import Tensor
 from grn.data.datamodule import SPLITS
 from grn.data.samples import key_id
 from grn.media.pixels import from_uint8, to_uint8
-from grn.method.request import Request
 from grn.method.sampler import Sampler, Step
 from grn.metrics.quantization import QuantizationScores
 from grn.metrics.ranks import Totals
@@ -22,6 +21,7 @@ from grn.runtime.errors import UserError, check_count
 from grn.runtime.ranks import gather, together
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, generate
+from grn.sampling.request import Request
 
 log = logging.getLogger(__name__)
 

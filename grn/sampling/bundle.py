@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from grn.media.pixels import from_uint8, to_uint8
 from grn.method import hbq
-from grn.method.request import CompleteRequest, Request
-from grn.method.sampler import Condition, Refined, Refinement, Sampler, Start, Step, finished
+from grn.method.sampler import Condition, Sampler, Step
 from grn.networks.conditions import Labels
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError, check_count
+from grn.sampling.refinement import Refined, Refinement, Start, finished
+from grn.sampling.request import AnyRequest, CompleteRequest
 
 Bundle = TypeVar("Bundle", bound="RefinerBundle")
 
@@ -90,7 +91,7 @@ class RefinerBundle:
         """(D, T, H, W) of one sample."""
         return self.network.channels, 1, self.network.size, self.network.size
 
-    def complete(self, request: Request) -> CompleteRequest:
+    def complete(self, request: AnyRequest) -> CompleteRequest:
         """The request with all that it leaves open filled in, as this refiner was trained to be sampled.
 
         Raises:
@@ -105,7 +106,7 @@ class RefinerBundle:
             raise UserError(f"labels={list(labels)}: labels of this checkpoint are 0..{self.num_conditions - 1}")
         return self._completed(replace(request, labels=labels), **own)
 
-    def _completed(self, request: Request, **own: Any) -> CompleteRequest:
+    def _completed(self, request: AnyRequest, **own: Any) -> CompleteRequest:
         """With `own` values, and those that all refiners have, where the request has none."""
         request = CompleteRequest.of(request, **{"num": len(request.wanted), "sampler": self.sampler, **own})
         num, shape = request.num, self.shape_of(request)
@@ -138,7 +139,7 @@ class RefinerBundle:
         """(D, T, H, W) of one sample of a request, in tokens."""
         return self.token_shape
 
-    def generate(self, request: Request, callback: Callable[[Step], None] | None = None) -> Refined:
+    def generate(self, request: AnyRequest, callback: Callable[[Step], None] | None = None) -> Refined:
         """All samples of a request, in one batch and in their order."""
         complete = self.complete(request)
         ((_, refined),) = self.generate_queue(complete, batch_size=complete.num, callback=callback)
@@ -146,13 +147,13 @@ class RefinerBundle:
 
     def generate_queue(
         self,
-        request: Request,
+        request: AnyRequest,
         *,
         ids: Tensor | None = None,
         batch_size: int,
         callback: Callable[[Step], None] | None = None,
     ) -> Iterator[tuple[Tensor, Refined]]:
-        """The samples of a request in the order in which they are done; see `grn.method.sampler.finished`.
+        """The samples of a request in the order in which they are done; see `grn.sampling.refinement.finished`.
 
         Args:
             ids: int64 [N] on the CPU, which samples of the request; None: all.
@@ -163,7 +164,7 @@ class RefinerBundle:
         refinement = self.refinement(request, ids=ids, batch_size=batch_size)
         return finished(refinement, batch_size, callback)
 
-    def refinement(self, request: Request, *, ids: Tensor | None = None, batch_size: int) -> Refinement:
+    def refinement(self, request: AnyRequest, *, ids: Tensor | None = None, batch_size: int) -> Refinement:
         """The samples of a request being refined, to be taken step by step; arguments as of `generate_queue`.
 
         Of a compiled network the rows of a call are bucketed, and what else a step does is compiled, too.
@@ -205,7 +206,7 @@ class RefinerBundle:
         return Labels(labels.to(self.device), self.network.num_labels)
 
     def predict(self, tokens: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """Logits of tokens at t under what `condition` made; as `grn.method.sampler.Refinement` asks for it."""
+        """Logits of tokens at t under what `condition` made; as `grn.sampling.refinement.Refinement` asks for it."""
         return self.network(tokens, t, condition.index)
 
     @torch.no_grad()

@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor
 
 from grn.checkpoints.sampler_config import build_sampler, write_sampler
-from grn.method.request import Request
 from grn.method.schedules import EntropyGuided
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
@@ -22,6 +21,7 @@ from grn.runtime.ranks import gather, join, rank_and_world_size, together
 from grn.sampling.calibration import TOLERANCE, decision_entropies, fit, steps_taken, wanted_spread
 from grn.sampling.generation import best_device, check_memory
 from grn.sampling.loading import load_refiner
+from grn.sampling.request import Request
 
 log = logging.getLogger(__name__)
 

@@ -12,17 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grn.method.request import Request
 from grn.method.schedules import EntropyGuided
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
+from grn.sampling.request import AnyRequest
 
 TOLERANCE = 0.05  # of the mean number of steps, on samples that were not fitted to
 
 
 def decision_entropies(
     bundle: RefinerBundle,
-    request: Request,
+    request: AnyRequest,
     *,
     batch_size: int,
     ids: Tensor | None = None,

@@ -9,10 +9,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from grn.method.request import CompleteRequest, Request
-from grn.method.sampler import Refined, Step
+from grn.method.sampler import Step
 from grn.runtime.errors import UserError, check_count
 from grn.sampling.bundle import RefinerBundle
+from grn.sampling.refinement import Refined
+from grn.sampling.request import AnyRequest, CompleteRequest
 
 DECODED_PIXELS = 2**22  # that are decoded at once: those of 64 images of 256x256
 
@@ -41,7 +42,7 @@ class Batch:
 
 def generate(
     bundle: RefinerBundle,
-    request: Request,
+    request: AnyRequest,
     *,
     batch_size: int,
     rank: int = 0,

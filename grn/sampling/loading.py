@@ -12,7 +12,6 @@ from torch import nn
 from grn.checkpoints.exported import TextSide, is_exported_refiner, load_exported_refiner, save_exported_refiner
 from grn.checkpoints.native import Checkpoint, build_network, read_checkpoint, restore, restore_tokenizer, weights_hash
 from grn.checkpoints.sampler_config import build_sampler
-from grn.method.request import Request
 from grn.networks.adapters import adapter_state, check_adapters, merged
 from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.text_encoder import ByteT5
@@ -21,6 +20,7 @@ from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.configs import plain
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
+from grn.sampling.request import AnyRequest, Request
 from grn.sampling.text_bundle import TextRefinerBundle
 from grn.weights.releases import check_task_given
 
@@ -124,7 +124,7 @@ def text_refiner_bundle(refiner: TextRefiner, text: TextSide, **arguments: Any) 
     )
 
 
-def save_refiner(bundle: RefinerBundle, folder: str | Path, request: Request | None = None) -> Path:
+def save_refiner(bundle: RefinerBundle, folder: str | Path, request: AnyRequest | None = None) -> Path:
     """Writes a folder for others, as `save_exported_refiner` does; it tells `bundle.provenance`, too.
 
     Args:

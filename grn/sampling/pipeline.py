@@ -19,8 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from grn.media.pictures import single
-from grn.method.request import CompleteRequest, Request
-from grn.method.sampler import Refinement, Sampler, Step
+from grn.method.sampler import Sampler, Step
 from grn.method.schedules import EntropyGuided, Schedule, fixed, grid_of
 from grn.networks.adapters import load_adapters, merged
 from grn.runtime.errors import UserError, check_count, check_number
@@ -29,6 +28,8 @@ from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, Refining, best_device, generate
 from grn.sampling.loading import load_refiner, save_refiner
 from grn.sampling.official import load_official_refiner
+from grn.sampling.refinement import Refinement
+from grn.sampling.request import AnyRequest, CompleteRequest, Request
 from grn.sampling.sizes import resolve_size
 from grn.sampling.start_clip import Init, start_from
 from grn.sampling.text_bundle import TextRefinerBundle
@@ -287,7 +288,7 @@ class GRNPipeline:
         )
         return replace(request, start=start)
 
-    def stream(self, request: Request) -> Refinement:
+    def stream(self, request: AnyRequest) -> Refinement:
         """The refinement of all samples of a request, an iterator over its steps; it can be paused and changed.
 
         for step in pipeline.stream(request): ... shows `step.predicted`, decoded by `decode`. Between two steps,
@@ -298,7 +299,7 @@ class GRNPipeline:
 
     def sample(
         self,
-        request: Request,
+        request: AnyRequest,
         *,
         batch_size: int | None = None,
         watch: Callable[[Step], None] | None = None,
@@ -362,7 +363,7 @@ class GRNPipeline:
                 drawn (`grn.sampling.sizes.resolve_size`), which the output tells.
             num_inference_steps: so many, along the grid that it was trained to be sampled along (equal steps of t, a
                 cosine, or the shifted cosine of text); "entropy": more of them for harder samples, along the same grid;
-                or any schedule of `grn.method.sampler`.
+                or any schedule of `grn.method.schedules`.
             guidance_scale, guidance_interval, temperature, update, kappa, kappa_form, kappa_window: of
                 `grn.method.sampler.Sampler`.
             seed: an image is a function of it, what is asked for, and its number.
@@ -516,7 +517,7 @@ class GRNPipeline:
             schedule = fixed(own.schedule, schedule)
         elif not callable(getattr(schedule, "signal_ratio", None)):
             raise UserError(
-                f'num_inference_steps={steps}: a whole number, "entropy", or a schedule of grn.method.sampler'
+                f'num_inference_steps={steps}: a whole number, "entropy", or a schedule of grn.method.schedules'
             )
         chosen = {name: value for name, value in chosen.items() if value is not None}
         for name in chosen.keys() & {"guidance", "temperature", "kappa"}:

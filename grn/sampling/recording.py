@@ -81,7 +81,7 @@ class Recording:
         self.moments.append(Moment(**now))
 
     def erase(self, sample: int, positions: Tensor) -> None:
-        """What `grn.method.sampler.Refinement.erase` was told, after the last moment: these tokens are noise again.
+        """What `Refinement.erase` was told, after the last moment: these tokens are noise again.
 
         Args:
             sample: its place among the samples.

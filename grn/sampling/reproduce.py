@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from grn.method.request import CompleteRequest
-from grn.method.sampler import Erasure, Sampler, Start
+from grn.method.sampler import Sampler
 from grn.method.schedules import Cosine, EntropyGuided, Linear, Shifted
 from grn.runtime.errors import UserError
 from grn.runtime.files import read_bounded, write_atomically, write_json
 from grn.runtime.overrides import quote
+from grn.sampling.refinement import Erasure, Start
+from grn.sampling.request import CompleteRequest
 
 OPTIONS = {Linear: "linear", Cosine: "cosine", Shifted: "shifted", EntropyGuided: "entropy"}  # of the group `sampler`
 MAX_BYTES = 1 << 24
@@ -111,7 +112,7 @@ def read_erasures(path: str | Path) -> tuple[Erasure, ...]:
 
 
 def start_bytes(tokens: Tensor, strength: float = 1.0, redraw: Tensor | None = None) -> bytes:
-    """A safetensors file of tokens as of `grn.method.sampler.Start`: what `read_start` reads."""
+    """A safetensors file of tokens as of `grn.sampling.refinement.Start`: what `read_start` reads."""
     tensors = {"tokens": tokens.to(torch.uint8).contiguous().cpu()}
     if redraw is not None:
         tensors["redraw"] = redraw.to(torch.uint8).contiguous().cpu()

@@ -16,8 +16,6 @@ from rich.progress import Progress
 from grn.checkpoints.sampler_config import build_sampler
 from grn.media import pictures
 from grn.media.mp4 import save_mp4
-from grn.method.request import CompleteRequest, Request
-from grn.method.sampler import Start, given_latents
 from grn.runs.wandb_runs import log_results
 from grn.runtime.configs import plain
 from grn.runtime.errors import UserError, check_count
@@ -30,7 +28,9 @@ from grn.sampling.loading import load_refiner
 from grn.sampling.official import load_official_refiner
 from grn.sampling.player import save_page
 from grn.sampling.recording import Recording
+from grn.sampling.refinement import Start, given_latents
 from grn.sampling.reproduce import as_command, read_erasures, read_start
+from grn.sampling.request import CompleteRequest, Request
 from grn.sampling.sizes import resolve_size
 from grn.sampling.start_clip import start_from
 from grn.sampling.text_bundle import TextRefinerBundle

@@ -25,9 +25,9 @@ from grn.media.video import (
     resample,
     timed,
 )
-from grn.method.sampler import Start
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
+from grn.sampling.refinement import Start
 from grn.sampling.start_image import read_image, start_from_image
 from grn.sampling.text_bundle import TextRefinerBundle
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from grn.data.prepare.folders import read_file
 from grn.media.images import IMAGE_SUFFIXES, MAX_PIXELS, open_image, resize_and_crop, to_8_bits, to_rgb, to_tensor
 from grn.media.skips import Reason, Skip
-from grn.method.sampler import Start
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
+from grn.sampling.refinement import Start
 
 log = logging.getLogger(__name__)
 

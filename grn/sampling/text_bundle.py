@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from grn.checkpoints.trust import TEXT_SETTINGS
 from grn.method import hbq
-from grn.method.request import CompleteRequest, Request
-from grn.method.sampler import Refined, Sampler, Step, given_latents
+from grn.method.sampler import Sampler, Step
 from grn.networks.captioned_refiner import CaptionedRefiner, check_features
 from grn.networks.conditions import Text, text_condition
 from grn.networks.text_encoder import TextEncoder
@@ -22,6 +21,8 @@ from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.ranks import rank_and_world_size
 from grn.sampling.bundle import RefinerBundle
+from grn.sampling.refinement import Refined, given_latents
+from grn.sampling.request import AnyRequest, CompleteRequest
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class TextRefinerBundle(RefinerBundle):
         encoder = {} if self.frozen_encoder is None else {"frozen_encoder": self.frozen_encoder}
         return super().parts | encoder
 
-    def complete(self, request: Request) -> CompleteRequest:
+    def complete(self, request: AnyRequest) -> CompleteRequest:
         """As of `RefinerBundle`.
 
         Raises:
@@ -167,7 +168,7 @@ class TextRefinerBundle(RefinerBundle):
 
     def generate_queue(
         self,
-        request: Request,
+        request: AnyRequest,
         *,
         ids: Tensor | None = None,
         batch_size: int,

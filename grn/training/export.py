@@ -23,7 +23,6 @@ from grn.checkpoints.official_text_refiner import (
 from grn.checkpoints.official_tokenizer import save_official_tokenizer
 from grn.checkpoints.sampler_config import build_sampler
 from grn.checkpoints.sharded import verify
-from grn.method.request import Request
 from grn.networks.adapters import adapter_state, check_adapters, save_adapters
 from grn.networks.text_encoder import PretrainedT5
 from grn.networks.text_refiner import TextRefiner
@@ -32,6 +31,7 @@ from grn.runtime.files import write_atomically
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.loading import bundle_from_checkpoint, save_refiner, text_refiner_bundle
 from grn.sampling.official import labeling_of, official_class_weights, official_text_weights
+from grn.sampling.request import Request
 from grn.sampling.text_bundle import TextRefinerBundle
 from grn.weights.kinds import is_pretrained
 from grn.weights.mapping import load_strict

@@ -13,13 +13,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grn.method.request import CompleteRequest, Request
-from grn.method.sampler import Erasure, Refined, Refinement, Start, given_latents
 from grn.runtime.errors import UserError
 from grn.runtime.failures import explain
 from grn.sampling.generation import check_memory
 from grn.sampling.pipeline import GRNPipeline
 from grn.sampling.recording import Recording
+from grn.sampling.refinement import Erasure, Refined, Refinement, Start, given_latents
+from grn.sampling.request import AnyRequest, CompleteRequest
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ class Engine:
             self._changed.notify()
         return future
 
-    def draw(self, pipeline: GRNPipeline, request: Request) -> Drawing:
+    def draw(self, pipeline: GRNPipeline, request: AnyRequest) -> Drawing:
         """Begins to draw all samples of a request.
 
         Raises:
@@ -234,12 +234,12 @@ class Engine:
                     self._drawings.remove(drawing)
 
 
-def inpainting(drawing: Drawing, erased: Mapping[int, Tensor], *, strength: float = 1.0) -> Request:
+def inpainting(drawing: Drawing, erased: Mapping[int, Tensor], *, strength: float = 1.0) -> CompleteRequest:
     """What draws a part of finished samples anew, with the next seed: as with this one it would come out alike.
 
     Args:
         erased: sample -> bool [T, h, w].
-        strength: of `grn.method.sampler.Start`.
+        strength: of `grn.sampling.refinement.Start`.
 
     Raises:
         UserError: the drawing is not done.

@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from grn.method.request import CompleteRequest
 from grn.method.resolutions import BUDGETS, resolutions_at
 from grn.method.sampler import Sampler
 from grn.method.schedules import FIXED, EntropyGuided, Schedule, grid_of
 from grn.runtime.errors import UserError
+from grn.sampling.request import CompleteRequest
 from grn.sampling.text_bundle import TextRefinerBundle
 from grn.web.models import Model
 

@@ -7,9 +7,9 @@ import torch
 from on_device import DEVICE, in_bfloat16, never_waiting, on
 
 from grn.callbacks.ema import EMA
-from grn.method.request import Request
 from grn.method.sampler import Sampler
 from grn.method.schedules import EntropyGuided, Linear
+from grn.sampling.request import Request
 from grn.training.optimization import adamw, clip_gradients
 
 pytestmark = pytest.mark.cuda

@@ -9,12 +9,12 @@ from test_generation import GUIDED, tiny_bundle
 
 from grn.callbacks import EvaluateSamples
 from grn.evaluation.scoring import real_splits, score_reconstructions, score_samples, steps_by_class
-from grn.method.request import Request
-from grn.method.sampler import Refined
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import generate
+from grn.sampling.refinement import Refined
+from grn.sampling.request import Request
 from grn.training import RefinerModule
 
 

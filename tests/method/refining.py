@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from grn.method.sampler import Condition, Erasure, Refined, Refinement, Sampler, Start, Step, finished
+from grn.method.sampler import Condition, Sampler, Step
+from grn.sampling.refinement import Erasure, Refined, Refinement, Start, finished
 
 
 def refine(

@@ -6,10 +6,11 @@ from refining import refine
 from test_sampler import SCHEDULES, given, joined, named, run, varied_network
 
 from grn.method.psi import kappa_at, reverse_shares
-from grn.method.sampler import Erasure, Sampler, Start
+from grn.method.sampler import Sampler
 from grn.method.schedules import Cosine, Linear
 from grn.networks.conditions import Labels
 from grn.sampling.recording import STATES, Recording
+from grn.sampling.refinement import Erasure, Start
 
 PSI = [
     {"kappa": 1.0},

@@ -6,11 +6,12 @@ import pytest
 import torch
 from refining import refine, refine_queue
 
-from grn.method.sampler import Refined, Sampler, Start, normalized_entropy, sample_tokens, token_entropies
+from grn.method.sampler import Sampler, normalized_entropy, sample_tokens, token_entropies
 from grn.method.schedules import Cosine, EntropyGuided, Linear, Shifted, fixed, grid_of
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.errors import UserError
+from grn.sampling.refinement import Refined, Start
 
 SHAPE, CLASSES, NULL = (3, 1, 4, 4), 5, 10
 

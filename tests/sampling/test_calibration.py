@@ -9,13 +9,13 @@ from hydra import compose, initialize_config_dir
 from test_generation import GUIDED, tiny_bundle
 
 from grn.checkpoints.sampler_config import build_sampler
-from grn.method.request import Request
 from grn.method.schedules import EntropyGuided
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 from grn.runtime.failures import MISTAKES, explain
 from grn.sampling import calibrate as command
 from grn.sampling.calibration import decision_entropies, fit, steps_taken, wanted_spread
+from grn.sampling.request import Request
 
 
 def entropies(number, seed=0):

@@ -5,7 +5,6 @@ import commands
 import pytest
 import torch
 
-from grn.method.request import Request
 from grn.method.sampler import Sampler
 from grn.method.schedules import EntropyGuided, Linear
 from grn.networks.class_refiner import ClassRefiner
@@ -14,6 +13,7 @@ from grn.runtime.errors import UserError
 from grn.runtime.ranks import LAUNCHERS, join, rank_and_world_size
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import generate
+from grn.sampling.request import Request
 
 GUIDED = Sampler(EntropyGuided(warmup=1, scale=150.0, offset=-137.0, min_steps=2, max_steps=8), guidance=1.5)
 

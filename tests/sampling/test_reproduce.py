@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save
 from test_pipeline import TEXTS, write_run
 
-from grn.method.sampler import Erasure, Start
 from grn.method.schedules import Cosine, EntropyGuided, Linear, Shifted
 from grn.runtime.errors import UserError
 from grn.sampling.pipeline import GRNPipeline
+from grn.sampling.refinement import Erasure, Start
 from grn.sampling.reproduce import as_command, as_python, read_erasures, read_start, write_erasures, write_start
 
 PROMPTS = ['a "seven", or so', "it's [a] {five}, 50 % = ${x}", "\u4e03 \\\\ \\ \u00e9t\u00e9"]

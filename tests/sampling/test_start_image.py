@@ -5,11 +5,11 @@ from PIL import Image
 from test_generation import tiny_bundle
 
 from grn.media.images import center_crop, to_tensor
-from grn.method.request import Request
 from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.runtime.errors import UserError
 from grn.sampling.generation import generate
+from grn.sampling.request import Request
 from grn.sampling.start_image import positions_to_redraw, start_from_image
 
 SHAPE = (3, 1, 4, 4)

@@ -10,7 +10,6 @@ from checkpoints import MODEL, contents, saved
 
 from grn.checkpoints.native import load_tokenizer, read_checkpoint
 from grn.cli.checks import check_links
-from grn.method.request import Request
 from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.runs.folder import recorded_metrics
@@ -18,6 +17,7 @@ from grn.runtime.errors import UserError
 from grn.runtime.files import write_folder
 from grn.runtime.logs import LogFile
 from grn.sampling.generation import best_device, check_memory
+from grn.sampling.request import Request
 from grn.sampling.sample import read_prompts
 
 

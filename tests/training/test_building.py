@@ -10,13 +10,13 @@ from omegaconf import OmegaConf
 
 from grn.callbacks import EMA
 from grn.checkpoints.native import Checkpoint, load_tokenizer, read_checkpoint, restore_tokenizer
-from grn.method.request import Request
 from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.loading import bundle_from_checkpoint
+from grn.sampling.request import Request
 from grn.sampling.text_bundle import TextRefinerBundle
 from grn.training.building import module_from_config
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from grn.checkpoints.exported import FILES, load_exported_refiner
 from grn.checkpoints.native import weights_hash
 from grn.checkpoints.official_class_refiner import load_official_class_refiner
-from grn.method.request import Request
 from grn.method.schedules import Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 from grn.sampling.loading import load_refiner
+from grn.sampling.request import Request
 from grn.sampling.sample import sample
 from grn.training.building import module_from_config
 from grn.training.export import export

@@ -3,13 +3,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grn.method.request import Request
 from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
+from grn.sampling.request import Request
 from grn.training import RefinerModule
 
 

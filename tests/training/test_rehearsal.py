@@ -15,9 +15,9 @@ from fake_cuda import FakeCuda
 from torch._dynamo import explain
 
 from grn.method import sampler as sampling
-from grn.method.request import Request
 from grn.networks.discriminator import PatchDiscriminator
 from grn.networks.text_encoder import ByteT5
+from grn.sampling.request import Request
 from grn.training.activations import checkpoint_activations
 
 schemes = pytest.mark.parametrize("scheme", [pytest.param("one_way", marks=pytest.mark.full), "full"])

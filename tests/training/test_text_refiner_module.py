@@ -18,14 +18,15 @@ from torch.utils.data import DataLoader
 
 from grn.data.text_images import Packs
 from grn.method import philox
-from grn.method.request import Request
-from grn.method.sampler import Sampler, Start
+from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.text_encoder import ByteT5
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.errors import UserError
+from grn.sampling.refinement import Start
+from grn.sampling.request import Request
 from grn.sampling.text_bundle import TextRefinerBundle
 from grn.training import TextRefinerModule
 from grn.training.fsdp import gather_weights, local, release_weights

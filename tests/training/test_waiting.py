@@ -11,9 +11,9 @@ from fake_cuda import FakeCuda
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from grn.callbacks.ema import EMA
-from grn.method.request import Request
 from grn.method.sampler import Sampler
 from grn.method.schedules import EntropyGuided, Linear
+from grn.sampling.request import Request
 from grn.training.optimization import adamw
 
 SAMPLERS = [
