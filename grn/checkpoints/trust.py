@@ -6,9 +6,9 @@ GRN_TRUST.
 """
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.utils import get_object
 
@@ -201,7 +201,7 @@ def _check(node: Any, group: Group, place: str, complaint: str) -> None:
         special = {"_target_", "_partial_"} if group.partial else {"_target_"}
         if group.partial and node.get("_partial_") is not True:
             raise UserError(f"{complaint}: {place} wants to call {target} at once, where it is only to be named")
-        known = {*_arguments(target), *group.extra} - {*group.given}
+        known = {*arguments(target)[0], *group.extra} - {*group.given}
     else:
         raise UserError(_refusal(target, place, complaint))
     for key, value in node.items():
@@ -248,15 +248,26 @@ def _package(target: Any) -> str | None:
     return target.split(".")[0] if isinstance(target, str) and target.isprintable() and "." in target else None
 
 
-def _arguments(target: str) -> Collection[str]:
-    """The names of all arguments that a listed class or function takes, those that it passes on included."""
-    found, names = get_object(target), set()
+def arguments(target: str) -> tuple[dict[str, Any], bool]:
+    """What a class or function takes, arguments that it passes on included: (their annotations by name, whether it
+    takes others beside)."""
+    found, known = get_object(target), {}
     makers = [found]
     if inspect.isclass(found):
         makers = [vars(kind)["__init__"] for kind in found.__mro__ if "__init__" in vars(kind)]
     for maker in makers:
         parameters = inspect.signature(maker).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return names - {"self"}
+        try:
+            hints = get_type_hints(maker)
+        except (NameError, TypeError):  # names that only type checkers see
+            hints = {}
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                known.setdefault(parameter.name, hints.get(parameter.name, Any))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return _without_self(known), False
+    return _without_self(known), True
+
+
+def _without_self(known: dict[str, Any]) -> dict[str, Any]:
+    return {name: annotation for name, annotation in known.items() if name != "self"}

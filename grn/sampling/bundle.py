@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class RefinerBundle:
         labeling: hbq.Labeling = "ind",
         precision: Callable[[], AbstractContextManager] = nullcontext,
     ):
+        if labeling not in (known := get_args(hbq.Labeling)):
+            raise UserError(f"training.labeling={labeling} must be {' or '.join(known)}")
         channels, classes = hbq.num_tokens(tokenizer.latent_channels, tokenizer.rounds, labeling)
         if (network.channels, network.classes) != (channels, classes):
             raise UserError(

@@ -38,10 +38,11 @@ def calibrate(config: DictConfig) -> dict[str, Any]:
     if config.num is not None:
         check_count("num", config.num)
     bundle, source = load_refiner(config.ckpt, ema=config.ema)
+    if config.sampler.schedule.get("_target_") != "grn.method.schedules.EntropyGuided":
+        raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
     sampler = build_sampler(config.sampler, bundle.sampler)
     schedule = sampler.schedule
-    if not isinstance(schedule, EntropyGuided):
-        raise UserError("sampler: only an entropy-guided schedule is calibrated; leave sampler=... out")
+    assert isinstance(schedule, EntropyGuided)
     target = _number("target_steps", config.target_steps)
     spread = wanted_spread(schedule, target, None if config.spread is None else _number("spread", config.spread))
     num = _number_of_samples(config.num, bundle.num_conditions)

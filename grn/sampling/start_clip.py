@@ -152,7 +152,7 @@ def goes_on_from_frame(bundle: RefinerBundle) -> bool:
 
 
 def _is_several(init: Init | None) -> TypeIs[Sequence[Picture]]:
-    return isinstance(init, Sequence) and not isinstance(init, str)
+    return isinstance(init, Sequence) and not isinstance(init, str | bytes)
 
 
 def _last_frames(
