@@ -127,6 +127,7 @@ GROUPS: dict[str, Group] = {
                     "grn.toys.motion_judge.MovingDigitsJudge",
                     "grn.metrics.nearest.NearestTrainingDistance",
                     "grn.toys.critters_judge.CrittersJudge",
+                    "grn.toys.moving_critters_judge.MovingCrittersJudge",
                     "grn.toys.pair_judge.DigitPairsJudge",
                     "grn.metrics.reconstruction.LPIPSScore",
                 ),

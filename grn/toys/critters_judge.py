@@ -1,9 +1,10 @@
 """The judge of critters: a network that reads every attribute, trained on real pictures alone."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ from grn.runtime.locks import write_cached
 from grn.toys.critters import ATTRIBUTES, HELDOUT_PAIRS, LABEL_NAMES, read_caption
 from grn.weights.mapping import load_strict
 
-SIZE, WIDTH = 64, 64  # of the pictures it reads, and of its features
-EPOCHS, BATCH, LEARNING_RATE, SEED = 6, 50, 2e-3, 0
-RECIPE = f"four convolutions 16 32 64 64, {WIDTH}, GELU, {EPOCHS} epochs of {BATCH}, {LEARNING_RATE}, {SEED}"
+WIDTH = 64  # of its features
+BATCH, LEARNING_RATE, SEED = 50, 2e-3, 0
+RECIPE = f"four convolutions 16 32 64 64, {WIDTH}, GELU, {{epochs}} epochs of {BATCH}, {LEARNING_RATE}, {SEED}"
 UNTOLD = -1  # of an attribute that a caption does not tell
 
 
@@ -50,7 +51,11 @@ class CrittersJudge:
             nor classes, or with pictures of another size.
     """
 
-    reads_lines = True  # of the suite
+    reads_lines: ClassVar = True  # of the suite
+    attributes: ClassVar[Mapping[str, Sequence[str]]] = ATTRIBUTES
+    shape: ClassVar[tuple[int, ...]] = (3, 64, 64)  # of what it reads
+    data: ClassVar = "critters_t2i"
+    epochs: ClassVar = 6
 
     def __init__(
         self,
@@ -63,18 +68,18 @@ class CrittersJudge:
         cache_dir: str | Path | None = None,
     ):
         self.asked = self._asked_for(prompts, asked)
-        images, attributes = _whole(train, "training")
+        images, attributes = self._whole(train, "training")
         unknown = (self.asked != UNTOLD).any(dim=0) & (attributes == UNTOLD).all(dim=0)
         if unknown.any():
-            name = list(ATTRIBUTES)[int(unknown.nonzero()[0])]
-            raise UserError(f"scores.critters: prompts tell of {name}, and no training picture does: data=critters_t2i")
-        self.network = _load(images, attributes, cache_dir).to(device)
+            name = list(self.attributes)[int(unknown.nonzero()[0])]
+            raise UserError(f"scores.critters: prompts tell of {name}, and no training picture does: data={self.data}")
+        self.network = self._load(images, attributes, cache_dir).to(device)
         self.statistics, own, real = (
             FeatureStatistics(WIDTH, over_ranks=over).to(device) for over in (True, False, False)
         )
         for batch in images.split(250):
             real.update(self._read(batch)[1])
-        images, attributes = _whole(val, "held-out")
+        images, attributes = self._whole(val, "held-out")
         read = []
         for batch in images.split(250):
             found, features = self._read(batch)
@@ -86,7 +91,7 @@ class CrittersJudge:
         self.real = as_numpy(real.compute())
         self.val_fid = frechet_distance(as_numpy(own.compute()), self.real)
         # Of each prompt: pictures, right ones of each attribute, right pairs of color and hat.
-        self.counts = Totals(2 + len(ATTRIBUTES), len(self.asked), dtype=torch.int64).to(device)
+        self.counts = Totals(2 + len(self.attributes), len(self.asked), dtype=torch.int64).to(device)
 
     @classmethod
     def check(
@@ -95,20 +100,25 @@ class CrittersJudge:
         """As `GenerationScores.check`."""
         cls._asked_for(prompts, asked)
 
-    @staticmethod
-    def _asked_for(prompts: Sequence[str] | None, asked: Sequence[Mapping[str, Any]] | None) -> Tensor:
+    @classmethod
+    def read(cls, caption: str) -> list[int]:
+        """The attributes that a caption tells, by their places in `attributes`; -1 of others."""
+        return read_caption(caption)
+
+    @classmethod
+    def _asked_for(cls, prompts: Sequence[str] | None, asked: Sequence[Mapping[str, Any]] | None) -> Tensor:
         """int64 [prompts, attributes]."""
         if asked is not None:
             prompts = [line["prompt"] for line in asked]
         elif prompts is None:
             prompts = LABEL_NAMES
-        told = torch.tensor([read_caption(prompt) for prompt in prompts]).reshape(-1, len(ATTRIBUTES))
+        told = torch.tensor([cls.read(prompt) for prompt in prompts]).reshape(-1, len(cls.attributes))
         if (told == UNTOLD).all():
             raise UserError('scores.critters: no prompt tells of a critter, such as "a blue bell critter with a fin"')
         return told
 
     def update(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
-        """Adds generated images uint8 [B, 3, 64, 64] and the numbers of their prompts, int64 [B]; ids are not read."""
+        """Adds generated samples uint8 [B, *shape] and the numbers of their prompts, int64 [B]; ids are not read."""
         found, features = self._read(images)
         self.statistics.update(features)
         labels = labels.cpu()
@@ -147,8 +157,8 @@ class CrittersJudge:
             if not pictures[number]:
                 continue
             told = [place for place, value in enumerate(asked) if value != UNTOLD]
-            own = {name: right[place][number] / pictures[number] for place, name in enumerate(ATTRIBUTES)}
-            own = {name: own[name] for place, name in enumerate(ATTRIBUTES) if place in told}
+            own = {name: right[place][number] / pictures[number] for place, name in enumerate(self.attributes)}
+            own = {name: own[name] for place, name in enumerate(self.attributes) if place in told}
             both = [asked[place] for place in _PAIR]
             kind = "new" if tuple(both) in _NEW else "seen"
             if own:
@@ -168,11 +178,96 @@ class CrittersJudge:
 
     @torch.no_grad()
     def _read(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, 3, 64, 64] -> (attributes int64 [B, 6] on the CPU, features float32 [B, 64])."""
+        """uint8 [B, *shape] -> (attributes int64 [B, attributes] on the CPU, features float32 [B, 64])."""
         device = next(self.network.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            features = self.network.features(_inputs(images.to(device)))
+            features = self.network.features(self._inputs(images.to(device)))
             return torch.stack([head(features).argmax(dim=1) for head in self.network.heads], dim=1).cpu(), features
+
+    @classmethod
+    def _load(cls, images: Tensor, attributes: Tensor, cache_dir: str | Path | None) -> "_Network":
+        """The judge that these pictures train, or that an earlier call has trained of them."""
+        digest = hashlib.sha256(
+            RECIPE.format(epochs=cls.epochs).encode() + image_digest([images]).encode() + attributes.numpy().tobytes()
+        )
+        path = None if cache_dir is None else Path(cache_dir) / f"critters-judge-{digest.hexdigest()[:8]}.safetensors"
+        network = _Network(cls.shape, cls.attributes)
+        if path is None or not path.is_file():
+            state = cls._train(images, attributes)
+            if path is not None:
+                write_cached(path, lambda temporary: save_file(state, temporary))
+        else:
+            try:
+                state = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"scores.critters: {path} is not a readable safetensors file: delete it") from error
+        load_strict(network, state, source=f"scores.critters: {path}")
+        return network.requires_grad_(False).eval()
+
+    @classmethod
+    def _train(cls, images: Tensor, attributes: Tensor) -> dict[str, Tensor]:
+        # Validation loops run in inference mode, whose tensors autograd refuses: hence the clone.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+        ):
+            torch.manual_seed(SEED)
+            network, attributes = _Network(cls.shape, cls.attributes), attributes.clone()
+            optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+            steps = cls.epochs * -(-len(images) // BATCH)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+            for _ in range(cls.epochs):
+                for index in torch.randperm(len(images)).split(BATCH):
+                    shift = torch.randint(-1, 2, (2,)).tolist()
+                    features = network.features(cls._inputs(images[index].clone()).roll(shift, dims=(2, 3)))
+                    told = attributes[index]
+                    losses = [
+                        F.cross_entropy(head(features), told[:, place], ignore_index=UNTOLD, reduction="sum")
+                        for place, head in enumerate(network.heads)
+                    ]
+                    optimizer.zero_grad()
+                    (sum(losses[1:], losses[0]) / len(index)).backward()
+                    optimizer.step()
+                    schedule.step()
+            return {name: value.detach() for name, value in network.state_dict().items()}
+
+    @classmethod
+    def _inputs(cls, images: Tensor) -> Tensor:
+        if images.shape[1:] != cls.shape or images.dtype != torch.uint8:
+            sizes = ", ".join(map(str, cls.shape))
+            raise UserError(
+                f"scores.critters: the judge reads uint8 [B, {sizes}], got {images.dtype} {list(images.shape)}"
+            )
+        return images.flatten(1, -3).float() / 127.5 - 1
+
+    @classmethod
+    def _whole(cls, split: Split, name: str) -> tuple[Tensor, Tensor]:
+        """A split in memory: samples uint8 [N, *shape] and attributes int64 [N, attributes], as far as captions or else
+        classes tell them.
+
+        Raises:
+            UserError: it is empty, or tells nothing of any attribute.
+        """
+
+        def batches() -> Iterator[tuple[Tensor, list[str]]]:
+            for batch in split():
+                pixels = batch["pixels"]
+                pixels = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
+                labels = batch["label"].tolist() if "label" in batch else []
+                told = batch.get("caption") or [LABEL_NAMES[label] for label in labels if label < len(LABEL_NAMES)]
+                yield (as_images(pixels) if len(cls.shape) == 3 else pixels).cpu(), list(told)
+
+        parts = [(images, captions) for images, captions in batches() if len(images) == len(captions)]
+        images = torch.cat([images for images, _ in parts]) if parts else torch.empty(0)
+        attributes = torch.tensor([cls.read(caption) for _, captions in parts for caption in captions])
+        if not len(images) or (attributes == UNTOLD).all():
+            raise UserError(
+                f"scores.critters: the {name} split has no captions or classes of critters: give data={cls.data}"
+            )
+        return images, attributes
 
 
 _PAIR = [list(ATTRIBUTES).index(name) for name in ("color", "hat")]
@@ -180,97 +275,16 @@ _NEW = {tuple(ATTRIBUTES[name].index(value) for name, value in zip(("color", "ha
 
 
 class _Network(nn.Module):
-    """float32 [B, 3, 64, 64] in [-1, 1] -> `features` [B, 64], of which each of `heads` reads an attribute."""
+    """float32 [B, channels, H, W] in [-1, 1] -> `features` [B, 64], of which each of `heads` reads an attribute."""
 
-    def __init__(self):
+    def __init__(self, shape: Sequence[int], attributes: Mapping[str, Sequence[str]]):
         super().__init__()
+        channels, (height, width) = math.prod(shape[:-2]), shape[-2:]
         self.features = nn.Sequential(
-            *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(channels, 16, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(64 * 64, WIDTH), nn.GELU()),
+            *(nn.Flatten(), nn.Linear(height * width, WIDTH), nn.GELU()),
         )
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(values)) for values in ATTRIBUTES.values())
-
-
-def _load(images: Tensor, attributes: Tensor, cache_dir: str | Path | None) -> _Network:
-    """The judge that these pictures train, or that an earlier call has trained of them."""
-    digest = hashlib.sha256(RECIPE.encode() + image_digest([images]).encode() + attributes.numpy().tobytes())
-    path = None if cache_dir is None else Path(cache_dir) / f"critters-judge-{digest.hexdigest()[:8]}.safetensors"
-    network = _Network()
-    if path is None or not path.is_file():
-        state = _train(images, attributes)
-        if path is not None:
-            write_cached(path, lambda temporary: save_file(state, temporary))
-    else:
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"scores.critters: {path} is not a readable safetensors file: delete it") from error
-    load_strict(network, state, source=f"scores.critters: {path}")
-    return network.requires_grad_(False).eval()
-
-
-def _train(images: Tensor, attributes: Tensor) -> dict[str, Tensor]:
-    # Validation loops run in inference mode, whose tensors autograd refuses: hence the clone.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
-    ):
-        torch.manual_seed(SEED)
-        network, attributes = _Network(), attributes.clone()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-        steps = EPOCHS * -(-len(images) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-        for _ in range(EPOCHS):
-            for index in torch.randperm(len(images)).split(BATCH):
-                shift = torch.randint(-1, 2, (2,)).tolist()
-                features = network.features(_inputs(images[index].clone()).roll(shift, dims=(2, 3)))
-                told = attributes[index]
-                losses = [
-                    F.cross_entropy(head(features), told[:, place], ignore_index=UNTOLD, reduction="sum")
-                    for place, head in enumerate(network.heads)
-                ]
-                optimizer.zero_grad()
-                (sum(losses[1:], losses[0]) / len(index)).backward()
-                optimizer.step()
-                schedule.step()
-        return {name: value.detach() for name, value in network.state_dict().items()}
-
-
-def _inputs(images: Tensor) -> Tensor:
-    if images.shape[1:] != (3, SIZE, SIZE) or images.dtype != torch.uint8:
-        raise UserError(
-            f"scores.critters: the judge reads uint8 [B, 3, {SIZE}, {SIZE}], got {images.dtype} {list(images.shape)}"
-        )
-    return images.float() / 127.5 - 1
-
-
-def _whole(split: Split, name: str) -> tuple[Tensor, Tensor]:
-    """A split in memory: images uint8 [N, 3, 64, 64] and attributes int64 [N, 6], as far as captions or else classes
-    tell them.
-
-    Raises:
-        UserError: it is empty, or tells nothing of any attribute.
-    """
-
-    def batches() -> Iterator[tuple[Tensor, list[str]]]:
-        for batch in split():
-            pixels = batch["pixels"]
-            pixels = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
-            labels = batch["label"].tolist() if "label" in batch else []
-            told = batch.get("caption") or [LABEL_NAMES[label] for label in labels if label < len(LABEL_NAMES)]
-            yield as_images(pixels).cpu(), list(told)
-
-    parts = [(images, captions) for images, captions in batches() if len(images) == len(captions)]
-    images = torch.cat([images for images, _ in parts]) if parts else torch.empty(0)
-    attributes = torch.tensor([read_caption(caption) for _, captions in parts for caption in captions])
-    if not len(images) or (attributes == UNTOLD).all():
-        raise UserError(
-            f"scores.critters: the {name} split has no captions or classes of critters: give data=critters_t2i"
-        )
-    return images, attributes
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(values)) for values in attributes.values())

@@ -16,7 +16,6 @@ from grn.data.manifest import read_manifest
 from grn.data.prepare.shards import shard_paths
 from grn.data.stream.streaming import MAX_ENTRY_BYTES, read_shard
 from grn.runtime.errors import UserError
-from grn.toys import critters_judge
 from grn.toys.critters import (
     ATTRIBUTES,
     HELDOUT_PAIRS,
@@ -170,7 +169,7 @@ def test_mistakes(tmp_path, arguments, expected):
 
 
 def test_the_judge_counts_what_was_told(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(critters_judge, "EPOCHS", 1)
+    monkeypatch.setattr(CrittersJudge, "epochs", 1)
     prompts = [caption(SOME), "a blue critter with horns", "a dog"]
     judge = CrittersJudge(
         train=split_of(folder, "train"), val=split_of(folder, "val"), prompts=prompts, cache_dir=tmp_path
@@ -199,7 +198,7 @@ def test_the_judge_counts_what_was_told(folder, monkeypatch, tmp_path):
 
 def test_the_judge_of_classes(folder, monkeypatch):
     """Of pictures with a class alone it reads color and shape, and nothing that nobody has told it."""
-    monkeypatch.setattr(critters_judge, "EPOCHS", 1)
+    monkeypatch.setattr(CrittersJudge, "epochs", 1)
     splits = {name: without_captions(split_of(folder, name)) for name in ("train", "val")}
     judge = CrittersJudge(**splits)
     assert len(judge.asked) == len(LABEL_NAMES) == 36
