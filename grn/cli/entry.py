@@ -24,7 +24,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from grn.cli.checks import check_cluster, check_given
 from grn.cli.help import page
 from grn.cli.options import outlived
-from grn.cli.schema import check_settings
 from grn.cli.words import trial_of_a_sweep, without_dashes
 from grn.data.manifest import read_manifest
 from grn.runs.sweeps import Failed
@@ -80,6 +79,8 @@ def entry_point(
                 _drop_outlived(config)
                 check_cluster(config, HydraConfig.get())
                 check_given(config)
+                from grn.cli.schema import check_settings  # by what is built, which imports torch
+
                 check_settings(config)
                 with nullcontext() if reads else _only_writer(config, writes):
                     return task(config)

@@ -37,7 +37,7 @@ def _check(node: Any, place: str) -> None:
         return
     target = node.get("_target_")
     taken, takes_others = ({}, True) if target is None else _arguments(target)
-    extra = GROUPS[place].extra if place in GROUPS else ()
+    extra = _extra(place, str(target))
     for key, value in _items(node):
         if key not in taken and key not in extra and key not in SPECIAL and not takes_others:
             near = difflib.get_close_matches(key, [*taken, *extra])
@@ -56,6 +56,15 @@ def _arguments(target: str) -> tuple[dict[str, Any], bool]:
         return arguments(target)
     except (ImportError, HydraException, ValueError):  # nothing of that name, as who builds it says; or a builtin
         return {}, True
+
+
+def _extra(place: str, target: str) -> tuple[str, ...]:
+    """Keys that the target does not take, but GRN reads."""
+    if place in GROUPS:
+        return GROUPS[place].extra
+    if place == "benchmark":
+        return ("name",)
+    return ("weights",) if target.startswith("grn.networks.") else ()
 
 
 def _items(node: DictConfig) -> Iterator[tuple[str, Any]]:
@@ -78,7 +87,7 @@ def _check_type(value: Any, annotation: Any, key: str) -> None:
     from pydantic import ValidationError
 
     adapter = _adapter(annotation)
-    if adapter is None:
+    if adapter is None or annotation is DictConfig:
         return
     try:
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

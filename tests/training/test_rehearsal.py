@@ -17,6 +17,7 @@ from torch._dynamo import explain
 from grn.method import sampler as sampling
 from grn.networks.discriminator import PatchDiscriminator
 from grn.networks.text_encoder import ByteT5
+from grn.sampling import refinement
 from grn.sampling.request import Request
 from grn.training.activations import checkpoint_activations
 
@@ -127,15 +128,15 @@ def test_the_text_refiners_forward_is_one_graph(scheme):
 @pytest.mark.parametrize("update", sampling.UPDATES)
 def test_what_a_step_of_sampling_does_on_the_device_is_one_graph(update, monkeypatch):
     """And the graph is drawn as the step draws."""
-    draw, drawn = sampling._draw, []
-    monkeypatch.setattr(sampling, "_draw", lambda *a, **k: drawn.append((a, k)) or draw(*a, **k))
+    draw, drawn = sampling.draw, []
+    monkeypatch.setattr(refinement, "draw", lambda *a, **k: drawn.append((a, k)) or draw(*a, **k))
     request = Request(
         num=4, seed=1, sampler=sampling.Sampler(sampling.Linear(6), guidance=2.0, update=update, kappa=0.5)
     )
     module = test_refiner_module.build().eval()
     torch.nn.init.normal_(module.network.head.out.weight, generator=torch.Generator().manual_seed(0))
-    refinement = module.bundle.refinement(request, batch_size=4)
-    next(refinement), next(refinement)
+    steps = module.bundle.refinement(request, batch_size=4)
+    next(steps), next(steps)
     arguments, named = drawn[-1]
     with torch.no_grad():
         assert graph_breaks(functools.partial(draw, *arguments[:1]), *arguments[1:], **named) == []

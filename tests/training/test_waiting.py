@@ -62,7 +62,7 @@ def test_an_entropy_that_decides_is_waited_for():
             next(refinement)
     (operator, line), *_ = fake.waits
     assert operator == "aten._to_copy.default"
-    assert line.endswith("decisive = _rows(entropy, deciding).cpu()")
+    assert line.endswith("decisive = select_rows(entropy, deciding).cpu()")
 
 
 @pytest.mark.parametrize(
