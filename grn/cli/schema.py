@@ -35,9 +35,9 @@ def _check(node: Any, place: str) -> None:
             _check(value, f"{place}[{number}]")
     if not isinstance(node, DictConfig):
         return
-    target = node.get("_target_")
-    taken, takes_others = ({}, True) if target is None else _arguments(target)
-    extra = _extra(place, str(target))
+    target = str(node.get("_target_", ""))
+    taken, takes_others = _arguments(target) if target else ({}, True)
+    extra = _extra(place, target)
     for key, value in _items(node):
         if key not in taken and key not in extra and key not in SPECIAL and not takes_others:
             near = difflib.get_close_matches(key, [*taken, *extra])
