@@ -260,7 +260,7 @@ def arguments(target: str) -> tuple[dict[str, Any], bool]:
         parameters = inspect.signature(maker).parameters.values()
         try:
             hints = get_type_hints(maker)
-        except (NameError, TypeError):  # names that only type checkers see
+        except Exception:  # names that only type checkers see, or whatever somebody's annotations are
             hints = {}
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):

@@ -38,6 +38,9 @@ from grn.runtime.ranks import is_first, place
 from grn.runtime.wandb_login import wandb_offline
 from grn.weights.kinds import HUB, INDEX, is_pretrained, is_sharded_checkpoint
 
+# Whose answers need no torch; a data set that is prepared is checked by its source.
+BUILD_NOTHING_HEAVY = ("prepare", "ls", "info", "compare")
+
 
 def entry_point(
     config_name: str, *, jointly: bool = False, writes: str | None = None, reads: bool = False
@@ -79,9 +82,10 @@ def entry_point(
                 _drop_outlived(config)
                 check_cluster(config, HydraConfig.get())
                 check_given(config)
-                from grn.cli.schema import check_settings  # by what is built, which imports torch
+                if config_name not in BUILD_NOTHING_HEAVY:
+                    from grn.cli.schema import check_settings  # by what is built, which imports torch
 
-                check_settings(config)
+                    check_settings(config)
                 with nullcontext() if reads else _only_writer(config, writes):
                     return task(config)
             except MISTAKES as error:

@@ -1,11 +1,12 @@
 """A config against the signatures of what it builds: their keys, and the types of its values."""
 
 import difflib
+import inspect
+import pkgutil
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -13,17 +14,20 @@ from grn.checkpoints.trust import GROUPS, SPECIAL, arguments
 from grn.runtime.errors import UserError
 
 LISTED = ("callbacks", "logger")  # of which every key is built
-TYPED = ("grn.", "lightning.")  # packages whose annotations say what they take
+OURS = ("grn.", "lightning.")  # packages whose annotations say what they take
+OWN_CHECKS = ("missing", "too_short", "too_long")  # of pydantic's errors: numbers of values, which classes tell better
 
 
 def check_settings(config: DictConfig) -> None:
-    """Checks all that a config may build, before anything is built; what is not known yet is left out.
+    """Checks all that a config may build, before anything is built.
+
+    What refers to other values is left out: they are checked where they stand, or not known yet.
 
     Raises:
         UserError: a key that its target does not take, or a value that is not of the type of the target's annotation.
     """
     for name, value in _items(config):
-        for key, part in _items(value) if name in LISTED else ():
+        for key, part in _items(value) if name in LISTED and isinstance(value, DictConfig) else ():
             if part and not (isinstance(part, DictConfig) and "_target_" in part):
                 raise UserError(f"{name}.{key}={part} must say what is built, _target_: ..., or be null")
         _check(value, name)
@@ -31,44 +35,66 @@ def check_settings(config: DictConfig) -> None:
 
 def _check(node: Any, place: str) -> None:
     if isinstance(node, ListConfig):
-        for number, value in enumerate(node):
+        for number, value in _items(node):
             _check(value, f"{place}[{number}]")
     if not isinstance(node, DictConfig):
         return
     target = str(node.get("_target_", ""))
-    taken, takes_others = _arguments(target) if target else ({}, True)
-    extra = _extra(place, target)
+    taken, takes_others = _taken(place, target) if target else ({}, True)
     for key, value in _items(node):
-        if key not in taken and key not in extra and key not in SPECIAL and not takes_others:
-            near = difflib.get_close_matches(key, [*taken, *extra])
+        if key not in taken and key not in SPECIAL and not takes_others:
+            near = difflib.get_close_matches(key, taken)
             raise UserError(
                 f"{place}.{key}: {target} takes no such key"
                 + (f"; is {' or '.join(near)} meant?" if near else ": leave it out")
             )
         unset = value is None and place.partition(".")[0] == "sampler"  # whose null leaves it to the checkpoint
-        if key in taken and target.startswith(TYPED) and not unset and not _builds(value):
+        if key in taken and target.startswith(OURS) and not unset and not _builds(value) and not _refers(node, key):
             _check_type(value, taken[key], f"{place}.{key}")
         _check(value, f"{place}.{key}")
 
 
-def _arguments(target: str) -> tuple[dict[str, Any], bool]:
+def _taken(place: str, target: str) -> tuple[dict[str, Any], bool]:
+    """What a target takes at this place, as `arguments` has it, with what GRN reads there itself."""
     try:
-        return arguments(target)
-    except (ImportError, HydraException, ValueError):  # nothing of that name, as who builds it says; or a builtin
+        found: Any = pkgutil.resolve_name(target)
+        if not target.startswith(OURS):  # what becomes of its **arguments is not known
+            parameters = inspect.signature(found).parameters.values()
+            taken, others = arguments(target)
+            others = others or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        else:
+            taken, others = arguments(target)
+    except (ImportError, AttributeError, TypeError, ValueError):  # as who builds it says; or a builtin
         return {}, True
+    if place == "training":
+        taken = taken | _of_bundle(found)
+    elif place == "benchmark":
+        taken = taken | {"name": str}
+    elif place in GROUPS:
+        taken = taken | dict.fromkeys(GROUPS[place].extra, Any)
+    elif target.startswith("grn.networks."):
+        taken = taken | {"weights": Any}
+    given = GROUPS[place].given if place in GROUPS else ()
+    return {name: annotation for name, annotation in taken.items() if name not in given}, others
 
 
-def _extra(place: str, target: str) -> tuple[str, ...]:
-    """Keys that the target does not take, but GRN reads."""
-    if place in GROUPS:
-        return GROUPS[place].extra
-    if place == "benchmark":
-        return ("name",)
-    return ("weights",) if target.startswith("grn.networks.") else ()
+def _of_bundle(module: Any) -> dict[str, Any]:
+    """What the config of a refiner's training says of its bundle (`grn.sampling.loading.bundle_from_config`)."""
+    from grn.sampling.bundle import RefinerBundle
+    from grn.sampling.text_bundle import TextRefinerBundle
+    from grn.training import RefinerModule, TextRefinerModule
+
+    if not issubclass(module, RefinerModule):
+        return {}
+    is_text = issubclass(module, TextRefinerModule)
+    bundle = TextRefinerBundle if is_text else RefinerBundle
+    taken, _ = arguments(f"{bundle.__module__}.{bundle.__qualname__}")
+    return {name: taken[name] for name in bundle.settings} | {"adapters": Any}
 
 
-def _items(node: DictConfig) -> Iterator[tuple[str, Any]]:
-    for key in node:
+def _items(node: DictConfig | ListConfig) -> Iterator[tuple[str, Any]]:
+    keys: Any = node if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
         try:
             value = node[key]
         except OmegaConfBaseException:  # what it refers to is filled in later, or said by who needs it
@@ -80,7 +106,13 @@ def _builds(value: Any) -> bool:
     """Whether something is built of it, or of a part of it."""
     if isinstance(value, DictConfig):
         return "_target_" in value or any(_builds(part) for _, part in _items(value))
-    return isinstance(value, ListConfig) and any(map(_builds, value))
+    return isinstance(value, ListConfig) and any(_builds(part) for _, part in _items(value))
+
+
+def _refers(node: DictConfig, key: str) -> bool:
+    """Whether a value is an interpolation, or has one in it."""
+    value = OmegaConf.to_container(node, resolve=False)
+    return isinstance(value, dict) and "${" in str(value.get(key))
 
 
 def _check_type(value: Any, annotation: Any, key: str) -> None:
@@ -89,14 +121,15 @@ def _check_type(value: Any, annotation: Any, key: str) -> None:
     adapter = _adapter(annotation)
     if adapter is None or annotation is DictConfig:
         return
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     try:
-        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        adapter.validate_python(plain, strict=isinstance(plain, bool) or None)  # else true is a number
-    except OmegaConfBaseException:  # as in `_items`
-        return
+        adapter.validate_python(plain, strict=isinstance(plain, bool | float) or None)  # else they are whole numbers
     except ValidationError as error:
-        said = dict.fromkeys(each["msg"].replace("Input should", "it must") for each in error.errors(include_url=False))
-        raise UserError(f"{key}={value}: {', or '.join(said)}") from None
+        found = [each for each in error.errors(include_url=False) if each["type"] not in OWN_CHECKS]
+        said = [each["msg"].replace("Input should", "it must") for each in found]
+        said = [line for line in dict.fromkeys(said) if "<class" not in line and "callable" not in line]
+        if found:
+            raise UserError(f"{key}={value}: {', or '.join(said) or 'it must be a path'}") from None
 
 
 @cache

@@ -72,10 +72,10 @@ class RefinerBundle:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def to(self: Bundle, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Bundle:
+    def to(self: Bundle, *args: Any, **kwargs: Any) -> Bundle:
         """Moves and casts all networks, as `nn.Module.to`."""
         for part in self.parts.values():
-            part.to(device, dtype)
+            part.to(*args, **kwargs)
         return self
 
     def eval(self: Bundle) -> Bundle:
@@ -101,7 +101,8 @@ class RefinerBundle:
         """
         side = self.network.size * self.tokenizer.stride
         own = {"prompts": None, "negative_prompt": "", "height": side, "width": side, "frames": 1}
-        if odd := next((name for name, value in own.items() if getattr(request, name) not in (None, value)), None):
+        given = {name: getattr(request, name) for name in own}
+        if odd := next((name for name, it in given.items() if it is not None and repr(it) != repr(own[name])), None):
             raise UserError(f"{odd} is for text refiners, this one is of classes: give labels=[0,1,...] instead")
         labels = tuple(range(self.num_conditions)) if request.labels is None else request.labels
         if not labels or any(type(label) is not int or not 0 <= label < self.num_conditions for label in labels):

@@ -198,8 +198,8 @@ class TextRefinerBundle(RefinerBundle):
         return self.context_prefix + text.removeprefix(self.prompt_prefix)
 
     def condition(self, request: CompleteRequest, ids: Tensor) -> Text:
-        wanted = [self.worded(str(prompt)) for prompt in request.wanted]
-        prompts = [wanted[number % len(wanted)] for number in ids.tolist()]
+        wanted = request.wanted
+        prompts = [self.worded(str(wanted[number % len(wanted)])) for number in ids.tolist()]
         if self.shape_of(request)[1] > 1 and given_latents(request.start):
             prompts = [self.retagged(prompt) for prompt in prompts]
         encoder = self.text_encoder

@@ -145,22 +145,30 @@ def _kind_of_module(config: DictConfig, network: Any) -> type[Any]:
     """The class that `training` names.
 
     Raises:
-        UserError: it trains networks of another kind.
+        UserError: it trains networks of another kind, or the network needs a frozen tokenizer and has none, or is one.
     """
-    kind = get_class(config.training._target_)
-    if config.tokenizer.ckpt is None:
+    try:
+        kind = get_class(config.training._target_)
+    except ValueError as error:
+        raise UserError(f"training._target_={config.training._target_}: {error}") from None
+    without = config.tokenizer.ckpt is None
+    if isinstance(network, HBQTokenizer) or issubclass(kind, TokenizerModule):
         fitting, fits = "tokenizer", issubclass(kind, TokenizerModule)
+        if isinstance(network, ClassRefiner | CaptionedRefiner):
+            fitting, fits = "text_refiner" if isinstance(network, CaptionedRefiner) else "refiner", False
+        elif fits and not without:
+            raise UserError(f"tokenizer.ckpt={config.tokenizer.ckpt}: the model is a tokenizer: give tokenizer=none")
     elif isinstance(network, CaptionedRefiner):
         fitting, fits = "text_refiner", issubclass(kind, TextRefinerModule)
     else:
         fitting, fits = "refiner", issubclass(kind, RefinerModule) and not issubclass(kind, TextRefinerModule)
+    name = type(network.refiner if isinstance(network, CaptionedRefiner) else network).__name__
     if not fits:
-        name = type(network.refiner if isinstance(network, CaptionedRefiner) else network).__name__
-        without = " without a tokenizer (tokenizer.ckpt)" if config.tokenizer.ckpt is None else ""
         raise UserError(
-            f"training: {kind.__name__} does not train the model, {name}{without}: give training={fitting}, or another "
-            "model"
+            f"training: {kind.__name__} does not train the model, {name}: give training={fitting}, or another model"
         )
+    if without and fitting != "tokenizer":
+        raise UserError(f"tokenizer.ckpt: the model, {name}, needs a trained tokenizer: give tokenizer.ckpt=...")
     return kind
 
 

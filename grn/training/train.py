@@ -60,6 +60,10 @@ def _train(config: DictConfig) -> dict[str, float]:
     for key in ("devices", "num_nodes"):
         if config.trainer[key] != config.cluster[key]:
             raise UserError(f"trainer.{key}={config.trainer[key]}: give cluster.{key}={config.trainer[key]} instead")
+    if not str(config.get("name") or "").strip():
+        raise UserError("name is empty: it is that of the run's folder, name=...")
+    if config.trainer.get("val_check_interval") == 0:
+        raise UserError("trainer.val_check_interval=0 must be a number of steps above 0, or null")
     for key in ("log_every_n_steps", "accumulate_grad_batches"):
         check_count(f"trainer.{key}", config.trainer[key])
     if config.training.get("adapters") is not None and config.model.get("weights") is None:
