@@ -13,10 +13,6 @@ from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-OF_DATA = {
-    "image_folder_c2i": ["model.num_labels=10", "model.size=8"],
-    "captions_t2i": ["data.resolutions=[[64,64]]", "training.size=[64,64]"],
-}  # what only prepared data tell
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +28,7 @@ def composed(*overrides):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_fits(experiment):
-    check_settings(composed(f"+experiment={experiment}", *OF_DATA.get(experiment, ())))
+    check_settings(composed(f"+experiment={experiment}"))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +39,8 @@ def test_every_experiment_fits(experiment):
         ("training.label_dropout=[1]", "training.label_dropout=[1]: it must be a valid number"),
         ("training.lr_schedule=1.5", "training.lr_schedule=1.5: it must be a valid string"),
         ("+training.learning_rat=1", "training.learning_rat: grn.training.RefinerModule takes no such key; is "),
+        ("+training.prompts=[a]", "training.prompts: grn.training.RefinerModule takes no such key"),
+        ("training.labeling=1", "training.labeling=1: it must be 'ind' or 'bit'"),
         ("+training.zzz=1", "training.zzz: grn.training.RefinerModule takes no such key: leave it out"),
         ("+sampler.zzz=1", "sampler.zzz: grn.method.sampler.Sampler takes no such key"),
         ("model.depth=2.5", "model.depth=2.5: it must be a valid integer"),
@@ -74,3 +72,34 @@ def test_annotations_of_other_packages_are_theirs(monkeypatch):
     config.callbacks.theirs = {"_target_": "somebodys.score", "wdith": 3}
     with pytest.raises(UserError, match=r"^callbacks\.theirs\.wdith: somebodys\.score takes no such key; is width"):
         check_settings(config)
+
+
+def test_what_other_packages_do_with_more_arguments_is_theirs(monkeypatch):
+    def score(*, width=2, **options): ...
+
+    def odd(width: "no such name" = 2): ...  # noqa: F722
+
+    monkeypatch.setitem(sys.modules, "somebodys", SimpleNamespace(score=score, odd=odd))
+    more = "+callbacks.theirs={_target_:somebodys.score,zzz:1}", "+callbacks.odd={_target_:somebodys.odd,width:abc}"
+    check_settings(composed("+experiment=digits_c2i", *more, "+callbacks.gone={_target_:nobodys.score,zzz:1}"))
+
+
+@pytest.mark.parametrize("text", ["training.size=8", "training.negative_prompt=3", "training.frames=true"])
+def test_what_text_refiners_draw_is_typed(text):
+    with pytest.raises(UserError, match=f"^{text.partition('=')[0]}="):
+        check_settings(composed("+experiment=digits_t2i", text))
+
+
+COMMANDS = {
+    "evaluate": ("scores", "suite", "sampler"),
+    "sample": ("sampler",),
+    "encode": ("data",),
+    "bench": ("benchmark",),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_other_commands_fits(command):
+    for group in COMMANDS[command]:
+        for path in sorted((CONF / group).glob("*.yaml")):
+            check_settings(compose(command, [f"{group}={path.stem}"]))
