@@ -29,12 +29,10 @@ from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.configs import plain
 from grn.runtime.errors import UserError
 from grn.weights.building import build_with_weights
-from grn.weights.kinds import KINDS, checkpoints_at, is_pretrained
+from grn.weights.kinds import TEXT_REFINER, checkpoints_at, is_pretrained, kind_of
 from grn.weights.mapping import load_strict
 from grn.weights.pretrained import fetch, local_file, read_config
 from grn.weights.reading import check_plain, is_state
-
-TEXT_REFINER = "grn.networks.text_refiner.TextRefiner"
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Checkpoint:
     @property
     def kind(self) -> str:
         """`refiner` (of classes), `text refiner` or `tokenizer`."""
-        return KINDS[self.config.training._target_]
+        return kind_of(self.config) or ""
 
     @property
     def step(self) -> int:
@@ -97,9 +95,8 @@ def find_checkpoint(path: str | Path, *, key: str = "ckpt") -> Path:
 
 def _kind(contents: Any) -> str | None:
     """Of an untrusted checkpoint; None of anything else."""
-    for part in ("config", "training", "_target_"):
-        contents = contents.get(part) if isinstance(contents, dict) else None
-    return KINDS.get(contents) if isinstance(contents, str) else None
+    config = contents.get("config") if isinstance(contents, dict) else None
+    return kind_of(config) if isinstance(config, dict) else None
 
 
 def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True) -> Checkpoint:
@@ -135,7 +132,7 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True
     if isinstance(model := config.get("model"), dict) and model.get("_target_") == TEXT_REFINER:
         model.setdefault("attention", "one_way")  # of runs from before there was another
     checkpoint = Checkpoint(path, OmegaConf.create(config), contents)
-    if not isinstance(config.get("training"), dict) or config["training"].get("_target_") not in KINDS:
+    if kind_of(config) is None:
         raise UserError(f"{key}: {path} was trained by an unknown module")
     _check_contents(contents, f"{key}: {path}", weights=weights)
     return checkpoint

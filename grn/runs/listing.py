@@ -19,7 +19,7 @@ import yaml
 
 from grn.runtime.files import Unreadable, read_bounded
 from grn.runtime.locks import writer_of
-from grn.weights.kinds import KINDS
+from grn.weights.kinds import kind_of
 
 DEPTH = 4  # of run folders below `paths.runs`; those of sweeps are at sweeps/<name>/<number>
 MAX_FOLDERS = 20_000  # that are looked into
@@ -96,7 +96,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> Run:
     return Run(
         folder=folder,
         name=folder.name if name is None else name,
-        kind=KINDS.get(_at(config, "training._target_")) if isinstance(_at(config, "training._target_"), str) else None,
+        kind=kind_of(config) if isinstance(config, Mapping) else None,
         step=max((step for step in steps if step is not None), default=None),
         max_steps=_count(_at(config, "trainer.max_steps")),
         writer=writer_of(folder),

@@ -1,6 +1,8 @@
 """The kind of checkpoint at a path, by file names alone, without torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from grn.runtime.errors import UserError
 
@@ -8,12 +10,29 @@ HUB = "hf://"  # a repository on the Hugging Face Hub: hf://owner/name
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # an exported network (grn.weights.pretrained)
 INDEX = "model_index.json"  # an exported refiner (grn.checkpoints.exported)
 CARD, PICTURE = "README.md", "samples.png"  # what an export may hold beside: its card, and what that shows
+TEXT_REFINER = "grn.networks.text_refiner.TextRefiner"
 REST = "rest.pt"  # a sharded checkpoint (grn.checkpoints.sharded)
 KINDS = {  # what a run trains, by `training._target_` of its config
     "grn.training.RefinerModule": "refiner",
     "grn.training.TextRefinerModule": "text refiner",
     "grn.training.TokenizerModule": "tokenizer",
 }
+
+
+def kind_of(config: Any) -> str | None:
+    """What a run trains, by its config: `refiner` (of classes), `text refiner` or `tokenizer`; None: it does not tell.
+
+    Of a module of somebody's own package, the networks tell.
+    """
+    model, training, tokenizer = (
+        part if isinstance(part := config.get(name), Mapping) else {} for name in ("model", "training", "tokenizer")
+    )
+    target = training.get("_target_")
+    if not isinstance(target, str) or target.startswith("grn."):
+        return KINDS.get(target) if isinstance(target, str) else None
+    if tokenizer.get("ckpt") is None:
+        return "tokenizer"
+    return "text refiner" if model.get("_target_") == TEXT_REFINER else "refiner"
 
 
 def is_pretrained(path_or_hub_id: str | Path) -> bool:
