@@ -8,7 +8,7 @@ from grn.cli.entry import entry_point
 from grn.cli.words import as_overrides
 
 
-@entry_point("compare")
+@entry_point("compare", light=True)
 def command(config: DictConfig) -> None:
     from grn.evaluation.compare import compare
 

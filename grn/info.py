@@ -8,7 +8,7 @@ from grn.cli.entry import entry_point
 from grn.cli.words import as_overrides
 
 
-@entry_point("info", reads=True)
+@entry_point("info", reads=True, light=True)
 def command(config: DictConfig) -> None:
     from grn.checkpoints.summary import show
 

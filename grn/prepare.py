@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from grn.cli.entry import entry_point
 
 
-@entry_point("prepare", writes="data.root")
+@entry_point("prepare", writes="data.root", light=True)
 def main(config: DictConfig) -> None:
     from grn.data.prepare.prepare import prepare
 

@@ -95,8 +95,7 @@ def find_checkpoint(path: str | Path, *, key: str = "ckpt") -> Path:
 
 def _kind(contents: Any) -> str | None:
     """Of an untrusted checkpoint; None of anything else."""
-    config = contents.get("config") if isinstance(contents, dict) else None
-    return kind_of(config) if isinstance(config, dict) else None
+    return kind_of(contents.get("config")) if isinstance(contents, dict) else None
 
 
 def read_checkpoint(path: str | Path, *, key: str = "ckpt", weights: bool = True) -> Checkpoint:

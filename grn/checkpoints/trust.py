@@ -8,7 +8,7 @@ GRN_TRUST.
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra.utils import get_object
 
@@ -202,7 +202,7 @@ def _check(node: Any, group: Group, place: str, complaint: str) -> None:
         special = {"_target_", "_partial_"} if group.partial else {"_target_"}
         if group.partial and node.get("_partial_") is not True:
             raise UserError(f"{complaint}: {place} wants to call {target} at once, where it is only to be named")
-        known = {*arguments(target)[0], *group.extra} - {*group.given}
+        known = {*arguments(get_object(target))[0], *group.extra} - {*group.given}
     else:
         raise UserError(_refusal(target, place, complaint))
     for key, value in node.items():
@@ -249,26 +249,18 @@ def _package(target: Any) -> str | None:
     return target.split(".")[0] if isinstance(target, str) and target.isprintable() and "." in target else None
 
 
-def arguments(target: str) -> tuple[dict[str, Any], bool]:
-    """What a class or function takes, arguments that it passes on included: (their annotations by name, whether it
-    takes others beside)."""
-    found, known = get_object(target), {}
-    makers = [found]
+def arguments(found: Any) -> tuple[dict[str, Any], bool]:
+    """What a class or function takes, arguments that it passes on included: (by name the function that has each;
+    whether it takes others beside)."""
+    known: dict[str, Any] = {}
+    others, makers = False, [found]
     if inspect.isclass(found):
         makers = [vars(kind)["__init__"] for kind in found.__mro__ if "__init__" in vars(kind)]
     for maker in makers:
         parameters = inspect.signature(maker).parameters.values()
-        try:
-            hints = get_type_hints(maker)
-        except Exception:  # names that only type checkers see, or whatever somebody's annotations are
-            hints = {}
-        for parameter in parameters:
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                known.setdefault(parameter.name, hints.get(parameter.name, Any))
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return _without_self(known), False
-    return _without_self(known), True
-
-
-def _without_self(known: dict[str, Any]) -> dict[str, Any]:
-    return {name: annotation for name, annotation in known.items() if name != "self"}
+        own = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        known = dict.fromkeys(own, maker) | known
+        if not (others := any(p.kind is p.VAR_KEYWORD for p in parameters)):
+            break
+    known.pop("self", None)
+    return known, others

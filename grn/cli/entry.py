@@ -38,12 +38,14 @@ from grn.runtime.ranks import is_first, place
 from grn.runtime.wandb_login import wandb_offline
 from grn.weights.kinds import HUB, INDEX, is_pretrained, is_sharded_checkpoint
 
-# Whose answers need no torch; a data set that is prepared is checked by its source.
-BUILD_NOTHING_HEAVY = ("prepare", "ls", "info", "compare")
-
 
 def entry_point(
-    config_name: str, *, jointly: bool = False, writes: str | None = None, reads: bool = False
+    config_name: str,
+    *,
+    jointly: bool = False,
+    writes: str | None = None,
+    reads: bool = False,
+    light: bool = False,
 ) -> Callable[[Callable[[DictConfig], object]], Callable[[], None]]:
     """Decorates a task into a Hydra command whose mistakes of usage end with one line on stderr and exit status 1.
 
@@ -52,6 +54,7 @@ def entry_point(
         writes: the config key of the file or folder that it writes; None: into Hydra's output folder, of each point of
             a sweep its own. No other command may write there meanwhile; several processes of one share the work.
         reads: it writes nothing.
+        light: it may do without torch, so that its config is not checked against what it names (`grn.cli.schema`).
     """
 
     def decorate(task: Callable[[DictConfig], object]) -> Callable[[], None]:
@@ -82,8 +85,8 @@ def entry_point(
                 _drop_outlived(config)
                 check_cluster(config, HydraConfig.get())
                 check_given(config)
-                if config_name not in BUILD_NOTHING_HEAVY:
-                    from grn.cli.schema import check_settings  # by what is built, which imports torch
+                if not light:
+                    from grn.cli.schema import check_settings  # which imports what is built, and torch
 
                     check_settings(config)
                 with nullcontext() if reads else _only_writer(config, writes):

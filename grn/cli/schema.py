@@ -1,21 +1,23 @@
 """A config against the signatures of what it builds: their keys, and the types of its values."""
 
-import difflib
-import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from inspect import signature
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grn.checkpoints.trust import GROUPS, SPECIAL, arguments
 from grn.runtime.errors import UserError
+from grn.runtime.near_misses import near_misses
 
 LISTED = ("callbacks", "logger")  # of which every key is built
 OURS = ("grn.", "lightning.")  # packages whose annotations say what they take
 OWN_CHECKS = ("missing", "too_short", "too_long")  # of pydantic's errors: numbers of values, which classes tell better
+
+UNSAID = ("path_type", "callable_type")  # which name Python's classes
 
 
 def check_settings(config: DictConfig) -> None:
@@ -41,41 +43,55 @@ def _check(node: Any, place: str) -> None:
         return
     target = str(node.get("_target_", ""))
     taken, takes_others = _taken(place, target) if target else ({}, True)
+    written: Any = OmegaConf.to_container(node, resolve=False)
     for key, value in _items(node):
         if key not in taken and key not in SPECIAL and not takes_others:
-            near = difflib.get_close_matches(key, taken)
+            near = near_misses(key, OmegaConf.create(dict.fromkeys(taken)))
             raise UserError(
                 f"{place}.{key}: {target} takes no such key"
                 + (f"; is {' or '.join(near)} meant?" if near else ": leave it out")
             )
+        refers = "${" in str(written.get(key))
         unset = value is None and place.partition(".")[0] == "sampler"  # whose null leaves it to the checkpoint
-        if key in taken and target.startswith(OURS) and not unset and not _builds(value) and not _refers(node, key):
+        if key in taken and target.startswith(OURS) and not unset and not refers and not _builds(value):
             _check_type(value, taken[key], f"{place}.{key}")
-        _check(value, f"{place}.{key}")
+        if not isinstance(written.get(key), str):
+            _check(value, f"{place}.{key}")
 
 
 def _taken(place: str, target: str) -> tuple[dict[str, Any], bool]:
-    """What a target takes at this place, as `arguments` has it, with what GRN reads there itself."""
+    """What a target takes at this place, what GRN reads there itself included: (types by name, whether others, too)."""
     try:
         found: Any = pkgutil.resolve_name(target)
+        taken, others = _typed(found)
         if not target.startswith(OURS):  # what becomes of its **arguments is not known
-            parameters = inspect.signature(found).parameters.values()
-            taken, others = arguments(target)
-            others = others or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        else:
-            taken, others = arguments(target)
+            others |= any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature(found).parameters.values())
     except (ImportError, AttributeError, TypeError, ValueError):  # as who builds it says; or a builtin
         return {}, True
     if place == "training":
-        taken = taken | _of_bundle(found)
+        taken |= _of_bundle(found)
     elif place == "benchmark":
-        taken = taken | {"name": str}
+        taken |= {"name": str}
     elif place in GROUPS:
-        taken = taken | dict.fromkeys(GROUPS[place].extra, Any)
+        taken |= dict.fromkeys(GROUPS[place].extra, Any)
     elif target.startswith("grn.networks."):
-        taken = taken | {"weights": Any}
+        taken |= {"weights": Any}
     given = GROUPS[place].given if place in GROUPS else ()
     return {name: annotation for name, annotation in taken.items() if name not in given}, others
+
+
+def _typed(found: Any) -> tuple[dict[str, Any], bool]:
+    """As `arguments`, with the annotations in place of the functions that have them."""
+    makers, others = arguments(found)
+    return {name: _hints(maker).get(name, Any) for name, maker in makers.items()}, others
+
+
+@cache
+def _hints(maker: Callable) -> dict[str, Any]:
+    try:
+        return get_type_hints(maker)
+    except Exception:  # names that only type checkers see, or whatever somebody's annotations are
+        return {}
 
 
 def _of_bundle(module: Any) -> dict[str, Any]:
@@ -86,9 +102,8 @@ def _of_bundle(module: Any) -> dict[str, Any]:
 
     if not issubclass(module, RefinerModule):
         return {}
-    is_text = issubclass(module, TextRefinerModule)
-    bundle = TextRefinerBundle if is_text else RefinerBundle
-    taken, _ = arguments(f"{bundle.__module__}.{bundle.__qualname__}")
+    bundle = TextRefinerBundle if issubclass(module, TextRefinerModule) else RefinerBundle
+    taken, _ = _typed(bundle)
     return {name: taken[name] for name in bundle.settings} | {"adapters": Any}
 
 
@@ -109,12 +124,6 @@ def _builds(value: Any) -> bool:
     return isinstance(value, ListConfig) and any(_builds(part) for _, part in _items(value))
 
 
-def _refers(node: DictConfig, key: str) -> bool:
-    """Whether a value is an interpolation, or has one in it."""
-    value = OmegaConf.to_container(node, resolve=False)
-    return isinstance(value, dict) and "${" in str(value.get(key))
-
-
 def _check_type(value: Any, annotation: Any, key: str) -> None:
     from pydantic import ValidationError
 
@@ -126,10 +135,9 @@ def _check_type(value: Any, annotation: Any, key: str) -> None:
         adapter.validate_python(plain, strict=isinstance(plain, bool | float) or None)  # else they are whole numbers
     except ValidationError as error:
         found = [each for each in error.errors(include_url=False) if each["type"] not in OWN_CHECKS]
-        said = [each["msg"].replace("Input should", "it must") for each in found]
-        said = [line for line in dict.fromkeys(said) if "<class" not in line and "callable" not in line]
+        said = [each["msg"].replace("Input should", "it must") for each in found if each["type"] not in UNSAID]
         if found:
-            raise UserError(f"{key}={value}: {', or '.join(said) or 'it must be a path'}") from None
+            raise UserError(f"{key}={value}: {', or '.join(dict.fromkeys(said)) or 'it must be a path'}") from None
 
 
 @cache

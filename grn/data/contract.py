@@ -14,7 +14,7 @@ Optional, as methods or attributes of the data module:
     name                      for messages
     split_dataloader(split)   batches of the whole split `train` or `val`, for scores against real data
     skipped(), noted()        reason -> samples that could not be used, or could all the same
-    stop_loading()            called when the run is told to end
+    stop_loading()            called when the run is asked to stop
     state_dict(), load_state_dict()   Lightning's own, to resume in the middle of an epoch
 """
 

@@ -96,7 +96,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> Run:
     return Run(
         folder=folder,
         name=folder.name if name is None else name,
-        kind=kind_of(config) if isinstance(config, Mapping) else None,
+        kind=kind_of(config),
         step=max((step for step in steps if step is not None), default=None),
         max_steps=_count(_at(config, "trainer.max_steps")),
         writer=writer_of(folder),

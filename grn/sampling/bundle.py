@@ -101,8 +101,10 @@ class RefinerBundle:
         """
         side = self.network.size * self.tokenizer.stride
         own = {"prompts": None, "negative_prompt": "", "height": side, "width": side, "frames": 1}
-        given = {name: getattr(request, name) for name in own}
-        if odd := next((name for name, it in given.items() if it is not None and repr(it) != repr(own[name])), None):
+        for odd, value in own.items():
+            given = getattr(request, odd)
+            if given is None or (type(given), given) == (type(value), value):
+                continue
             raise UserError(f"{odd} is for text refiners, this one is of classes: give labels=[0,1,...] instead")
         labels = tuple(range(self.num_conditions)) if request.labels is None else request.labels
         if not labels or any(type(label) is not int or not 0 <= label < self.num_conditions for label in labels):

@@ -17,7 +17,6 @@ from grn.checkpoints.sampler_config import build_sampler
 from grn.media import pictures
 from grn.media.mp4 import save_mp4
 from grn.runs.wandb_runs import log_results
-from grn.runtime.configs import plain
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
 from grn.runtime.wandb_login import wandb_offline
@@ -52,8 +51,8 @@ def sample(config: DictConfig) -> Path:
     check_count("batch_size", config.batch_size)
     if config.columns is not None:
         check_count("columns", config.columns)
-    init: Any = plain(config.init) if OmegaConf.is_config(config.init) else config.init
-    mask: Any = plain(config.mask) if OmegaConf.is_config(config.mask) else config.mask
+    both: Any = [OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.init, config.mask)]
+    init, mask = both
     if config.task is None:
         bundle, source = load_refiner(config.ckpt, ema=config.ema)
     else:

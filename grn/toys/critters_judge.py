@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from grn.metrics.splits import Split, as_images, image_digest
 from grn.runtime.errors import UserError
 from grn.runtime.locks import write_cached
 from grn.toys.critters import ATTRIBUTES, HELDOUT_PAIRS, LABEL_NAMES, read_caption
+from grn.toys.fitting import fitted
 from grn.weights.mapping import load_strict
 
 WIDTH = 64  # of its features
@@ -206,33 +207,21 @@ class CrittersJudge:
 
     @classmethod
     def _train(cls, images: Tensor, attributes: Tensor) -> dict[str, Tensor]:
-        # Validation loops run in inference mode, whose tensors autograd refuses: hence the clone.
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-        ):
-            torch.manual_seed(SEED)
-            network, attributes = _Network(cls.shape, cls.attributes), attributes.clone()
-            optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-            steps = cls.epochs * -(-len(images) // BATCH)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-            for _ in range(cls.epochs):
-                for index in torch.randperm(len(images)).split(BATCH):
-                    shift = torch.randint(-1, 2, (2,)).tolist()
-                    features = network.features(cls._inputs(images[index].clone()).roll(shift, dims=(2, 3)))
-                    told = attributes[index]
-                    losses = [
-                        F.cross_entropy(head(features), told[:, place], ignore_index=UNTOLD, reduction="sum")
-                        for place, head in enumerate(network.heads)
-                    ]
-                    optimizer.zero_grad()
-                    (sum(losses[1:], losses[0]) / len(index)).backward()
-                    optimizer.step()
-                    schedule.step()
-            return {name: value.detach() for name, value in network.state_dict().items()}
+        def begin() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+            network, known = _Network(cls.shape, cls.attributes), attributes.clone()
+
+            def loss(index: Tensor) -> Tensor:
+                shift = torch.randint(-1, 2, (2,)).tolist()
+                features = network.features(cls._inputs(images[index].clone()).roll(shift, dims=(2, 3)))
+                losses = [
+                    F.cross_entropy(head(features), known[index, place], ignore_index=UNTOLD, reduction="sum")
+                    for place, head in enumerate(network.heads)
+                ]
+                return sum(losses[1:], losses[0]) / len(index)
+
+            return network, loss
+
+        return fitted(begin, len(images), epochs=cls.epochs, batch_size=BATCH, learning_rate=LEARNING_RATE, seed=SEED)
 
     @classmethod
     def _inputs(cls, images: Tensor) -> Tensor:

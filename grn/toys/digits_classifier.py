@@ -5,6 +5,7 @@ Importing this module registers `digits-classifier` with torch-fidelity: a small
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from grn.metrics.splits import grey, image_digest
 from grn.runtime.errors import UserError
 from grn.runtime.locks import write_cached
+from grn.toys.fitting import fitted
 from grn.weights.mapping import load_strict
 
 NAME = "digits-classifier"
@@ -118,30 +120,18 @@ def digits_classifier_weights(train_images: Tensor, labels: Tensor, cache_dir: s
 
 
 def _train(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    # Validation loops run in inference mode, whose tensors autograd refuses: hence the clone of the labels too.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
-    ):
-        torch.manual_seed(SEED)
+    def begin() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         network = _network()
-        inputs, labels = _inputs(images.cpu()), labels.cpu().clone()
-        steps = EPOCHS * -(-len(inputs) // BATCH)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-        for _ in range(EPOCHS):
-            for index in torch.randperm(len(inputs)).split(BATCH):
-                # Shifts by a pixel or two, the one augmentation that keeps every digit what it is.
-                shift = torch.randint(-2, 3, (2,)).tolist()
-                logits = network(inputs[index].roll(shift, dims=(2, 3)))
-                optimizer.zero_grad()
-                F.cross_entropy(logits, labels[index]).backward()
-                optimizer.step()
-                schedule.step()
-        return {name: value.detach() for name, value in network.state_dict().items()}
+        inputs, known = _inputs(images.cpu()), labels.cpu().clone()
+
+        def loss(index: Tensor) -> Tensor:
+            # Shifts by a pixel or two, the one augmentation that keeps every digit what it is.
+            shift = torch.randint(-2, 3, (2,)).tolist()
+            return F.cross_entropy(network(inputs[index].roll(shift, dims=(2, 3))), known[index])
+
+        return network, loss
+
+    return fitted(begin, len(images), epochs=EPOCHS, batch_size=BATCH, learning_rate=LEARNING_RATE, seed=SEED)
 
 
 class _Network(nn.Sequential):

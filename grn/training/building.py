@@ -151,23 +151,23 @@ def _kind_of_module(config: DictConfig, network: Any) -> type[Any]:
         kind = get_class(config.training._target_)
     except ValueError as error:
         raise UserError(f"training._target_={config.training._target_}: {error}") from None
-    without = config.tokenizer.ckpt is None
-    if isinstance(network, HBQTokenizer) or issubclass(kind, TokenizerModule):
-        fitting, fits = "tokenizer", issubclass(kind, TokenizerModule)
-        if isinstance(network, ClassRefiner | CaptionedRefiner):
-            fitting, fits = "text_refiner" if isinstance(network, CaptionedRefiner) else "refiner", False
-        elif fits and not without:
-            raise UserError(f"tokenizer.ckpt={config.tokenizer.ckpt}: the model is a tokenizer: give tokenizer=none")
-    elif isinstance(network, CaptionedRefiner):
-        fitting, fits = "text_refiner", issubclass(kind, TextRefinerModule)
+    refiner = network.refiner if isinstance(network, CaptionedRefiner) else network
+    if refiner is not network:
+        fitting, trains = "text_refiner", TextRefinerModule
+    elif isinstance(network, HBQTokenizer) or (
+        not isinstance(network, ClassRefiner) and issubclass(kind, TokenizerModule)  # somebody's own network
+    ):
+        fitting, trains = "tokenizer", TokenizerModule
     else:
-        fitting, fits = "refiner", issubclass(kind, RefinerModule) and not issubclass(kind, TextRefinerModule)
-    name = type(network.refiner if isinstance(network, CaptionedRefiner) else network).__name__
-    if not fits:
+        fitting, trains = "refiner", RefinerModule
+    name, ckpt = type(refiner).__name__, config.tokenizer.ckpt
+    if not issubclass(kind, trains) or (trains is RefinerModule and issubclass(kind, TextRefinerModule)):
         raise UserError(
             f"training: {kind.__name__} does not train the model, {name}: give training={fitting}, or another model"
         )
-    if without and fitting != "tokenizer":
+    if trains is TokenizerModule and ckpt is not None:
+        raise UserError(f"tokenizer.ckpt={ckpt}: the model is a tokenizer: give tokenizer=none")
+    if trains is not TokenizerModule and ckpt is None:
         raise UserError(f"tokenizer.ckpt: the model, {name}, needs a trained tokenizer: give tokenizer.ckpt=...")
     return kind
 

@@ -24,8 +24,9 @@ def kind_of(config: Any) -> str | None:
 
     Of a module of somebody's own package, the networks tell.
     """
+    parts = config if isinstance(config, Mapping) else {}
     model, training, tokenizer = (
-        part if isinstance(part := config.get(name), Mapping) else {} for name in ("model", "training", "tokenizer")
+        part if isinstance(part := parts.get(name), Mapping) else {} for name in ("model", "training", "tokenizer")
     )
     target = training.get("_target_")
     if not isinstance(target, str) or target.startswith("grn."):
