@@ -81,7 +81,7 @@ def check_given(config: DictConfig) -> None:
         _check_checkpoint(config.ckpt, "ckpt", official=official or config.get("model") is not None)
     elif isinstance(path := OmegaConf.select(config, "tokenizer.ckpt"), str):
         _check_checkpoint(path, "tokenizer.ckpt", official=official)
-    for key in ("model.weights", "training.perceptual.weights"):
+    for key in ("model.weights", "text_encoder.weights", "training.perceptual.weights"):
         path = OmegaConf.select(config, key)
         if isinstance(path, str) and not is_pretrained(path) and not Path(path).expanduser().exists():
             raise UserError(f"{key}: no such file: {path}")

@@ -79,11 +79,13 @@ def checkpoint_to_resume(config: DictConfig) -> Checkpoint | None:
             f"ckpt_path={wanted}: {path} has no optimiser state (callbacks.milestones.save_weights_only=true): no run "
             "can resume from it; give another one"
         )
-    if (weights := config.model.get("weights")) and weights != trained.model.get("weights"):
-        raise UserError(
-            f"model.weights={weights} has no effect with ckpt_path={wanted}, which resumes from the weights of {path}: "
-            "leave one of them out"
-        )
+    for key in ("model.weights", "text_encoder.weights"):
+        weights = OmegaConf.select(config, key)
+        if weights and weights != OmegaConf.select(trained, key):
+            raise UserError(
+                f"{key}={weights} has no effect with ckpt_path={wanted}, which resumes from the weights of {path}: "
+                "leave one of them out"
+            )
     kept, decays = (OmegaConf.select(c, "callbacks.ema.decays") or [] for c in (trained, config))
     if odd := [decay for decay in decays if decay not in kept]:
         raise UserError(

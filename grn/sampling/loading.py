@@ -171,7 +171,7 @@ def network_from_config(config: DictConfig, *, hollow: bool = False) -> nn.Modul
         network = build_network(config.model)
         if not isinstance(network, TextRefiner):
             return network
-        return CaptionedRefiner(network, instantiate(config.text_encoder) if _trains_encoder(config) else None)
+        return CaptionedRefiner(network, build_network(config.text_encoder) if _trains_encoder(config) else None)
 
 
 def _trains_encoder(config: DictConfig) -> bool:

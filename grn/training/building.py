@@ -56,6 +56,13 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule
             for_strategy = {("" if loaded is network else "refiner.") + name: state[name] for name in state}
         else:
             load_strict(loaded, state, source=str(weights))
+    if encoder := _encoder_weights(config, network):
+        state, source = encoder
+        if hollow:
+            check_state(network.encoder, state, source=source)
+            for_strategy = (for_strategy or {}) | {f"encoder.{name}": state[name] for name in state}
+        else:
+            load_strict(network.encoder, state, source=source)
     if (adapters := config.training.get("adapters")) is not None:
         if not isinstance(network, CaptionedRefiner):
             raise UserError("training.adapters are of text refiners: leave them out")
@@ -172,11 +179,27 @@ def _kind_of_module(config: DictConfig, network: Any) -> type[Any]:
     return kind
 
 
+def _encoder_weights(config: DictConfig, network: Any) -> tuple[dict[str, Tensor], str] | None:
+    """What a text encoder that is trained along starts from, and where it was found: `text_encoder.weights`, or what
+    stands beside the refiner in an export that `model.weights` names; None: from nothing."""
+    if not isinstance(network, CaptionedRefiner) or network.encoder is None:
+        return None
+    key, path = "text_encoder.weights", config.text_encoder.get("weights")
+    if path is None:
+        key, path = "model.weights", config.model.get("weights")
+        if path is None or not is_exported_refiner(local_file(path)):
+            return None
+    subfolder = "text_encoder" if is_exported_refiner(path) else None
+    if subfolder is None and not is_pretrained(path):
+        raise UserError(f"{key}={path}: no export of a text encoder (python -m grn.export writes one)")
+    return type(network.encoder).from_pretrained(path, subfolder=subfolder).state_dict(), f"{key}={path}"
+
+
 def _initial_weights(network: Any, path: str | Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """(Weights to start from, their averages by decay where the file has any)."""
     path = local_file(path)
-    if isinstance(network, ClassRefiner) and is_exported_refiner(path):
-        return ClassRefiner.from_pretrained(path, subfolder="refiner").state_dict(), {}
+    if isinstance(network, (ClassRefiner, TextRefiner)) and is_exported_refiner(path):
+        return type(network).from_pretrained(path, subfolder="refiner").state_dict(), {}
     if isinstance(network, (HBQTokenizer, ClassRefiner, TextRefiner)) and is_pretrained(path):
         return type(network).from_pretrained(path).state_dict(), {}
     if isinstance(network, HBQTokenizer):

@@ -15,7 +15,7 @@ from grn.method.schedules import Linear
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
-from grn.sampling.loading import bundle_from_checkpoint
+from grn.sampling.loading import bundle_from_checkpoint, save_refiner
 from grn.sampling.request import Request
 from grn.sampling.text_bundle import TextRefinerBundle
 from grn.training.building import module_from_config
@@ -187,6 +187,35 @@ def test_a_text_refiner_and_its_encoder_come_back_from_a_checkpoint(official_tok
     assert whole.initial_weights is None
     for name, parameter in whole.refiner.named_parameters():
         assert torch.equal(hollow.initial_weights[f"refiner.{name}"], parameter)
+
+
+@pytest.mark.parametrize("key", ["model.weights", "text_encoder.weights"])
+def test_a_text_encoder_that_is_trained_along_starts_from_an_export(official_tokenizer, tmp_path, key):
+    sizes = "model.channels=16 model.depth=1 model.width=48 model.heads=4 model.mlp_ratio=6 model.text_width=16"
+    sizes += " tokenizer.model.latent_channels=4 tokenizer.model.dim=8 tokenizer.model.decoder_dim=8"
+    sizes += f" text_encoder=byt5_tiny text_encoder.width=16 tokenizer.ckpt={official_tokenizer}"
+
+    def module(*overrides, **options):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return module_from_config(compose("train", ["+experiment=t2i_2B", *sizes.split(), *overrides]), **options)
+
+    bundle = module("seed=1").bundle
+    save_refiner(bundle, tmp_path / "export")
+    bundle.text_encoder.save_pretrained(tmp_path / "encoder")
+    given = f"{key}={tmp_path}/export"
+    started, hollow = module(given), module(given, hollow=True)
+    states = [it.state_dict() for it in (bundle.text_encoder, started.text_encoder, bundle.refiner, started.refiner)]
+    same = [all(torch.equal(one[name], other[name]) for name in one) for one, other in (states[:2], states[2:])]
+    assert same == [True, key == "model.weights"]
+    names = {f"encoder.{name}" for name in states[0]}
+    assert names <= hollow.initial_weights.keys()
+    assert all(torch.equal(hollow.initial_weights[name], states[0][name.removeprefix("encoder.")]) for name in names)
+    if key == "text_encoder.weights":
+        assert hollow.initial_weights.keys() == names
+        other = module(f"text_encoder.weights={tmp_path}/encoder").text_encoder.state_dict()
+        assert all(torch.equal(other[name], tensor) for name, tensor in states[0].items())
+        with pytest.raises(UserError, match=r"text_encoder\.weights=.*: no export of a text encoder"):
+            module(f"text_encoder.weights={official_tokenizer}")
 
 
 @pytest.mark.parametrize("kind", [RefinerBundle, TextRefinerBundle])
