@@ -78,6 +78,7 @@ GROUPS: dict[str, Group] = {
     "tokenizer.model": TOKENIZER,
     "text_encoder": Group(
         targets=("grn.networks.text_encoder.ByteT5", "grn.networks.text_encoder.PretrainedT5"),
+        extra=("weights",),
     ),
     "training": Group(
         targets=(

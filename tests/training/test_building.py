@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from grn.callbacks import EMA
 from grn.checkpoints.native import Checkpoint, load_tokenizer, read_checkpoint, restore_tokenizer
+from grn.cli.schema import check_settings
 from grn.method.sampler import Sampler
 from grn.method.schedules import Linear
 from grn.runtime.config_folder import CONF
@@ -197,7 +198,9 @@ def test_a_text_encoder_that_is_trained_along_starts_from_an_export(official_tok
 
     def module(*overrides, **options):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return module_from_config(compose("train", ["+experiment=t2i_2B", *sizes.split(), *overrides]), **options)
+            composed = compose("train", ["+experiment=t2i_2B", *sizes.split(), *overrides])
+        check_settings(composed)
+        return module_from_config(composed, **options)
 
     bundle = module("seed=1").bundle
     save_refiner(bundle, tmp_path / "export")
@@ -207,6 +210,8 @@ def test_a_text_encoder_that_is_trained_along_starts_from_an_export(official_tok
     states = [it.state_dict() for it in (bundle.text_encoder, started.text_encoder, bundle.refiner, started.refiner)]
     same = [all(torch.equal(one[name], other[name]) for name in one) for one, other in (states[:2], states[2:])]
     assert same == [True, key == "model.weights"]
+    again = bundle_from_checkpoint(checkpoint_of(started, tmp_path / "x.ckpt"))
+    assert all(torch.equal(again.text_encoder.state_dict()[name], tensor) for name, tensor in states[0].items())
     names = {f"encoder.{name}" for name in states[0]}
     assert names <= hollow.initial_weights.keys()
     assert all(torch.equal(hollow.initial_weights[name], states[0][name.removeprefix("encoder.")]) for name in names)
