@@ -113,9 +113,9 @@ def _layers(name: str, folders: Sequence[Path]) -> list[_Layer]:
     options: dict[str, str] = {}
     for default in (body or {}).pop("defaults", []):
         if isinstance(default, dict):  # override /group: option
-            (key, option), *_ = default.items()
-            group, default = key.split()[-1], f"{key.split()[-1]}/{option}"
-            options[group.strip("/")] = str(option)
+            ((key, option),) = default.items()
+            options[key.split()[-1].strip("/")] = str(option)
+            continue
         base = default[1:] if default.startswith("/") else f"{name.rpartition('/')[0]}/{default}"
         if base.startswith(tuple(f"{group}/" for group in EXPERIMENTS)):
             layers += _layers(base, folders)

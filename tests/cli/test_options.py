@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from grn.cli.entry import entry_point
@@ -42,7 +43,7 @@ def test_an_experiment_on_top_of_another(tmp_path):
     assert found == [f"~sampler.schedule.{key}" for key in ENTROPY]
 
 
-@pytest.mark.parametrize("base", ["digits_c2i", "/experiment/digits_c2i", "/experiment: digits_c2i"])
+@pytest.mark.parametrize("base", ["digits_c2i", "/experiment/digits_c2i"])
 def test_an_experiment_that_overrides_an_option_of_another(tmp_path, base):
     (tmp_path / "experiment").mkdir()
     text = f"# @package _global_\ndefaults:\n  - {base}\n  - override /sampler: linear\n"
@@ -163,6 +164,26 @@ def test_near_misses(verb, given, expected):
     assert expected in line
     assert "film_states" not in line.partition("known here")[0]
     assert "hydra" not in line
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("+experiment=digit_c2i", "there is no experiment=digit_c2i; did you mean digits_c2i or "),
+        ("sampler=lineer", "there is no sampler=lineer; did you mean linear? there are calibrated, checkpoint, "),
+        ("scores=zzz", "there is no scores=zzz; there are checkpoint, clip, "),
+        ("+experiment=of/nobody", "there is no experiment=of/nobody; there are c2i_bit_B, "),
+        ("+experiment=mine", "there is no sampler=lineer; did you mean linear? there are "),
+    ],
+)
+def test_options_that_a_group_does_not_have(argument, expected, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /sampler: lineer\n"
+    )
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(MissingConfigException) as error:
+        compose("train", [argument, f"hydra.searchpath=[file://{tmp_path}]"])
+    assert explain(error.value).startswith(expected)
 
 
 def test_near_misses_of_a_tree():
