@@ -48,7 +48,7 @@ def benchmark(
     repeats: int,
     ranks: int,
     shard_size: int | None,
-    activations: str,
+    activations: Mode,
     averages: int,
     batch_size: int | None,
     pixels: int,

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from grn.method import philox
 from grn.method.philox import Stream
-from grn.method.psi import FORMS, UPDATES, kappa_at, reverse_shares, reverse_step
+from grn.method.psi import FORMS, UPDATES, Form, Update, kappa_at, reverse_shares, reverse_step
 from grn.method.schedules import MAX_STEPS, Linear, Schedule
 from grn.runtime.errors import UserError, check, check_kinds
 
@@ -51,9 +51,9 @@ class Sampler:
     temperature: float = 1.0
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    update: str = "redraw"
+    update: Update = "redraw"
     kappa: float = 1.0
-    kappa_form: str = "constant"
+    kappa_form: Form = "constant"
     kappa_window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule, Trainer
@@ -15,6 +15,8 @@ from grn.runtime.errors import UserError, check_number
 from grn.training.restoring import REMEDY, check_optimizer_state
 
 log = logging.getLogger(__name__)
+
+Curve = Literal["constant", "cosine"]  # of a learning rate
 
 
 def check_adamw(*, learning_rate: float, betas: Sequence[float], weight_decay: float) -> None:
@@ -74,7 +76,7 @@ def planned_steps(trainer: Trainer) -> int | float:
 
 
 def learning_rate_schedule(
-    optimizer: torch.optim.Optimizer, *, name: str, warmup_steps: int, total_steps: int | float
+    optimizer: torch.optim.Optimizer, *, name: Curve, warmup_steps: int, total_steps: int | float
 ) -> Schedule:
     """Linear warm-up, then `constant`, or `cosine` down to a hundredth of the peak at `total_steps`.
 
@@ -83,7 +85,7 @@ def learning_rate_schedule(
     Raises:
         UserError: another name, or a cosine without an end.
     """
-    if name not in ("constant", "cosine"):
+    if name not in get_args(Curve):
         raise UserError(f"training.lr_schedule must be constant or cosine, got {name!r}")
     if name == "cosine" and total_steps <= 0:
         raise UserError("training.lr_schedule=cosine needs an end: give trainer.max_steps")

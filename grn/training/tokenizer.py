@@ -18,6 +18,7 @@ from grn.runtime.errors import UserError
 from grn.runtime.flops import training_flop
 from grn.runtime.trainer import is_logged
 from grn.training.optimization import (
+    Curve,
     FiniteLoss,
     adamw,
     check_adamw,
@@ -57,7 +58,7 @@ class TokenizerModule(LightningModule):
         learning_rate: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.01,
-        lr_schedule: str = "constant",
+        lr_schedule: Curve = "constant",
         warmup_steps: int = 0,
         gradient_clip: float | None = 1.0,
     ):
