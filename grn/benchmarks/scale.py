@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +33,7 @@ from grn.networks.class_refiner import ClassRefiner
 from grn.networks.text_refiner import TextRefiner
 from grn.runtime.configs import plain
 from grn.runtime.errors import UserError, check_count
+from grn.runtime.tables import show
 from grn.training.activations import Mode, checkpoint_activations
 from grn.training.fsdp import FSDP, local
 from grn.training.optimization import adamw, clip_gradients
@@ -93,7 +93,7 @@ def benchmark(
         rows = [row.result() for row in rows]
     total = 4 * parameters * (3 + averages)
     checkpoint = {"bytes": total, "files": ranks, "bytes_of_a_file": math.ceil(total / ranks)}
-    Console().print(_table(rows, parameters, ranks, shard_size, what, activations))
+    show(_table(rows, parameters, ranks, shard_size, what, activations))
     print(f"checkpoint: {total / 1e9:.1f} GB in {ranks} files of {checkpoint['bytes_of_a_file'] / 1e9:.2f} GB, "
           "an index and the rest")  # fmt: skip
     return {

@@ -13,7 +13,6 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -46,6 +45,7 @@ from grn.runtime.configs import merged, plain
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
 from grn.runtime.ranks import gather, gather_counts, join, rank_and_world_size, together
+from grn.runtime.tables import show
 from grn.runtime.wandb_login import wandb_offline
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, Refining, best_device, check_memory
@@ -379,5 +379,5 @@ def _print(metrics: dict[str, float], uncertainty: dict[str, float], subject: di
     table.add_column("value", justify="right")
     for name, value in headlines(metrics).items():
         table.add_row(name, value + (f" ± {uncertainty[name]:.4f}" if name in uncertainty else ""))
-    Console().print(table)
+    show(table)
     log.info("%d metrics: %s", len(metrics), out / "metrics.json")
