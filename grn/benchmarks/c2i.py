@@ -162,7 +162,7 @@ def measure_training(
         reference = logits if reference is None else reference
         error = ((logits - reference).norm() / reference.norm()).item()
         call = _running_as(variant, device, _step(network, predict, optimizer, averages, batch))
-        call()  # compiles, and makes the optimiser's state
+        call()  # compiles, and makes the optimizer's state
         state = [value for values in optimizer.state.values() for value in values.values()]
         held = [*network.parameters(), *(p for average in averages for p in average), *state, *batch]
         _, peak = machine.peak_memory(call, device, held=held)

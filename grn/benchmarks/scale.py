@@ -196,7 +196,7 @@ def _step(
         weights = [local(p.detach()) for p in network.parameters()]
         average = [[w.clone() for w in weights] for _ in range(averages)]
         optimizer = adamw(network, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-        for number in range(2):  # the first makes the optimiser's state
+        for number in range(2):  # the first makes the optimizer's state
             if number == 1:
                 account.begin({"weights": weights, "averages": [w for one in average for w in one]} | _state(optimizer))
             with torch.autocast("cpu", torch.bfloat16):

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from grn.media.mp4 import save_mp4
 from grn.runtime.files import write_atomically
 
-STATE_COLOURS = ((0, 158, 115), (0, 114, 178), (213, 94, 0), (48, 48, 48))  # told apart by the colour-blind, too
+STATE_COLOURS = ((0, 158, 115), (0, 114, 178), (213, 94, 0), (48, 48, 48))  # told apart by the color-blind, too
 GROUND, INK, BAR = (96, 96, 96), (235, 235, 235), (86, 180, 233)
 RING = (240, 228, 66)
 CAPTION = 14  # pixels of a line of it
 LINES = 4  # of a caption, at most
 FONTS = ((11, CAPTION), (9, 11))  # (size, pixels of a line): the smaller one where captions take more lines
 MAX_FILM_BYTES = 1_000_000  # what mails and chats take without a question
-FEW_COLOURS = 2048  # of a frame whose 256 are chosen by median cut: greys and flat colours stay exact
+FEW_COLOURS = 2048  # of a frame whose 256 are chosen by median cut: grays and flat colors stay exact
 SORTED = 200  # samples in a sorted grid
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 STEP_SIZE = (1600, 6400)  # width and height at most of what films and pages show of each step
@@ -142,7 +142,7 @@ def _indexed(frame: Image.Image) -> Image.Image:
     few = functools.partial(frame.quantize, 256, dither=Image.Dither.NONE)
     if frame.getcolors(FEW_COLOURS) is not None:
         return few()
-    # Pillow's median cut takes thirty times as long as its octree; nearest colours undo what that is coarser.
+    # Pillow's median cut takes thirty times as long as its octree; nearest colors undo what that is coarser.
     return frame.quantize(palette=few(method=Image.Quantize.FASTOCTREE), dither=Image.Dither.NONE)
 
 

@@ -4,7 +4,7 @@ The authors' update draws every token anew: prediction k with probability s, els
 probability 1 - kappa, and else takes the exact reverse step of the corruption from the signal ratio t to s: of a
 token i and its prediction k, among K classes, class j has the probability
 
-    [(t/s) (i = j) + (1 - t/s)/K] [s (j = k) + (1 - s)/K], normalised over j.
+    [(t/s) (i = j) + (1 - t/s)/K] [s (j = k) + (1 - s)/K], normalized over j.
 
 A mixture of three: i stays, k takes its place, or any class does. Both keep the share of signal of every t.
 """

@@ -79,7 +79,7 @@ class Step:
     `Refinement` was given.
 
     index: int64 [n] (CPU), how many steps each sample has taken before. t, t_next: float64 [n] on the CPU. entropy:
-    float32 [n], normalised to [0, 1]. tokens: the map the network saw; predicted: the tokens sampled from it, and those
+    float32 [n], normalized to [0, 1]. tokens: the map the network saw; predicted: the tokens sampled from it, and those
     that are given; kept: where the next map takes them (bool); stayed: where it has the tokens of this one (bool);
     token_entropy: of each token's conditional prediction, in nats; all [n, D, T, H, W].
     """

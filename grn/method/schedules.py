@@ -32,7 +32,7 @@ class Schedule(Protocol):
         ...
 
     def plan(self, entropy: Tensor) -> Tensor:
-        """Total number of steps int64 [B] from the normalised entropy [B] at step `decide_at`."""
+        """Total number of steps int64 [B] from the normalized entropy [B] at step `decide_at`."""
         ...
 
     def signal_ratio(self, step: int | Tensor, total: Tensor) -> Tensor:

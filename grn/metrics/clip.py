@@ -23,7 +23,7 @@ BATCH = 64  # images or texts of a call
 
 
 class CLIPEncoder:
-    """Normalised CLIP features of images and of texts, of a folder or repository as transformers writes it.
+    """Normalized CLIP features of images and of texts, of a folder or repository as transformers writes it.
 
     Args:
         path: a folder, or a repository on the Hub.

@@ -76,7 +76,7 @@ def checkpoint_to_resume(config: DictConfig) -> Checkpoint | None:
             )
     if "lr_schedulers" not in checkpoint.contents:
         raise UserError(
-            f"ckpt_path={wanted}: {path} has no optimiser state (callbacks.milestones.save_weights_only=true): no run "
+            f"ckpt_path={wanted}: {path} has no optimizer state (callbacks.milestones.save_weights_only=true): no run "
             "can resume from it; give another one"
         )
     if (weights := config.model.get("weights")) and weights != trained.model.get("weights"):

@@ -1,4 +1,4 @@
-"""Optimisation shared by all modules: parameter groups, warm-up, clipping, finite losses."""
+"""Optimization shared by all modules: parameter groups, warm-up, clipping, finite losses."""
 
 import logging
 import math
@@ -56,8 +56,8 @@ def adamw(
 
 
 class Schedule(LambdaLR):
-    """A `LambdaLR` that takes nothing but the step from a checkpoint: its rates are those of its own optimiser and
-    function. The optimiser's state is loaded first."""
+    """A `LambdaLR` that takes nothing but the step from a checkpoint: its rates are those of its own optimizer and
+    function. The optimizer's state is loaded first."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = state_dict if isinstance(state_dict, dict) else {}
@@ -71,7 +71,7 @@ class Schedule(LambdaLR):
 
 
 def planned_steps(trainer: Trainer) -> int | float:
-    """Optimiser steps of the run; infinitely many where `fast_dev_run` breaks it off after a few."""
+    """Optimizer steps of the run; infinitely many where `fast_dev_run` breaks it off after a few."""
     return math.inf if getattr(trainer, "fast_dev_run", False) else trainer.max_steps
 
 

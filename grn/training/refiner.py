@@ -149,7 +149,7 @@ class RefinerModule(LightningModule):
     def tokenize(self, batch: dict[str, Any]) -> Tensor:
         """A batch's `pixels`, uint8 [B, 3, T, H, W], or its packed `bits` -> int64 tokens [B, D, T', h, w].
 
-        Pixels are encoded in the tokenizer's own precision, whatever the trainer's: tokens are what is learnt.
+        Pixels are encoded in the tokenizer's own precision, whatever the trainer's: tokens are what is learned.
         """
         if "bits" in batch:
             return unpack_bits(
@@ -271,7 +271,7 @@ class RefinerModule(LightningModule):
             ) * self.trainer.world_size + self.global_rank
         return torch.tensor([key_id(key) % 2**32 for key in batch["key"]], device=self.device)
 
-    # --- optimisation -----------------------------------------------------------------------------------------------
+    # --- optimization -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = adamw(

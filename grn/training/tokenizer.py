@@ -32,7 +32,7 @@ from grn.training.restoring import check_count_of_states, check_weights
 class TokenizerModule(LightningModule):
     """Autoencoder and, where `gan_weight` > 0, its discriminator.
 
-    Optimised by hand, since there may be two optimisers; `global_step` counts the autoencoder's steps alone.
+    Optimized by hand, since there may be two optimizers; `global_step` counts the autoencoder's steps alone.
 
     Args:
         network: the tokenizer, trained.
@@ -177,7 +177,7 @@ class TokenizerModule(LightningModule):
             for name, value in scores.compute().items():
                 self.log(f"val/{prefix}{name}", value, prog_bar=name == "psnr")
 
-    # --- optimisation -----------------------------------------------------------------------------------------------
+    # --- optimization -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[list, list]:
         networks = [self.network] + ([] if self.discriminator is None else [self.discriminator])

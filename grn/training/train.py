@@ -164,7 +164,7 @@ def _run(config: DictConfig) -> dict[str, float]:
 
 
 def _of_batch(config: DictConfig) -> str:
-    """What a learning rate goes with: samples (of packs: packs) in an optimiser step."""
+    """What a learning rate goes with: samples (of packs: packs) in an optimizer step."""
     batch, accumulated = config.data.get("batch_size"), config.trainer.accumulate_grad_batches
     if batch is None:  # of a mixture, parts may differ
         return ""

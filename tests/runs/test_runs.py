@@ -113,7 +113,7 @@ def test_a_milestone_without_optimiser_state_is_not_gone_on_from(config, tmp_pat
     contents = torch.load(folder / "last.ckpt", weights_only=True)
     del contents["lr_schedulers"]
     torch.save(contents, folder / "step_00000100.ckpt")
-    with pytest.raises(UserError, match=r"step_00000100\.ckpt has no optimiser state .*give another one"):
+    with pytest.raises(UserError, match=r"step_00000100\.ckpt has no optimizer state .*give another one"):
         checkpoint_to_resume(config(f"ckpt_path={folder}/step_00000100.ckpt", "trainer.max_steps=200"))
     with pytest.raises(UserError, match=r"overwrite=true leaves milestones where they are: remove .*step_00000100"):
         checkpoint_to_resume(config("overwrite=true", "trainer.max_steps=200"))

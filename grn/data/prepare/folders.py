@@ -39,7 +39,7 @@ class ClassFolders(Source):
     """`<root>/<class>/**/*.jpg` (`IMAGE_SUFFIXES`), as torchvision's ImageFolder has it, or, as in ImageNet,
     `<root>/{train,val}/<class>/**/*.jpg`.
 
-    Labels are the places of the sorted class names. Images are centre-cropped and re-encoded. What else
+    Labels are the places of the sorted class names. Images are center-cropped and re-encoded. What else
     there is is counted.
 
     Args:
@@ -263,7 +263,7 @@ class CaptionedImages(CaptionedFiles):
     """A folder of `x.jpg` (`IMAGE_SUFFIXES`) with `x.txt` or `x.json`, see `CaptionedFiles`; without: rejected.
 
     Args:
-        image_size: centre-crop the images to this height and width and encode them again; None: their bytes stay.
+        image_size: center-crop the images to this height and width and encode them again; None: their bytes stay.
         format: where re-encoded: png (lossless), jpg or webp.
         quality: of jpg and webp, 1 to 100.
     """
@@ -438,7 +438,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def encode(image: Image.Image, format: Format, quality: int) -> bytes:
-    """Pixels alone: colour profiles and the like, which readers pass over, are left out."""
+    """Pixels alone: color profiles and the like, which readers pass over, are left out."""
     image.info.clear()
     options = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "quality": quality}}
     options["jpg"] = {"format": "JPEG", "quality": quality, "subsampling": 0}
