@@ -43,7 +43,7 @@ def config(tmp_path):
 def test_a_run_whose_steps_are_done_says_so(config, tmp_path, caplog):
     """To scripts that call again, what was measured; to who asks to go on, how."""
     for place in ("last", "best", f"{tmp_path}/digits_tokenizer/checkpoints/last.ckpt"):
-        for steps in (100, 60, 0):
+        for steps in (100, 60, 1):
             with pytest.raises(UserError, match=rf"of step 100 already, and .*={steps} .*raise it to continue"):
                 train(config(f"ckpt_path={place}", f"trainer.max_steps={steps}"))
         for steps in (101, -1):
