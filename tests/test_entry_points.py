@@ -107,7 +107,7 @@ def test_questions_are_answered_without_torch(told, names):
 
 def test_help_explains_keys(told):
     page, whole = (said for _, said, _ in told([["train", "--help"], ["train", "--help-all"]]))
-    explained = "seed: 0                 # of initialisation, data order, corruption and pictures"
+    explained = "seed: 0                 # of initialization, data order, corruption and pictures"
     assert explained in page
     assert "python -m grn.train +experiment=digits_c2i ckpt_path=last" in page
     assert "warmup_steps" not in page  # a key of training=refiner

@@ -38,7 +38,7 @@ MEDIA = {"Samples": ["sample/grid", "sample/film"], "Tokenizer": ["reconstructio
 
 
 def workspace(entity: str, project: str) -> ws.Workspace:
-    """A section for each of `PLOTS`, its pictures first, over optimiser steps, runs grouped by their experiment."""
+    """A section for each of `PLOTS`, its pictures first, over optimizer steps, runs grouped by their experiment."""
     sections = []
     for name, plots in PLOTS.items():
         panels = [wr.MediaBrowser(title=key, media_keys=[key], num_columns=1) for key in MEDIA.get(name, [])]

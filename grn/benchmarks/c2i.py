@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from omegaconf import DictConfig
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -23,6 +22,7 @@ from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.errors import UserError
 from grn.runtime.flops import forward_flop, training_flop
+from grn.runtime.tables import show
 from grn.sampling.refinement import Refinement, finished
 from grn.training.activations import Mode, checkpoint_activations
 from grn.training.optimization import adamw, clip_gradients
@@ -99,9 +99,8 @@ def benchmark(
         row["share_of_matmul"] = row["flop_per_second"] / rates[row["dtype"]]
         peak = get_available_flops(device, getattr(torch, row["dtype"]))
         row["mfu"] = row["flop_per_second"] / peak if peak else None
-    console = Console()
-    console.print(_table(rows, device))
-    console.print(
+    show(_table(rows, device))
+    print(
         f"training: batch {batch_size}, {_three_digits(rows['training'][0]['flop_per_image'] / 1e9)} GFLOP an image; "
         f"sampling: batch {sample_batch_size}, {measured_steps} of {steps} steps measured, "
         f"{_three_digits(rows['sampling'][0]['flop_per_image'] / 1e9)} GFLOP an image; matrix products: "
@@ -163,7 +162,7 @@ def measure_training(
         reference = logits if reference is None else reference
         error = ((logits - reference).norm() / reference.norm()).item()
         call = _running_as(variant, device, _step(network, predict, optimizer, averages, batch))
-        call()  # compiles, and makes the optimiser's state
+        call()  # compiles, and makes the optimizer's state
         state = [value for values in optimizer.state.values() for value in values.values()]
         held = [*network.parameters(), *(p for average in averages for p in average), *state, *batch]
         _, peak = machine.peak_memory(call, device, held=held)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from grn.benchmarks import machine
@@ -16,6 +15,7 @@ from grn.method.schedules import EntropyGuided, Linear
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
 from grn.runtime.errors import UserError
+from grn.runtime.tables import show
 from grn.sampling.calibration import fit
 from grn.sampling.loading import load_refiner
 from grn.sampling.refinement import Refined, Refinement, finished
@@ -87,7 +87,7 @@ def benchmark(
         row["ratio_per_step"] = row["ratio"] / (row["steps_mean"] / reference["steps_mean"])
         row["within_bar"] = row["ratio_per_step"] <= BAR
     sizes = {"num": num, "batch_size": batch_size, "parameters": sum(p.numel() for p in network.parameters())}
-    Console().print(_table(rows, sizes, device))
+    show(_table(rows, sizes, device))
     return {
         "sizes": sizes,
         "ckpt": ckpt,

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +33,7 @@ from grn.networks.class_refiner import ClassRefiner
 from grn.networks.text_refiner import TextRefiner
 from grn.runtime.configs import plain
 from grn.runtime.errors import UserError, check_count
+from grn.runtime.tables import show
 from grn.training.activations import Mode, checkpoint_activations
 from grn.training.fsdp import FSDP, local
 from grn.training.optimization import adamw, clip_gradients
@@ -48,7 +48,7 @@ def benchmark(
     repeats: int,
     ranks: int,
     shard_size: int | None,
-    activations: str,
+    activations: Mode,
     averages: int,
     batch_size: int | None,
     pixels: int,
@@ -93,7 +93,7 @@ def benchmark(
         rows = [row.result() for row in rows]
     total = 4 * parameters * (3 + averages)
     checkpoint = {"bytes": total, "files": ranks, "bytes_of_a_file": math.ceil(total / ranks)}
-    Console().print(_table(rows, parameters, ranks, shard_size, what, activations))
+    show(_table(rows, parameters, ranks, shard_size, what, activations))
     print(f"checkpoint: {total / 1e9:.1f} GB in {ranks} files of {checkpoint['bytes_of_a_file'] / 1e9:.2f} GB, "
           "an index and the rest")  # fmt: skip
     return {
@@ -196,7 +196,7 @@ def _step(
         weights = [local(p.detach()) for p in network.parameters()]
         average = [[w.clone() for w in weights] for _ in range(averages)]
         optimizer = adamw(network, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-        for number in range(2):  # the first makes the optimiser's state
+        for number in range(2):  # the first makes the optimizer's state
             if number == 1:
                 account.begin({"weights": weights, "averages": [w for one in average for w in one]} | _state(optimizer))
             with torch.autocast("cpu", torch.bfloat16):

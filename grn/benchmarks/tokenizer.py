@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +19,7 @@ from grn.checkpoints.native import build_network, load_tokenizer
 from grn.method import hbq
 from grn.networks.tokenizer import HBQTokenizer, for_inference
 from grn.runtime.errors import UserError
+from grn.runtime.tables import show
 
 PEAK_TO_PEAK = 2.0  # pixels are in [-1, 1]
 CPU_STREAM_WIDTH = 16  # on a CPU the full network would take minutes over a long clip
@@ -61,14 +61,13 @@ def benchmark(
     tokenizer.check_video((batch_size, 3, 1, image_size, image_size))
     for count in stream.frames:
         streamed.check_video((1, 3, count, stream_size, stream_size))
-    console = Console()
     variants = [variant for variant in VARIANTS if compile or not variant.compile]
     rates, rows = measure_images(tokenizer, variants, device, repeats, image_size=image_size, batch_size=batch_size)
     for name, measured in rows.items():
-        console.print(_image_table(f"{name}: {batch_size} x {image_size}x{image_size}", measured, device))
-    console.print("matrix products: " + ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items()))
+        show(_image_table(f"{name}: {batch_size} x {image_size}x{image_size}", measured, device))
+    print("matrix products: " + ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items()))
     memory = measure_streams(streamed, device, frames=stream.frames, image_size=stream_size)
-    console.print(_stream_table(f"clips in a stream: {stream_size}x{stream_size}", memory, device))
+    show(_stream_table(f"clips in a stream: {stream_size}x{stream_size}", memory, device))
     return {
         "matmul_flop_per_second": rates,
         "sizes": {"batch_size": batch_size, "image_size": image_size, "model": tokenizer.config, "ckpt": ckpt},

@@ -18,7 +18,7 @@ from grn.training.restoring import REMEDY, check_weights
 
 
 class EMA(Callback):
-    """Averages `module.network` after every optimiser step: ema = decay*ema + (1 - decay)*weights.
+    """Averages `module.network` after every optimizer step: ema = decay*ema + (1 - decay)*weights.
 
     Validation, and with it every picture and score of a run, sees the average of decay `use`. All of them are in every
     checkpoint, under `ema.<decay>.<parameter>`, by way of the module's `checkpoint_extras`. An average starts from the
@@ -29,7 +29,7 @@ class EMA(Callback):
         decays: one average each.
         use: the decay that is validated and sampled from; one of `decays`.
         side_stream: average on a stream of its own, while the next batch goes through the network; done before the
-            next optimiser step and before anybody looks. On CUDA alone: elsewhere nothing changes.
+            next optimizer step and before anybody looks. On CUDA alone: elsewhere nothing changes.
     """
 
     def __init__(self, decays: list[float], use: float, side_stream: bool = False):
@@ -67,7 +67,7 @@ class EMA(Callback):
             }
         self._restored = None
         pl_module.initial_averages = {}
-        # The module's, so that checkpoints without the state of callbacks and optimisers have them, too.
+        # The module's, so that checkpoints without the state of callbacks and optimizers have them, too.
         pl_module.checkpoint_extras |= {"ema": self.averages, "ema_use": self.use}
         self._last_step = trainer.global_step
         self._stream = _stream_on(pl_module.device) if self.side_stream else None
@@ -100,7 +100,7 @@ class EMA(Callback):
 
     def _join(self) -> None:
         """What is asked of the device from now on waits for the averages. Checkpoints wait by themselves, since those
-        without optimisers ask no callback (`grn.training.checkpoint_io.finish`)."""
+        without optimizers ask no callback (`grn.training.checkpoint_io.finish`)."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 

@@ -6,12 +6,12 @@ from grn.runtime.errors import UserError
 
 
 class Milestones(ModelCheckpoint):
-    """Keeps `step_<step>.ckpt` every so many optimiser steps.
+    """Keeps `step_<step>.ckpt` every so many optimizer steps.
 
     Args:
         dirpath: the folder.
         every_n_train_steps: 0 keeps none.
-        save_weights_only: leaves optimiser state out, half of a checkpoint. What is left, averages too, can be sampled,
+        save_weights_only: leaves optimizer state out, half of a checkpoint. What is left, averages too, can be sampled,
             scored and exported, but no run can go on from it.
     """
 

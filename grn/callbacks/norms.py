@@ -26,7 +26,7 @@ class LogNorms(Callback):
     device. Of a compiled network there are no activations: its blocks are parts of one graph.
 
     Args:
-        every_n_steps: optimiser steps from one to the next; 0: off.
+        every_n_steps: optimizer steps from one to the next; 0: off.
         histograms: the distributions of gradients and weights go to W&B, too.
 
     Raises:

@@ -27,7 +27,7 @@ SILENCE = 20  # seconds without a batch, after a signal, for which a step that c
 
 
 class SaveOnSigterm(Callback):
-    """After a SIGTERM to any rank, all save at the end of the same optimiser step, and `SIGTERMException` ends the fit.
+    """After a SIGTERM to any rank, all save at the end of the same optimizer step, and `SIGTERMException` ends the fit.
 
     So they do after Ctrl-C, SIGHUP (a terminal that was closed) and submitit's SIGUSR2. The exception's argument is the
     signal's number. Another Ctrl-C ends the process at once.

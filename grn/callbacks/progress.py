@@ -1,4 +1,4 @@
-"""A progress bar in optimiser steps."""
+"""A progress bar in optimizer steps."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from grn.runtime.trainer import Trainer
 class Progress(RichProgressBar):
     """Lightning's rich bar without epochs, which an endless stream does not have, and without the logger's version.
 
-    It counts optimiser steps of `trainer.max_steps`, also of a run that goes on or accumulates gradients.
+    It counts optimizer steps of `trainer.max_steps`, also of a run that goes on or accumulates gradients.
     """
 
     @property

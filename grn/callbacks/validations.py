@@ -8,7 +8,7 @@ from grn.runtime.trainer import Trainer
 def is_last_validation(trainer: Trainer) -> bool:
     """Whether no validation will follow before the run's last step.
 
-    Validations are counted in batches, the run in optimiser steps of `accumulate_grad_batches` each.
+    Validations are counted in batches, the run in optimizer steps of `accumulate_grad_batches` each.
     """
     if trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:  # the latter: by `trainer.validate`
         return True

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def consolidate(config: DictConfig) -> Path:
     """Writes `out`, from which training goes on, too, as from the folder; returns its path.
 
-    It takes as much memory as the file is large: weights, averages and optimiser state in float32.
+    It takes as much memory as the file is large: weights, averages and optimizer state in float32.
     """
     path = find_checkpoint(config.ckpt)
     if not is_sharded_checkpoint(path):

@@ -1,6 +1,6 @@
 """Our own checkpoints: Lightning's, that know their config, their averages and their tokenizer.
 
-Such a file, or folder (grn/checkpoints/sharded.py), holds what Lightning puts there (`state_dict`, optimiser, loops,
+Such a file, or folder (grn/checkpoints/sharded.py), holds what Lightning puts there (`state_dict`, optimizer, loops,
 data position) and beside it
 
 - `config`: the resolved config of the run, plain containers;

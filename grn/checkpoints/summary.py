@@ -14,6 +14,7 @@ from grn.checkpoints.exported import PARTS, PIPELINE
 from grn.checkpoints.native import find_checkpoint, read_checkpoint
 from grn.checkpoints.official_class_refiner import is_official_class_refiner
 from grn.runtime.errors import UserError
+from grn.runtime.tables import show as show_table
 from grn.weights.kinds import CONFIG, INDEX, WEIGHTS, is_sharded_checkpoint
 from grn.weights.pretrained import read_config, read_marked_json
 from grn.weights.reading import read_untrusted
@@ -58,7 +59,6 @@ def show(path: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, title=str(path))
@@ -66,7 +66,7 @@ def show(path: str, *, as_json: bool) -> None:
         if isinstance(value, Mapping):
             value = ", ".join(f"{name}={part}" for name, part in value.items())
         table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    show_table(table)
 
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:

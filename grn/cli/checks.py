@@ -8,11 +8,11 @@ from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from grn.data.manifest import how_to_make, read_manifest, token_manifest
 from grn.runtime.config_folder import CONF
-from grn.runtime.errors import UserError
+from grn.runtime.errors import UserError, check_count
 from grn.runtime.ranks import place
 from grn.weights.kinds import HUB, INDEX, checkpoints_at, is_pretrained
 from grn.weights.releases import check_task_given, find_release
@@ -23,6 +23,10 @@ OF_TOKENS = ("grn.data.tokens", "grn.data.text_tokens")
 # Of a cluster's keys, those that say how to train; others say where a command runs.
 OF_TRAINING = ("accelerator", "strategy", "precision", "matmul_precision")
 OF_TRAINING += ("activation_checkpointing", "compile", "compile_mode")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+# What Lightning takes besides: other names of these, and what a library brings.
+OTHER_PRECISIONS = ("32", "bf16", "16", "64", "transformer-engine", "transformer-engine-float16")
+MATMUL_PRECISIONS = ("highest", "high", "medium")  # torch's
 
 
 def is_for(cluster: str, verb: str) -> bool:
@@ -34,10 +38,12 @@ def check_cluster(config: DictConfig, running: DictConfig | HydraConf) -> None:
     """Of every command, before its job is submitted, too; `running`: Hydra's part of the config.
 
     Raises:
-        UserError: the command has no use for what was chosen of the group `cluster`, or for one of its keys.
+        UserError: the command has no use for what was chosen of the group `cluster`, or for one of its keys, or one has
+            a value that it cannot have.
     """
     if "cluster" not in config:
         return
+    _check_values(config.cluster)
     verb, cluster = running.job.config_name, running.runtime.choices.get("cluster")
     if verb == "train":
         if cluster == "none":
@@ -53,6 +59,30 @@ def check_cluster(config: DictConfig, running: DictConfig | HydraConf) -> None:
         tasks = place()[2] if cluster == "none" else config.cluster.devices * config.cluster.num_nodes
         if tasks != 1:
             raise UserError(f"grn.sample is one process, and each of {tasks} would draw all: take cluster=slurm")
+
+
+def _check_values(cluster: DictConfig) -> None:
+    if "num_nodes" in cluster:
+        check_count("cluster.num_nodes", cluster.num_nodes)
+    if "devices" in cluster and not _are_devices(cluster.devices):
+        raise UserError(
+            f"cluster.devices={cluster.devices} must be auto, a number of at least 1, or a list of devices' numbers"
+        )
+    for key, values, others in (
+        ("precision", PRECISIONS, OTHER_PRECISIONS),
+        ("matmul_precision", MATMUL_PRECISIONS, ()),
+    ):
+        if key in cluster and str(cluster[key]) not in (*values, *others):
+            raise UserError(f"cluster.{key}={cluster[key]} must be one of {', '.join(values)}")
+
+
+def _are_devices(value: Any) -> bool:
+    """What Lightning takes: of texts, "2" and "0,1", too; -1 is all."""
+    if isinstance(value, str):
+        return value in ("auto", "-1") or (all(part.strip().isdigit() for part in value.split(",")) and value != "0")
+    if isinstance(value, ListConfig):
+        return bool(value) and all(type(number) is int and number >= 0 for number in value)
+    return type(value) is int and (value == -1 or value > 0)
 
 
 def _jobs() -> str:

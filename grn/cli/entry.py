@@ -23,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from grn.cli.checks import check_cluster, check_given
 from grn.cli.help import page
-from grn.cli.options import outlived
+from grn.cli.options import folder_at, folders_of, outlived
 from grn.cli.words import trial_of_a_sweep, without_dashes
 from grn.data.manifest import read_manifest
 from grn.runs.sweeps import Failed
@@ -121,11 +121,11 @@ def entry_point(
                 given = _parsed(sys.argv[1:])
                 if given.shell_completion:
                     return _complete(command, given.overrides)
-                folders = [Path(given.config_dir).absolute()] if given.config_dir else []
                 _check_arguments(given.overrides)
                 searches = any(argument.startswith("+search=") for argument in given.overrides)
                 sweep = given.multirun or searches or "hydra.mode=MULTIRUN" in given.overrides
                 overrides = literal(given.overrides, sweep=sweep)
+                folders = folders_of(given.config_dir, overrides, given.config_name or config_name)
                 overrides = [*outlived(overrides, CONF, folders), *overrides]
                 overrides += trial_of_a_sweep(overrides) if config_name == "train" else []
                 overrides.sort(key=lambda it: it.startswith("+debug="))  # on top of the experiment, in any order
@@ -204,11 +204,8 @@ def _drop_outlived(config: DictConfig) -> None:
     running = HydraConfig.get()
     if running.mode != RunMode.MULTIRUN:
         return
-    folders = [
-        Path(source.path)
-        for source in running.runtime.config_sources
-        if source.schema == "file" and source.path != str(CONF)
-    ]
+    sources = [it for it in running.runtime.config_sources if it.provider not in ("hydra", "main", "schema")]
+    folders = [folder for it in sources if (folder := folder_at(f"{it.schema}://{it.path}")) is not None]
     for argument in outlived(running.overrides.task, CONF, folders):
         name, _, value = argument.partition("=")
         parent, _, key = name.lstrip("~").rpartition(".")

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf, open_dict
 
 from grn.cli.checks import is_for
+from grn.cli.options import searchpath
 from grn.runtime.config_folder import own_groups
 
 # What is added to a config, +experiment=..., and is no part of it otherwise.
@@ -23,20 +22,16 @@ def page(
     config_name: str, overrides: Sequence[str], conf: Path, folders: Sequence[Path] = (), *, every: bool = False
 ) -> str:
     """The text; `folders` of configs beside `conf`. (Hydra's own `--help` composes the config a hundred times.)"""
-    searchpath = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
     with initialize_config_dir(str(conf), version_base="1.3"):
-        config = compose(config_name, [*overrides, *searchpath], return_hydra_config=True)
-        loader = GlobalHydra.instance().config_loader()
+        config = compose(config_name, [*searchpath(folders), *overrides], return_hydra_config=True)
         chosen = {
             group: option
             for group, option in reversed(config.hydra.runtime.choices.items())
             if group != PATHS and not group.startswith(("hydra/", "cli"))
         }
-        own = own_groups(conf / f"{config_name}.yaml")
-        names = [*(f"+{group}" for group in ADDED.get(config_name, ())), *(g for g in chosen if every or g in own)]
-        groups = {
-            name: loader.get_group_options(name.lstrip("+").partition("@")[0], ObjectType.CONFIG) for name in names
-        }
+    own = own_groups(conf / f"{config_name}.yaml")
+    names = [*(f"+{group}" for group in ADDED.get(config_name, ())), *(g for g in chosen if every or g in own)]
+    groups = {name: _options(name.lstrip("+").partition("@")[0], (conf, *folders)) for name in names}
     header, footer = config.hydra.help.header, config.hydra.help.footer
     lines = [header.strip()]
     if "cluster" in groups:  # each command takes some of them (`grn.cli.checks.check_cluster`)
@@ -49,7 +44,7 @@ def page(
     if every:
         for group, option in chosen.items():
             folder = group.partition("@")[0]
-            for path in (root / folder / f"{option}.yaml" for root in (*folders, conf)):
+            for path in (root / folder / f"{option}.yaml" for root in (conf, *folders)):
                 if path.is_file() and (keys := _keys(path)):
                     lines += ["", f"== {group}={option} ==", *keys]
                     break
@@ -57,6 +52,10 @@ def page(
             del config["hydra"]
         lines += ["", "== Config (override anything: key.subkey=value) ==", OmegaConf.to_yaml(config).rstrip()]
     return "\n".join((*lines, "", footer.rstrip()))
+
+
+def _options(group: str, folders: Sequence[Path]) -> list[str]:
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def _keys(path: Path) -> list[str]:

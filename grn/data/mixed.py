@@ -52,15 +52,22 @@ class MixedDataModule(LightningDataModule):
             part.setup(stage if name in self.drawn else "validate")
 
     def train_dataloader(self) -> "MixedLoader":
-        length = None if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches
         loaders = {name: part.train_dataloader() for name, part in self.drawn.items()}
         return MixedLoader(
             loaders,
             {name: self.weights[name] for name in loaders},
             seed=self.seed,
-            length=length,
+            length=self._train_length(),
             repeated=repeated_batches(self.trainer),
         )
+
+    def _train_length(self) -> int | None:
+        """Batches in the trainer's run."""
+        if self.trainer is None:
+            return None
+        if self.trainer.max_steps <= 0:
+            raise UserError("trainer.max_steps must be given: a mixture of data has no epochs, and so no other end")
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def val_dataloader(self) -> list[DataLoader]:
         return [part.val_dataloader() for part in self.parts.values()]

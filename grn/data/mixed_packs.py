@@ -66,7 +66,7 @@ class MixedPacksDataModule(MixedDataModule):
             tokens=len,
             mixture=Mixture(parts, [self.weights[name] for name in self.drawn], self.seed),
             seed=self.seed,
-            length=None if self.trainer is None else self.trainer.max_steps * self.trainer.accumulate_grad_batches,
+            length=self._train_length(),
             repeated=repeated_batches(self.trainer),
             key=parts[0].key,
             **{name: getattr(parts[0], name) for name in SHARED},

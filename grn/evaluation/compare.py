@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 from PIL import Image
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from grn.runs.listing import MAX_METRICS, MAX_PICTURE, read_config
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import read_bounded, write_text
+from grn.runtime.tables import show
 
 SPREAD = {"isc_mean": "isc_std", "kid_mean": "kid_std"}  # what papers write behind these
 BESIDE = ("settings", "provenance", "uncertainty", "metrics", "shown", "steps_histogram", "steps_by_class", "sampler")
@@ -57,19 +57,18 @@ def compare(config: DictConfig) -> Path:
         ("settings that differ", *differences(results)),
         ("metrics", *measured(results)),
     ]
-    console = Console()
     for title, heads, rows in tables:
         if not rows:
-            console.print(f"{title}: none")
+            print(f"{title}: none")
             continue
         printed = Table(title=title)
         for number, head in enumerate(heads):
             printed.add_column(escape(head), overflow="fold", no_wrap=number == 0)
         for row in rows:
             printed.add_row(*map(escape, row))
-        console.print(printed)
+        show(printed)
     path = write_text(Path(config.out) / "compare.html", _page(tables, results, config.samples))
-    console.print(f"written: {path}", soft_wrap=True, markup=False)
+    print(f"written: {path}")
     return path
 
 

@@ -13,7 +13,6 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -46,6 +45,7 @@ from grn.runtime.configs import merged, plain
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
 from grn.runtime.ranks import gather, gather_counts, join, rank_and_world_size, together
+from grn.runtime.tables import show
 from grn.runtime.wandb_login import wandb_offline
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.generation import Batch, Refining, best_device, check_memory
@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 
 SHOWN, COLUMNS = 100, 10  # samples in the grid, and in a row of it
 ARCHIVE = "samples.npz"
+OF_SAMPLES = ("num", "seed", "batch_size", "sampler")  # keys that say how a refiner draws samples
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -80,7 +81,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         if suite is not None:
             if not isinstance(model, TextRefinerBundle):
                 raise UserError(f"suite={suite.name} has prompts, and {config.ckpt} is no text refiner: leave it out")
-            if HydraConfig.initialized() and any(it.startswith("num=") for it in HydraConfig.get().overrides.task):
+            if "num" in _keys_given():
                 raise UserError(
                     f"num={config.num}: suite={suite.name} draws suite.samples of each prompt: leave num out"
                 )
@@ -94,6 +95,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
                 raise UserError("images=true keeps the samples of a refiner: leave it out for a tokenizer")
             if mode != "default":
                 raise UserError(f"compile_mode={mode} is for refiners: leave it out for a tokenizer")
+            for key in _keys_given():
+                if key.partition(".")[0] in OF_SAMPLES:
+                    raise UserError(f"{key} says how a refiner draws samples: leave it out for a tokenizer")
             for_inference(model, dtype=torch.bfloat16 if config.bf16 else None, compile=config.compile)
         elif config.compile:
             compile_network(model.network, device, key="compile", mode=mode)
@@ -244,6 +248,12 @@ def _settings(
     return settings(**found, **told)
 
 
+def _keys_given() -> list[str]:
+    """Of the command line; called from Python, none."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    return [override.partition("=")[0].lstrip("+~") for override in given]
+
+
 def _out(config: DictConfig, wanted: dict[str, Any]) -> Path:
     given = True
     if HydraConfig.initialized():  # else called from Python, where `out` is named
@@ -369,5 +379,5 @@ def _print(metrics: dict[str, float], uncertainty: dict[str, float], subject: di
     table.add_column("value", justify="right")
     for name, value in headlines(metrics).items():
         table.add_row(name, value + (f" ± {uncertainty[name]:.4f}" if name in uncertainty else ""))
-    Console().print(table)
+    show(table)
     log.info("%d metrics: %s", len(metrics), out / "metrics.json")

@@ -65,7 +65,7 @@ def write_card(folder: Path, *, results: Path, license: str | None = None) -> Pa
         rows = "\n".join(f"| {metric} | {value} |" for metric, value in scores.items())
         lines += ["## Scores", f"| metric | value |\n|---|---|\n{rows}", _settings(found)]
     if license is None:
-        lines += ["## Licence", "Not stated."]
+        lines += ["## License", "Not stated."]
     return write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n")
 
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 MAX_PROFILE_BYTES = 4 * 2**20  # those of printing presses have two
-MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> Pillow's mode of such pictures
-UNSEEN = 2  # of 255: profiles that change no colour by more are those of sRGB itself
+MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # color space of a profile -> Pillow's mode of such pictures
+UNSEEN = 2  # of 255: profiles that change no color by more are those of sRGB itself
 
 WHITE_NITS = 203.0  # what HDR video shows diffuse white at, ITU-R BT.2408
 HLG_PEAK_NITS, HLG_GAMMA = 1000.0, 1.2  # of the display that HLG is defined on, ITU-R BT.2100
@@ -25,11 +25,11 @@ PQ, HLG = 16, 18  # FFmpeg's numbers of transfer functions
 
 
 class ProfileError(Exception):
-    """A colour profile that cannot be used with its picture."""
+    """A color profile that cannot be used with its picture."""
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """A picture whose colours an ICC profile tells -> RGB as sRGB has it.
+    """A picture whose colors an ICC profile tells -> RGB as sRGB has it.
 
     Args:
         image: of mode L, RGB or CMYK.

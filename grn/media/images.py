@@ -46,7 +46,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A file of one of `IMAGE_FORMATS` -> RGB, or RGBA where it has transparency; upright, in sRGB.
 
-    Turned as EXIF says; 16-bit grey is scaled to 8 bits; colours are as the ICC profile says; of an animation the first
+    Turned as EXIF says; 16-bit gray is scaled to 8 bits; colors are as the ICC profile says; of an animation the first
     frame. A JPEG may lack its end marker.
 
     Raises:
@@ -86,7 +86,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Any mode of `IMAGE_FORMATS` -> RGB, or RGBA where it has transparency, of 8 bits a channel, in sRGB."""
     profile, alpha = image.info.get("icc_profile"), None
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
         grey = np.asarray(image).astype(np.float64)
         image = Image.fromarray(np.clip(np.round(grey / 257.0), 0, 255).astype(np.uint8))
     elif image.has_transparency_data:
@@ -118,12 +118,12 @@ def to_rgb(image: Image.Image, *, background: str = "white") -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The centre square as in ADM's preprocessing; see `resize_and_crop`."""
+    """The center square as in ADM's preprocessing; see `resize_and_crop`."""
     return resize_and_crop(image, size, size, max_pixels=max_pixels)
 
 
 def resize_and_crop(image: Image.Image, height: int, width: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Halved by boxes while that is possible, resized bicubically until it just covers height x width, its centre cut.
+    """Halved by boxes while that is possible, resized bicubically until it just covers height x width, its center cut.
 
     Args:
         image: any size; one of this size is returned as it is.
@@ -147,7 +147,7 @@ def cover_and_crop(
     max_pixels: int = MAX_PIXELS,
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Image.Image:
-    """Resized in one go until it just covers height x width, its centre cut; arguments as of `resize_and_crop`.
+    """Resized in one go until it just covers height x width, its center cut; arguments as of `resize_and_crop`.
 
     By Lanczos, it is how the authors bring the first frame of image to video to the size of the clip.
     """

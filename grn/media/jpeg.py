@@ -1,6 +1,6 @@
 """Tells JPEG files without an end marker from truncated ones.
 
-Decoders fill up what is missing with grey and say nothing. So the file is decoded with several endings: where all of
+Decoders fill up what is missing with gray and say nothing. So the file is decoded with several endings: where all of
 its picture is there, none of them shows.
 """
 

@@ -1,6 +1,6 @@
 """Videos out of frames: H.264 in MP4 by PyAV, frame by frame, so that memory does not grow with their length.
 
-Colours are converted by BT.709, whatever the size, and the stream says so: where it did not, readers would guess by the
+Colors are converted by BT.709, whatever the size, and the stream says so: where it did not, readers would guess by the
 size.
 """
 
@@ -39,7 +39,7 @@ def write_mp4(frames: Iterable[Tensor], target: BinaryIO, *, fps: float, quality
     """Encodes frames as they come. The bytes depend on the arguments alone.
 
     Args:
-        frames: uint8 [3, H, W] each, RGB, one or more, all of one size; H and W even, as H.264 halves the colours.
+        frames: uint8 [3, H, W] each, RGB, one or more, all of one size; H and W even, as H.264 halves the colors.
         target: a writable, seekable file.
         fps: frames a second, as `frame_rate` has it.
         quality: x264's constant rate factor, 0 (largest) to 51.

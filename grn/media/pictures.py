@@ -15,13 +15,16 @@ from torch.nn import functional as F
 from grn.media.mp4 import save_mp4
 from grn.runtime.files import write_atomically
 
-STATE_COLOURS = ((0, 158, 115), (0, 114, 178), (213, 94, 0), (48, 48, 48))  # told apart by the colour-blind, too
+STATE_COLOURS = ((0, 158, 115), (0, 114, 178), (213, 94, 0), (48, 48, 48))  # told apart by the color-blind, too
 GROUND, INK, BAR = (96, 96, 96), (235, 235, 235), (86, 180, 233)
 RING = (240, 228, 66)
-CAPTION = 14  # pixels
+CAPTION = 14  # pixels of a line of it
+LINES = 4  # of a caption, at most
+FONTS = ((11, CAPTION), (9, 11))  # (size, pixels of a line): the smaller one where captions take more lines
 MAX_FILM_BYTES = 1_000_000  # what mails and chats take without a question
-FEW_COLOURS = 2048  # of a frame whose 256 are chosen by median cut: greys and flat colours stay exact
+FEW_COLOURS = 2048  # of a frame whose 256 are chosen by median cut: grays and flat colors stay exact
 SORTED = 200  # samples in a sorted grid
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 STEP_SIZE = (1600, 6400)  # width and height at most of what films and pages show of each step
 
 
@@ -31,25 +34,53 @@ def grid(
     """uint8 [N, 3, H, W] -> one picture, row by row, as square as may be; `scale` enlarges each pixel.
 
     Args:
-        captions: N texts, one below each image, cut to its width.
+        captions: N texts, one below each image, in as many lines as it takes at its width, `LINES` at most.
     """
     if captions is None:
         return single(_tiled(images, columns, scale))
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     height, width = (2 + length * scale for length in images.shape[-2:])
     rows = math.ceil(len(images) / columns)
-    picture = Image.new("RGB", (columns * width + 2, rows * (height + CAPTION) + 2), GROUND)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = 2 + place % columns * width, 2 + place // columns * (height + CAPTION)
+    texts, font, line = _set(captions, width - 4)
+    below = line * max(map(len, texts))
+    picture = Image.new("RGB", (columns * width + 2, rows * (height + below) + 2), GROUND)
+    draw = ImageDraw.Draw(picture)
+    for place, (image, text) in enumerate(zip(images, texts, strict=True)):
+        left, top = 2 + place % columns * width, 2 + place // columns * (height + below)
         tile = single(image).resize((width - 2, height - 2), Image.Resampling.NEAREST)
         picture.paste(tile, (left, top))
-        text = _cut(caption, width - 4, font)
-        draw.text((left + width // 2 - 1, top + height - 2), text, fill=INK, font=font, anchor="ma")
+        for number, words in enumerate(text):
+            place = left + width // 2 - 1, top + height - 2 + number * line
+            draw.text(place, words, fill=INK, font=font, anchor="ma")
     return picture
 
 
-def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _set(captions: Sequence[str], width: int) -> tuple[list[list[str]], Font, int]:
+    """(The lines of each in so many pixels, at least one and at most `LINES`; their font; pixels of a line)."""
+    for size, line in FONTS:
+        font = ImageFont.load_default(size)
+        texts = [_lines(caption, width, font) for caption in captions]
+        if max(map(len, texts)) <= LINES:
+            return texts, font, line
+    return [[*text[: LINES - 1], _cut(" ".join(text[LINES - 1 :]), width, font)] for text in texts], font, line
+
+
+def _lines(text: str, width: int, font: Font) -> list[str]:
+    """The text, broken between words, and in those that are longer than a line."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _cut(text: str, width: int, font: Font) -> str:
     """The text, or its beginning and an ellipsis, in so many pixels."""
     if font.getlength(text) <= width:
         return text
@@ -111,7 +142,7 @@ def _indexed(frame: Image.Image) -> Image.Image:
     few = functools.partial(frame.quantize, 256, dither=Image.Dither.NONE)
     if frame.getcolors(FEW_COLOURS) is not None:
         return few()
-    # Pillow's median cut takes thirty times as long as its octree; nearest colours undo what that is coarser.
+    # Pillow's median cut takes thirty times as long as its octree; nearest colors undo what that is coarser.
     return frame.quantize(palette=few(method=Image.Quantize.FASTOCTREE), dither=Image.Dither.NONE)
 
 

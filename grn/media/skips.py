@@ -52,7 +52,7 @@ class Note(Enum):
     """What is not right about a sample that is used all the same; the value is what people read."""
 
     NO_END_MARKER = "JPEG without its end marker"
-    BAD_PROFILE = "colour profile that cannot be used"
+    BAD_PROFILE = "color profile that cannot be used"
     CUT_CAPTION = "caption cut, longer than text_encoder.max_length"
 
 

@@ -52,7 +52,7 @@ DECODERS = (
 FAR = 10**6  # seconds, after the end of any video
 ROUNDING = Fraction(1, 1000)  # seconds; Matroska rounds times to this
 STRANGEST_PIXEL = 4  # of a pixel's longer side to the shorter; what claims more is mistaken. Of DVDs it is 1.42
-UNSPECIFIED = 2  # FFmpeg's number for a colour matrix that the stream does not name
+UNSPECIFIED = 2  # FFmpeg's number for a color matrix that the stream does not name
 SAMPLE_COUNTS = {b"stsz": 8, b"trun": 4}  # boxes of an MP4's index, where in them the number of samples stands
 # By the signs of the display matrix's (a, b, c, d): x' = ax + cy, y' = bx + dy, y downwards.
 TRANSPOSITIONS: dict[tuple[int, ...], Image.Transpose] = {
@@ -130,7 +130,7 @@ class Video:
         return (pts - self.first_pts) * self.time_base
 
     def to_rgb(self, frame: av.VideoFrame) -> Image.Image:
-        """Any pixel format -> upright RGB of 8 bits a channel, by the frame's own colour matrix and range.
+        """Any pixel format -> upright RGB of 8 bits a channel, by the frame's own color matrix and range.
 
         HDR (PQ, HLG) becomes what video of standard range would show. Pixels become square: the width alone is made to
         fit, as players do.

@@ -17,7 +17,7 @@ def signal_ratio(seed: int, ids: Tensor, step: int, *, mean: float, std: float, 
     """Training's signal ratios t = shift(sigmoid(std*n + mean), alpha), n ~ N(0, 1): float32 [B] in (0, 1).
 
     Class-conditional refiners use mean -0.8 and std 0.8, text refiners -1.3 and 1.3. `ids` int64 [B] are positions in
-    the global batch, `step` is the optimiser step: the draw does not depend on how the batch is spread over ranks.
+    the global batch, `step` is the optimizer step: the draw does not depend on how the batch is spread over ranks.
     """
     t = torch.sigmoid(philox.normal(seed, Stream.SIGNAL_RATIO, ids, step) * std + mean)
     return t if alpha == 1 else shift(t, alpha)

@@ -4,10 +4,12 @@ The authors' update draws every token anew: prediction k with probability s, els
 probability 1 - kappa, and else takes the exact reverse step of the corruption from the signal ratio t to s: of a
 token i and its prediction k, among K classes, class j has the probability
 
-    [(t/s) (i = j) + (1 - t/s)/K] [s (j = k) + (1 - s)/K], normalised over j.
+    [(t/s) (i = j) + (1 - t/s)/K] [s (j = k) + (1 - s)/K], normalized over j.
 
 A mixture of three: i stays, k takes its place, or any class does. Both keep the share of signal of every t.
 """
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +17,9 @@ from torch import Tensor
 from grn.method import philox
 from grn.method.philox import Stream
 
-UPDATES = ("redraw", "psi")
-FORMS = ("constant", "rescaled")
+Update = Literal["redraw", "psi"]
+Form = Literal["constant", "rescaled"]
+UPDATES, FORMS = get_args(Update), get_args(Form)
 
 
 def reverse_shares(t: Tensor, s: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +36,7 @@ def reverse_shares(t: Tensor, s: Tensor, classes: int) -> tuple[Tensor, Tensor, 
     return a * (1 - s) / left, s * (1 - a) / left, either / (1 + (classes - 1) * a * s)
 
 
-def kappa_at(t: Tensor, s: Tensor, kappa: float, form: str, window: tuple[float, float]) -> Tensor:
+def kappa_at(t: Tensor, s: Tensor, kappa: float, form: Form, window: tuple[float, float]) -> Tensor:
     """kappa of a step from t to s, float64 [n]; 1 (the reverse step alone) where t is outside `low <= t < high`.
 
     `rescaled`: as ReMDM's rescaled schedule does with masks (arXiv 2503.00307), of the largest share of known tokens

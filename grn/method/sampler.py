@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from grn.method import philox
 from grn.method.philox import Stream
-from grn.method.psi import FORMS, UPDATES, kappa_at, reverse_shares, reverse_step
+from grn.method.psi import FORMS, UPDATES, Form, Update, kappa_at, reverse_shares, reverse_step
 from grn.method.schedules import MAX_STEPS, Linear, Schedule
 from grn.runtime.errors import UserError, check, check_kinds
 
@@ -51,9 +51,9 @@ class Sampler:
     temperature: float = 1.0
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    update: str = "redraw"
+    update: Update = "redraw"
     kappa: float = 1.0
-    kappa_form: str = "constant"
+    kappa_form: Form = "constant"
     kappa_window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
@@ -79,7 +79,7 @@ class Step:
     `Refinement` was given.
 
     index: int64 [n] (CPU), how many steps each sample has taken before. t, t_next: float64 [n] on the CPU. entropy:
-    float32 [n], normalised to [0, 1]. tokens: the map the network saw; predicted: the tokens sampled from it, and those
+    float32 [n], normalized to [0, 1]. tokens: the map the network saw; predicted: the tokens sampled from it, and those
     that are given; kept: where the next map takes them (bool); stayed: where it has the tokens of this one (bool);
     token_entropy: of each token's conditional prediction, in nats; all [n, D, T, H, W].
     """

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from grn.method.corruption import shift
 from grn.runtime.errors import check, check_kinds
 
 MAX_STEPS = 10_000  # every step is a call of the network
+Grid = Literal["linear", "cosine", "shifted"]
 
 
 class Schedule(Protocol):
@@ -31,7 +32,7 @@ class Schedule(Protocol):
         ...
 
     def plan(self, entropy: Tensor) -> Tensor:
-        """Total number of steps int64 [B] from the normalised entropy [B] at step `decide_at`."""
+        """Total number of steps int64 [B] from the normalized entropy [B] at step `decide_at`."""
         ...
 
     def signal_ratio(self, step: int | Tensor, total: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class EntropyGuided:
     offset: float = -620.0
     min_steps: int = 20
     max_steps: int = 50
-    grid: str = "linear"
+    grid: Grid = "linear"
     alpha: float = 1.0
     cap: float = 0.999
 
@@ -137,7 +138,7 @@ class EntropyGuided:
         check(self.warmup >= 1, "sampler.schedule.warmup", "at least 1", self.warmup)
         check(self.min_steps > self.warmup, "sampler.schedule.min_steps", "above warmup", self.min_steps)
         check(self.max_steps >= self.min_steps, "sampler.schedule.max_steps", "at least min_steps", self.max_steps)
-        check(self.grid in GRIDS, "sampler.schedule.grid", f"one of {', '.join(GRIDS)}", self.grid)
+        check(self.grid in get_args(Grid), "sampler.schedule.grid", f"one of {', '.join(get_args(Grid))}", self.grid)
         _check_shift(self.alpha, self.cap)
 
     @property
@@ -170,9 +171,6 @@ class EntropyGuided:
 
 
 FIXED = {schedule.grid: schedule for schedule in (Linear, Cosine, Shifted)}  # by the grid they follow
-
-
-GRIDS = tuple(FIXED)
 
 
 def grid_of(schedule: Schedule) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Hessel et al., arXiv 2104.08718; as papers report it (and torchmetrics computes 
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,13 @@ from grn.metrics.splits import Split, image_batches
 from grn.runtime.errors import UserError
 from grn.weights.from_transformers import load_network, load_pretrained
 
-AGAINST = ("prompts", "val", "train")
+Against = Literal["prompts", "val", "train"]
 EXAMPLE = "openai/clip-vit-large-patch14"
 BATCH = 64  # images or texts of a call
 
 
 class CLIPEncoder:
-    """Normalised CLIP features of images and of texts, of a folder or repository as transformers writes it.
+    """Normalized CLIP features of images and of texts, of a folder or repository as transformers writes it.
 
     Args:
         path: a folder, or a repository on the Hub.
@@ -106,7 +106,7 @@ class CLIPScore:
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
         prompts: Sequence[str] | None = None,
-        against: str = "prompts",
+        against: Against = "prompts",
         bf16: bool | None = None,
     ):
         self.check(None, path=path, prompts=prompts, against=against, bf16=bf16)
@@ -127,7 +127,7 @@ class CLIPScore:
         *,
         path: str,
         prompts: Sequence[str] | None = None,
-        against: str = "prompts",
+        against: Against = "prompts",
         bf16: bool | None = None,
     ) -> None:
         """As `GenerationScores.check`."""
@@ -135,8 +135,8 @@ class CLIPScore:
             raise UserError(
                 f"scores.clip.path={path}: give CLIP's folder, or a repository such as openai/clip-vit-large-patch14"
             )
-        if against not in AGAINST:
-            raise UserError(f"scores.clip.against={against}: choose among {', '.join(AGAINST)}")
+        if against not in get_args(Against):
+            raise UserError(f"scores.clip.against={against}: choose among {', '.join(get_args(Against))}")
         if bf16 not in (None, True, False):
             raise UserError(f"scores.clip.bf16={bf16} must be true, false or null")
         if against == "prompts" and not prompts:

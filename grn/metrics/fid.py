@@ -69,7 +69,7 @@ class GenerationScores:
             `reference` and all generated ones are kept: 4 bytes a feature.
         kid_subsets, kid_subset_size: it is the mean over so many random subsets of so many images.
         prc: whether to report precision and recall.
-        prc_neighborhood: an image's ball reaches to its neighbour of this number.
+        prc_neighborhood: an image's ball reaches to its neighbor of this number.
 
     Raises:
         UserError: naming the key, for an extractor, weights or a reference that cannot be had or do not fit together.

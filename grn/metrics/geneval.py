@@ -1,4 +1,4 @@
-"""GenEval (Ghosh et al., arXiv 2310.11513): are the objects that a prompt asks for there, in number, colour and place?
+"""GenEval (Ghosh et al., arXiv 2310.11513): are the objects that a prompt asks for there, in number, color and place?
 
 The rules are functions of detections; which detector they are from does not matter. Their prompts come as lines of
 JSON: `tag`, `prompt`, `include` and, for counting, `exclude`, each a list of {class, count[, color][, position]}.
@@ -23,11 +23,11 @@ from grn.weights.from_transformers import load_network, load_pretrained
 
 CONFIDENCE, COUNTING_CONFIDENCE = 0.3, 0.9  # that a detection must exceed; of prompts that count
 MOST = 16  # detections of a class that are looked at, the surest first
-MARGIN = 0.1  # of the sum of both boxes' sides, by which centres must be apart
+MARGIN = 0.1  # of the sum of both boxes' sides, by which centers must be apart
 DIRECTION = 0.5  # share of the offset that lies along an axis, from which on it counts as that direction
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
-GROUND = 0x99  # grey around an object whose colour is read
+GROUND = 0x99  # gray around an object whose color is read
 EXAMPLE = "facebook/mask2former-swin-small-coco-instance"
 # COCO's classes as detectors name them -> as the prompts do.
 NAMES = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant"}
@@ -83,14 +83,14 @@ def relations(a: Detection, b: Detection) -> set[str]:
 def is_right(
     asked: Mapping[str, Any],
     detections: Sequence[Detection],
-    colours: Callable[[Sequence[Detection]], Sequence[str]],
+    colors: Callable[[Sequence[Detection]], Sequence[str]],
 ) -> bool:
     """Whether an image shows what its prompt asks for.
 
     Args:
         asked: a line of the prompts.
         detections: on the image.
-        colours: tells the colour of each of some detections of one class.
+        colors: tells the color of each of some detections of one class.
     """
     objects = found(detections, counting=asked["tag"] == "counting")
     groups: list[list[Detection] | None] = []
@@ -99,7 +99,7 @@ def is_right(
         own = objects.get(wanted["class"], [])[: wanted["count"]]
         matched = len(own) >= wanted["count"]
         if matched and "color" in wanted:
-            matched = list(colours(own)).count(wanted["color"]) >= wanted["count"]
+            matched = list(colors(own)).count(wanted["color"]) >= wanted["count"]
         if matched and "position" in wanted:
             relation, number = wanted["position"]
             others = groups[number]
@@ -180,7 +180,7 @@ class Mask2Former:
 
 
 class ColourReader:
-    """Tells colours of objects, zero-shot by CLIP: the object alone on grey, cut out by its box."""
+    """Tells colors of objects, zero-shot by CLIP: the object alone on gray, cut out by its box."""
 
     def __init__(self, encoder: CLIPEncoder):
         self.encoder = encoder
@@ -194,7 +194,7 @@ class ColourReader:
         return [COLOURS[best] for best in (features @ self._of(objects[0].name).T).argmax(dim=1).tolist()]
 
     def _of(self, name: str) -> Tensor:
-        """The direction of each colour, [colours, width]."""
+        """The direction of each color, [colors, width]."""
         if name not in self._directions:
             texts = [template.format(colour=colour, name=name) for colour in COLOURS for template in TEMPLATES]
             features = self.encoder.texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
@@ -203,7 +203,7 @@ class ColourReader:
 
 
 def cut_out(image: Tensor, detection: Detection) -> Tensor:
-    """The object, uint8 [3, h, w]: what lies around its mask is grey."""
+    """The object, uint8 [3, h, w]: what lies around its mask is gray."""
     image = image.cpu()
     if detection.mask is not None:
         image = torch.where(detection.mask, image, torch.full_like(image, GROUND))
@@ -222,8 +222,8 @@ class GenEval:
     Args:
         asked: the lines of the prompts, by the numbers that `update` gets.
         detector: a folder or repository of Mask2Former; or any `Detector`.
-        clip: a folder or repository of CLIP, which tells colours.
-        colours: instead, what tells them: (image, objects of one class) -> their colours.
+        clip: a folder or repository of CLIP, which tells colors.
+        colors: instead, what tells them: (image, objects of one class) -> their colors.
         train, val, cache_dir: not used.
         device: where the networks run.
         bf16: as `CLIPEncoder`'s.
@@ -240,7 +240,7 @@ class GenEval:
         asked: Sequence[Mapping[str, Any]],
         detector: str | Detector,
         clip: str | None = None,
-        colours: Callable[[Tensor, Sequence[Detection]], Sequence[str]] | None = None,
+        colors: Callable[[Tensor, Sequence[Detection]], Sequence[str]] | None = None,
         train: Split | None = None,
         val: Split | None = None,
         device: torch.device | str = "cpu",
@@ -250,11 +250,11 @@ class GenEval:
         check_prompts(asked)
         self.detector = Mask2Former(detector, device=device, bf16=bf16) if isinstance(detector, str) else detector
         check_prompts(asked, self.detector.names)
-        if colours is None:
+        if colors is None:
             if clip is None:
-                raise UserError("scores.geneval.clip must be given: CLIP, which tells colours")
-            colours = ColourReader(CLIPEncoder(clip, device=device, bf16=bf16, key="scores.geneval.clip"))
-        self.asked, self.colours = list(asked), colours
+                raise UserError("scores.geneval.clip must be given: CLIP, which tells colors")
+            colors = ColourReader(CLIPEncoder(clip, device=device, bf16=bf16, key="scores.geneval.clip"))
+        self.asked, self.colors = list(asked), colors
         self.counts = Totals(2, len(asked), dtype=torch.int64).to(device)  # images, right ones
 
     def update(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
@@ -262,7 +262,7 @@ class GenEval:
         added = torch.zeros(2, len(self.asked), dtype=torch.int64)
         for image, number in zip(images, labels.tolist()):
             right = is_right(
-                self.asked[number], self.detector(image), lambda objects, image=image: self.colours(image, objects)
+                self.asked[number], self.detector(image), lambda objects, image=image: self.colors(image, objects)
             )
             added[:, number] += torch.tensor([1, int(right)])
         self.counts.update(added)

@@ -15,7 +15,7 @@ CHUNK = 4096  # training images compared at a time
 class NearestTrainingDistance:
     """Distances to the nearest training image, of generated and of real held-out images.
 
-    The distance is the root mean square over the pixels of the difference of the grey images, in [0, 1]. `compute`
+    The distance is the root mean square over the pixels of the difference of the gray images, in [0, 1]. `compute`
     gives `nn_median_generated`, `nn_median_val`, `nn_median_ratio` (generated over held-out: near 1 where generated
     images are as new as real new ones, 0 where they are training images) and the deciles
     `nn_decile_{1..9}_{generated,val}`. The whole training split is held on `device` (4 bytes a pixel), so it is a

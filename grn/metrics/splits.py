@@ -61,7 +61,7 @@ def of_kind(split: Split, *, clips: bool, name: str) -> Split:
 
 
 def same_sizes(samples: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
-    """The samples of a batch, in their order, in tensors [B, ...] of neighbours of one size."""
+    """The samples of a batch, in their order, in tensors [B, ...] of neighbors of one size."""
     if isinstance(samples, Tensor):
         yield samples
         return
@@ -112,5 +112,5 @@ def image_digest(batches: Iterable[Tensor]) -> str:
 
 
 def grey(pixels: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 [B, H, W] in [0, 1], the mean of the colours."""
+    """uint8 [B, 3, H, W] -> float32 [B, H, W] in [0, 1], the mean of the colors."""
     return pixels.float().mean(dim=1) / 255

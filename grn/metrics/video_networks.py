@@ -81,7 +81,7 @@ class I3D(nn.Module):
 class TorchvisionVideo(nn.Module):
     """One of torchvision's 18-layer networks (Tran et al., arXiv 1711.11248): 512 features, before the last layer.
 
-    Frames are resized to 112x112 and normalised as the network's own transforms do; of these, the cut of the centre is
+    Frames are resized to 112x112 and normalized as the network's own transforms do; of these, the cut of the center is
     left out, so that the whole frame counts.
 
     Args:

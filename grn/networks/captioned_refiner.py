@@ -1,4 +1,4 @@
-"""A text refiner and the text encoder that is trained along with it, as one network: to optimise, average and shard."""
+"""A text refiner and the text encoder that is trained along with it, as one network: to optimize, average and shard."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Layers of both refiners, and how their parameters are initialised."""
+"""Layers of both refiners, and how their parameters are initialized."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ class Initialized(nn.Module):
         raise NotImplementedError
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """(Re)initialises all parameters and tables, also after `to_empty` on a module made on the meta device."""
+        """(Re)initializes all parameters and tables, also after `to_empty` on a module made on the meta device."""
         for tensor, fill in self.initializers(generator):
             fill(tensor)
 

@@ -8,7 +8,7 @@ import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ class PretrainedT5(TextEncoder):
         path: str,
         weights: str | None = None,
         tokenizer: str | None = None,
-        dtype: str = "bfloat16",
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
         max_length: int = 512,
         clean_captions: bool = False,
     ):

@@ -189,7 +189,7 @@ class HBQTokenizer(Pretrained, nn.Module):
 
     def _encode(self, video: Tensor, cache: "CausalCache | None" = None) -> Tensor:
         video = video.to(self.encoder.stem.weight.dtype)
-        # Colour, then column offset, then row offset.
+        # Color, then column offset, then row offset.
         patches = rearrange(video, "b c t (h dh) (w dw) -> b (c dw dh) t h w", dh=PATCH, dw=PATCH)
         features = self.encoder(_channels_last(patches), cache)
         return features.float().tanh()  # float32: the bins of HBQ are finer than bfloat16 near ±1
@@ -522,7 +522,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """L2-normalises [N, C, ...] over C, times sqrt(C) and a gain per channel; in float32, returned like the input.
+    """L2-normalizes [N, C, ...] over C, times sqrt(C) and a gain per channel; in float32, returned like the input.
 
     That is the root mean square's norm over the last axis, for which there are fused kernels; channels-last tensors
     reach them without a copy.

@@ -76,7 +76,7 @@ def checkpoint_to_resume(config: DictConfig) -> Checkpoint | None:
             )
     if "lr_schedulers" not in checkpoint.contents:
         raise UserError(
-            f"ckpt_path={wanted}: {path} has no optimiser state (callbacks.milestones.save_weights_only=true): no run "
+            f"ckpt_path={wanted}: {path} has no optimizer state (callbacks.milestones.save_weights_only=true): no run "
             "can resume from it; give another one"
         )
     for key in ("model.weights", "text_encoder.weights"):

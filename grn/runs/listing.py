@@ -37,7 +37,7 @@ class Run:
     """A run folder as it is now.
 
     name: the folder as seen from `paths.runs`. kind: `refiner` (of classes), `text refiner`, `tokenizer`, or None where
-    its config does not say. step: optimiser steps that were taken, as far as its curves and scores tell. max_steps:
+    its config does not say. step: optimizer steps that were taken, as far as its curves and scores tell. max_steps:
     that are planned. writer: the process that writes there now, in words; None: none. checkpoint: the newest. scores:
     name -> value, of training and then of evaluation. updated: seconds since the epoch, of the newest curve or
     checkpoint. problems: a line for each file that cannot be read.

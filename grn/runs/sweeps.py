@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from grn.runtime.errors import UserError
 from grn.runtime.files import write_json, write_text
 from grn.runtime.ranks import place
+from grn.runtime.tables import show
 
 # What `monitor: null` means: the first of these that was measured.
 MONITORED = ("eval/fid", "fid", "rfid", "val/psnr", "psnr", "val/loss")
@@ -92,7 +93,6 @@ class SweepTable(Callback):
         rows, columns = table(Path(config.hydra.sweep.dir), config.monitor)
         if not rows or place()[0] > 0:
             return
-        from rich.console import Console
         from rich.table import Table
 
         printed = Table(title=str(Path(config.hydra.sweep.dir) / "table.csv"))
@@ -100,7 +100,7 @@ class SweepTable(Callback):
             printed.add_column(column)
         for row in rows:
             printed.add_row(*(_short(row.get(column)) for column in columns))
-        Console().print(printed)
+        show(printed)
         monitored = _monitored(rows[0], config.monitor)
         drawn: dict[str, Any] = {"table": rows}
         for key in columns[1:]:
@@ -114,7 +114,7 @@ class SweepTable(Callback):
             number = _number(rows[0][key])
             best = None if number is None or monitored is None else (number, float(rows[0][monitored]))
             pictures.save(pictures.curve_chart(title, curves, best), path)
-            Console().print(f"drawn: {path}")
+            print(f"drawn: {path}")
             drawn[path.stem] = path
         _log_to_run(config, drawn)
 

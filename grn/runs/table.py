@@ -8,6 +8,7 @@ from pathlib import Path
 from grn.metrics.headlines import headlines
 from grn.runs.listing import Run, find_runs, newest_pictures
 from grn.runtime.errors import UserError
+from grn.runtime.tables import show
 
 SCORES = 2  # of a run, in its row
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
@@ -25,17 +26,15 @@ def show_runs(folder: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([as_plain(run) for run in runs], indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("run", "kind", "step", "scores", "written", "picture")
     for run in runs:
         table.add_row(*row_of(run))
-    console = Console()
-    console.print(table if runs else f"no runs in {folder}")
+    show(table) if runs else print(f"no runs in {folder}")
     for run in runs:
         for problem in run.problems:
-            console.print(problem, markup=False)
+            print(problem)
 
 
 def as_plain(run: Run) -> dict[str, object]:

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from grn.runtime.errors import UserError
-from grn.runtime.near_misses import near_misses
+from grn.runtime.near_misses import near_misses, near_names
 from grn.runtime.secrets import cut_line
 
 # What a user can mend; anything else is a bug and keeps its traceback.
@@ -70,11 +70,22 @@ def _explanation(error: BaseException) -> str:
             what, key = ambiguous.groups()
             return f"{what} may be a list ({key}=[...]), a sweep (add -m) or a text ('{key}=\"...\"'): say which"
     if isinstance(error, MissingConfigException):
-        return str(error).partition("Config search path")[0]
+        return _unknown_option(error)
     if isinstance(error, InstantiationException) and len(chain) > 1:
         where = re.search(r"full_key: (\S+)", str(error))
         return f"{where.group(1) if where else 'config'}: {_one_line(str(chain[-1]))}"
     return str(error)
+
+
+def _unknown_option(error: MissingConfigException) -> str:
+    said, missing = str(error).partition("Config search path")[0], error.missing_cfg_file or ""
+    group = re.search(r"options in '([^']*)'", said)
+    if not error.options or group is None:
+        return said
+    name = missing.removeprefix(f"{group[1]}/")
+    near = near_names(name, error.options)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"there is no {group[1]}={name}; {hint}there are {', '.join(error.options)}"
 
 
 def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:

@@ -1,7 +1,7 @@
-"""Suggestions for config keys that do not exist, from the whole tree of keys."""
+"""Suggestions for config keys that do not exist, from the whole tree of keys, and for other names."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from omegaconf import DictConfig
 
@@ -48,16 +48,21 @@ def near_misses(key: str, config: DictConfig) -> list[str]:
     parent, _, name = key.rpartition(".")
     known = {other: other.rpartition(".")[2] for other in _keys(config)}
     siblings = {leaf: other for other, leaf in known.items() if other.rpartition(".")[0] == parent}
-    found = [siblings[leaf] for leaf in difflib.get_close_matches(name, siblings, n=MOST, cutoff=LIKE)]
+    found = [siblings[leaf] for leaf in near_names(name, siblings)]
     by_depth = sorted(known, key=lambda other: other.count("."))
     for wanted in (name, *ALIASES.get(name, ())):
         found += [other for other in by_depth if known[other] == wanted]
     if not found:
-        leaves = difflib.get_close_matches(name, set(known.values()), n=MOST, cutoff=LIKE)
+        leaves = near_names(name, set(known.values()))
         found += [other for leaf in leaves for other in by_depth if known[other] == leaf]
     if not found and name in OF_SCHEDULES and "sampler" in config:
         found += ["sampler.schedule.steps, with sampler=linear,"]
     return list(dict.fromkeys(found))[:MOST]
+
+
+def near_names(name: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are like one that is not among them, the likeliest first, at most three."""
+    return difflib.get_close_matches(name, list(names), n=MOST, cutoff=LIKE)
 
 
 def _keys(config: DictConfig, above: str = "") -> Iterator[str]:

@@ -17,5 +17,5 @@ else:
 
 
 def is_logged(trainer: Any, step: int) -> bool:
-    """Whether what happens in optimiser step `step`, from 0, is logged."""
+    """Whether what happens in optimizer step `step`, from 0, is logged."""
     return (step + 1) % trainer.log_every_n_steps == 0

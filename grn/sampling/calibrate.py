@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -18,6 +17,7 @@ from grn.method.schedules import EntropyGuided
 from grn.runtime.errors import UserError, check_count
 from grn.runtime.files import write_json
 from grn.runtime.ranks import gather, join, rank_and_world_size, together
+from grn.runtime.tables import show
 from grn.sampling.calibration import TOLERANCE, decision_entropies, fit, steps_taken, wanted_spread
 from grn.sampling.generation import best_device, check_memory
 from grn.sampling.loading import load_refiner
@@ -133,4 +133,4 @@ def _print(measured: dict[str, dict[str, int | float]], target: float) -> None:
         steps = (f"{row['steps_mean']:.2f}", f"{row['steps_std']:.2f}", str(row["steps_min"]), str(row["steps_max"]))
         entropy = f"{row['entropy_mean']:.4f} ({row['entropy_min']:.4f}-{row['entropy_max']:.4f})"
         table.add_row(name, str(row["samples"]), *steps, entropy)
-    Console().print(table)
+    show(table)

@@ -46,7 +46,7 @@ class PipelineOutput:
     images: a list of Pillow's; uint8 [N, 3, H, W] (output_type="pt"); float32 [N, H, W, 3] in [0, 1] ("np"); or None
     (of clips, and with "latent"). frames: of clips, a list of those of each, uint8 [N, T, 3, H, W], float32
     [N, T, H, W, 3], or None; `grn.media.mp4.save_mp4(frames[0], "clip.mp4", fps=16)` writes one of the second. tokens:
-    int64 [N, D, T', h, w]. steps: int64 [N], taken. entropy: float32 [N], normalised to [0, 1], of the last prediction.
+    int64 [N, D, T', h, w]. steps: int64 [N], taken. entropy: float32 [N], normalized to [0, 1], of the last prediction.
     seed: what draws the same samples again; of several generators, a list. height, width, num_frames: of each
     sample, in pixels and frames.
     """

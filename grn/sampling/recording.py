@@ -16,7 +16,7 @@ STATES = ("filled", "kept", "erased", "blank")
 class Moment:
     """One step of B samples, on the CPU; of samples that are done, their last one.
 
-    taken int64 [B]: steps with this one. t float64 [B]: the signal ratio after it. entropy float32 [B], normalised to
+    taken int64 [B]: steps with this one. t float64 [B]: the signal ratio after it. entropy float32 [B], normalized to
     [0, 1]. seen, predicted uint8 [B, D, L, h, w]: the map that the network saw, and what it predicted (HBQ has 256
     classes at most). states uint8, likewise, as in `STATES`. uncertainty float32 [B, L, h, w]: the entropy of each
     position in nats, a mean over its tokens.

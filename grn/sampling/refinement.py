@@ -100,9 +100,9 @@ class Erasure:
 class Refined:
     """tokens int64 [B, D, T, H, W] on the device; the rest on the CPU.
 
-    steps int64 [B]: taken. entropy float32 [B]: normalised, of the last prediction. decision_entropy float32 [B]: of
+    steps int64 [B]: taken. entropy float32 [B]: normalized, of the last prediction. decision_entropy float32 [B]: of
     the step whose entropy decides in an entropy-guided schedule; of the first step in a fixed one. trace float32
-    [B, max_steps]: the normalised entropy of every step, NaN beyond the last. Given tokens that are never drawn do not
+    [B, max_steps]: the normalized entropy of every step, NaN beyond the last. Given tokens that are never drawn do not
     count.
     """
 

@@ -76,7 +76,7 @@ def start_from_image(
 
 
 def positions_to_redraw(mask: Image.Image, positions: tuple[int, int]) -> Tensor:
-    """The positions of a map of (rows, columns) whose pixels, in the centre of its shape, are white anywhere.
+    """The positions of a map of (rows, columns) whose pixels, in the center of its shape, are white anywhere.
 
     Transparent pixels count as black: a mask may be a layer on which something white was painted.
 

@@ -1,4 +1,4 @@
-"""Critters: cartoon creatures in colour whose every attribute is known, with captions; unlimited, made on the spot.
+"""Critters: cartoon creatures in color whose every attribute is known, with captions; unlimited, made on the spot.
 
 They are drawn by DiceBear's style "critters" (CC0 1.0): `pip install '.[critters]'`. Its other CC0 styles are read by
 `grn.toys.dicebear`.

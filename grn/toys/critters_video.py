@@ -1,4 +1,4 @@
-"""Captioned clips of critters that hop, turn, blink, move and grow: text to video in colour, with the truth known.
+"""Captioned clips of critters that hop, turn, blink, move and grow: text to video in color, with the truth known.
 
 Motions are DiceBear's options (translate, rotate, scale; the eyes' variant), frame by frame. They need
 `pip install '.[critters]'`.

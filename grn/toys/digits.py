@@ -83,7 +83,7 @@ def split_digits(labels: np.ndarray, val: int, seed: int) -> tuple[np.ndarray, n
 
 
 def render(digit: np.ndarray, size: int) -> bytes:
-    """A digit [8, 8] with values in [0, 16] -> PNG of `size` x `size` grey RGB pixels, enlarged bicubically."""
+    """A digit [8, 8] with values in [0, 16] -> PNG of `size` x `size` gray RGB pixels, enlarged bicubically."""
     enlarged = Image.fromarray(digit.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.clip(np.round(np.asarray(enlarged) * (255 / 16)), 0, 255).astype(np.uint8)
     png = io.BytesIO()

@@ -19,7 +19,7 @@ class DigitsJudge:
     """A support vector classifier of the real training images reads the generated ones.
 
     It shares nothing with the generator or the FID's extractor: an RBF-kernel SVC (scikit-learn, C = 10, gamma = scale)
-    on the 8x8 cell means of the grey image. `compute` gives `judge_accuracy` (share of images read as the label they
+    on the 8x8 cell means of the gray image. `compute` gives `judge_accuracy` (share of images read as the label they
     were asked for), `judge_accuracy_<class>` for every class asked for, and `judge_val_accuracy` (the same on the
     real held-out images: how far to trust it).
 

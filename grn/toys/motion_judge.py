@@ -116,7 +116,7 @@ ASKED |= {crossing_caption(*pair): (pair, None) for pair in PAIRS}
 
 
 def single_frames(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
-    """Of batches of data=digits_video the frames of single digits, as `grn.metrics.splits` has labelled images.
+    """Of batches of data=digits_video the frames of single digits, as `grn.metrics.splits` has labeled images.
 
     One clip of each direction shows the same digit, and frames of a clip differ in its place alone: the first frame of
     clips that fall is enough.

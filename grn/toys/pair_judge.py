@@ -97,7 +97,7 @@ class DigitPairsJudge:
 
 
 def single_digits(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
-    """Of batches of data=digits_t2i the digits alone, as `grn.metrics.splits` has labelled images."""
+    """Of batches of data=digits_t2i the digits alone, as `grn.metrics.splits` has labeled images."""
     labels = {digit_caption(label): label for label in range(10)}
     for batch in batches:
         found = [(pixels, labels[c]) for pixels, c in zip(batch["pixels"], batch.get("caption", [])) if c in labels]

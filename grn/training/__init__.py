@@ -1,4 +1,4 @@
-"""LightningModules: losses, optimisers and what is logged. The networks know nothing of them."""
+"""LightningModules: losses, optimizers and what is logged. The networks know nothing of them."""
 
 from grn.training.refiner import RefinerModule
 from grn.training.text_refiner import TextRefinerModule

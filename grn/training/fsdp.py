@@ -1,4 +1,4 @@
-"""Fully sharded training (FSDP2): every rank holds a part of weights, averages, gradients and optimiser state.
+"""Fully sharded training (FSDP2): every rank holds a part of weights, averages, gradients and optimizer state.
 
 A network is sharded block by block, so it has `blocks`, an `nn.ModuleList`, a `head`, and `initializers`.
 """
@@ -26,11 +26,11 @@ class FSDP(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, with checkpoints that any other number of ranks or strategy can go on from.
 
     Under `precision=bf16-mixed` weights travel in bfloat16, except those of the head, which computes in float32;
-    gradients are reduced in float32, and the shards that the optimiser sees stay float32.
+    gradients are reduced in float32, and the shards that the optimizer sees stay float32.
 
     Args:
         shard_size: ranks that share one copy of the network; None: all. A smaller number (hybrid sharding, say the
-            GPUs of a node) keeps weights from travelling between nodes, for the memory of a copy on each.
+            GPUs of a node) keeps weights from traveling between nodes, for the memory of a copy on each.
 
     """
 
@@ -57,7 +57,7 @@ class FSDP(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
-        # The mesh's dimensions, by Lightning's names; the ranks of a copy are neighbours.
+        # The mesh's dimensions, by Lightning's names; the ranks of a copy are neighbors.
         self._tensor_parallel_size = self.shard_size or ranks
         self._data_parallel_size = ranks // self._tensor_parallel_size
         super().setup_environment()

@@ -1,9 +1,9 @@
-"""Optimisation shared by all modules: parameter groups, warm-up, clipping, finite losses."""
+"""Optimization shared by all modules: parameter groups, warm-up, clipping, finite losses."""
 
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule, Trainer
@@ -15,6 +15,8 @@ from grn.runtime.errors import UserError, check_number
 from grn.training.restoring import REMEDY, check_optimizer_state
 
 log = logging.getLogger(__name__)
+
+Curve = Literal["constant", "cosine"]  # of a learning rate
 
 
 def check_adamw(*, learning_rate: float, betas: Sequence[float], weight_decay: float) -> None:
@@ -54,8 +56,8 @@ def adamw(
 
 
 class Schedule(LambdaLR):
-    """A `LambdaLR` that takes nothing but the step from a checkpoint: its rates are those of its own optimiser and
-    function. The optimiser's state is loaded first."""
+    """A `LambdaLR` that takes nothing but the step from a checkpoint: its rates are those of its own optimizer and
+    function. The optimizer's state is loaded first."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = state_dict if isinstance(state_dict, dict) else {}
@@ -69,12 +71,12 @@ class Schedule(LambdaLR):
 
 
 def planned_steps(trainer: Trainer) -> int | float:
-    """Optimiser steps of the run; infinitely many where `fast_dev_run` breaks it off after a few."""
+    """Optimizer steps of the run; infinitely many where `fast_dev_run` breaks it off after a few."""
     return math.inf if getattr(trainer, "fast_dev_run", False) else trainer.max_steps
 
 
 def learning_rate_schedule(
-    optimizer: torch.optim.Optimizer, *, name: str, warmup_steps: int, total_steps: int | float
+    optimizer: torch.optim.Optimizer, *, name: Curve, warmup_steps: int, total_steps: int | float
 ) -> Schedule:
     """Linear warm-up, then `constant`, or `cosine` down to a hundredth of the peak at `total_steps`.
 
@@ -83,7 +85,7 @@ def learning_rate_schedule(
     Raises:
         UserError: another name, or a cosine without an end.
     """
-    if name not in ("constant", "cosine"):
+    if name not in get_args(Curve):
         raise UserError(f"training.lr_schedule must be constant or cosine, got {name!r}")
     if name == "cosine" and total_steps <= 0:
         raise UserError("training.lr_schedule=cosine needs an end: give trainer.max_steps")

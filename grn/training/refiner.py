@@ -2,7 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule
@@ -21,6 +21,7 @@ from grn.runtime.trainer import is_logged
 from grn.sampling.bundle import RefinerBundle
 from grn.training.fsdp import FSDP, gather_weights, release_weights
 from grn.training.optimization import (
+    Curve,
     FiniteLoss,
     adamw,
     check_adamw,
@@ -31,7 +32,7 @@ from grn.training.optimization import (
 from grn.training.restoring import check_count_of_states, check_weights
 
 ACCURACY_BINS = 10
-SIGNAL_RATIO_INPUTS = ("nominal", "realized")
+SignalRatioInput = Literal["nominal", "realized"]
 VALIDATION_SEED = 0x5EED  # the corruption of held-out samples is the same at every validation and in every run
 
 
@@ -65,14 +66,14 @@ class RefinerModule(LightningModule):
         learning_rate: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
+        lr_schedule: Curve = "constant",
         warmup_steps: int = 0,
         gradient_clip: float | None = 0.1,
         label_dropout: float = 0.1,
         signal_ratio_mean: float = -0.8,
         signal_ratio_std: float = 0.8,
         signal_ratio_shift: float = 1.0,
-        signal_ratio_input: str = "nominal",
+        signal_ratio_input: SignalRatioInput = "nominal",
         loss_chunk: int | None = None,
         seed: int = 0,
     ):
@@ -83,10 +84,9 @@ class RefinerModule(LightningModule):
             raise UserError(
                 f"training.signal_ratio_shift={signal_ratio_shift} must be a positive number; 1 shifts nothing"
             )
-        if signal_ratio_input not in SIGNAL_RATIO_INPUTS:
-            raise UserError(
-                f"training.signal_ratio_input={signal_ratio_input}: choose among {', '.join(SIGNAL_RATIO_INPUTS)}"
-            )
+        if signal_ratio_input not in get_args(SignalRatioInput):
+            known = ", ".join(get_args(SignalRatioInput))
+            raise UserError(f"training.signal_ratio_input={signal_ratio_input}: choose among {known}")
         if loss_chunk is not None:
             check_count("training.loss_chunk", loss_chunk)
             if not getattr(bundle.network, "scores_targets", False):
@@ -99,7 +99,8 @@ class RefinerModule(LightningModule):
         self.tokenizer = bundle.tokenizer.eval().requires_grad_(False)
         check_adamw(learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
-        self.lr_schedule, self.warmup_steps, self.gradient_clip = lr_schedule, warmup_steps, gradient_clip
+        self.lr_schedule: Curve = lr_schedule
+        self.warmup_steps, self.gradient_clip = warmup_steps, gradient_clip
         self.label_dropout = label_dropout
         self.signal_ratio_mean, self.signal_ratio_std = signal_ratio_mean, signal_ratio_std
         self.signal_ratio_shift, self.signal_ratio_input = signal_ratio_shift, signal_ratio_input
@@ -148,7 +149,7 @@ class RefinerModule(LightningModule):
     def tokenize(self, batch: dict[str, Any]) -> Tensor:
         """A batch's `pixels`, uint8 [B, 3, T, H, W], or its packed `bits` -> int64 tokens [B, D, T', h, w].
 
-        Pixels are encoded in the tokenizer's own precision, whatever the trainer's: tokens are what is learnt.
+        Pixels are encoded in the tokenizer's own precision, whatever the trainer's: tokens are what is learned.
         """
         if "bits" in batch:
             return unpack_bits(
@@ -270,7 +271,7 @@ class RefinerModule(LightningModule):
             ) * self.trainer.world_size + self.global_rank
         return torch.tensor([key_id(key) % 2**32 for key in batch["key"]], device=self.device)
 
-    # --- optimisation -----------------------------------------------------------------------------------------------
+    # --- optimization -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = adamw(

@@ -1,6 +1,6 @@
-"""Checks restored states against the model and optimiser they are restored into.
+"""Checks restored states against the model and optimizer they are restored into.
 
-The fused kernels of optimisers trust the shapes and types of their state: a state of another shape writes beyond it.
+The fused kernels of optimizers trust the shapes and types of their state: a state of another shape writes beyond it.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ def check_weights(own: Mapping[str, Tensor], restored: Any, what: str) -> None:
 
 def check_count_of_states(checkpoint: Mapping[str, Any], count: int) -> None:
     """Raises:
-    UserError: the checkpoint does not have the state of so many optimisers, and of a schedule for each.
+    UserError: the checkpoint does not have the state of so many optimizers, and of a schedule for each.
     """
-    for name, what in (("optimizer_states", "optimisers"), ("lr_schedulers", "schedules")):
+    for name, what in (("optimizer_states", "optimizers"), ("lr_schedulers", "schedules")):
         states = checkpoint.get(name)
         if not isinstance(states, list) or len(states) != count:
             found = len(states) if isinstance(states, list) else "no"
@@ -42,7 +42,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Raises:
     UserError: `state` is no state dict of an AdamW over these parameters: groups, names, shapes, types.
     """
-    what = "the optimiser's state"
+    what = "the optimizer's state"
     groups = state.get("param_groups") if isinstance(state, Mapping) else None
     moments = state.get("state") if isinstance(state, Mapping) else None
     own = [len(group["params"]) for group in optimizer.param_groups]

@@ -161,7 +161,7 @@ class TextRefinerModule(RefinerModule):
         for rows in by_shape(tokens):
             same = torch.stack([tokens[row] for row in rows])
             where = torch.tensor(rows).to(ids.device, non_blocking=True)
-            # Given latents count into the realised share, although they are shown as they are: the authors' way.
+            # Given latents count into the realized share, although they are shown as they are: the authors' way.
             same, told[where] = self.corrupt(same, t[where], seed=seed, ids=ids[where], step=step)
             for row, sample in zip(rows, same):
                 noisy[row] = torch.cat([tokens[row][:, : context[row]], sample[:, context[row] :]], dim=1)

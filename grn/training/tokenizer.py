@@ -18,6 +18,7 @@ from grn.runtime.errors import UserError
 from grn.runtime.flops import training_flop
 from grn.runtime.trainer import is_logged
 from grn.training.optimization import (
+    Curve,
     FiniteLoss,
     adamw,
     check_adamw,
@@ -31,7 +32,7 @@ from grn.training.restoring import check_count_of_states, check_weights
 class TokenizerModule(LightningModule):
     """Autoencoder and, where `gan_weight` > 0, its discriminator.
 
-    Optimised by hand, since there may be two optimisers; `global_step` counts the autoencoder's steps alone.
+    Optimized by hand, since there may be two optimizers; `global_step` counts the autoencoder's steps alone.
 
     Args:
         network: the tokenizer, trained.
@@ -57,7 +58,7 @@ class TokenizerModule(LightningModule):
         learning_rate: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.01,
-        lr_schedule: str = "constant",
+        lr_schedule: Curve = "constant",
         warmup_steps: int = 0,
         gradient_clip: float | None = 1.0,
     ):
@@ -176,7 +177,7 @@ class TokenizerModule(LightningModule):
             for name, value in scores.compute().items():
                 self.log(f"val/{prefix}{name}", value, prog_bar=name == "psnr")
 
-    # --- optimisation -----------------------------------------------------------------------------------------------
+    # --- optimization -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[list, list]:
         networks = [self.network] + ([] if self.discriminator is None else [self.discriminator])

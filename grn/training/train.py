@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from lightning import seed_everything
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig
@@ -18,7 +20,7 @@ from omegaconf import DictConfig
 from grn.runs import folder as runs
 from grn.runs.wandb_runs import finish
 from grn.runtime.config_folder import top_level_keys
-from grn.runtime.errors import UserError, check_count
+from grn.runtime.errors import UserError, check, check_count
 from grn.runtime.files import write_json
 from grn.runtime.interruption import STOPPING, Interrupted
 from grn.training.activations import checkpoint_activations
@@ -66,6 +68,20 @@ def _train(config: DictConfig) -> dict[str, float]:
         raise UserError("trainer.val_check_interval=0 must be a number of steps above 0, or null")
     for key in ("log_every_n_steps", "accumulate_grad_batches"):
         check_count(f"trainer.{key}", config.trainer[key])
+    if config.trainer.max_steps != -1:
+        check(
+            type(config.trainer.max_steps) is int and config.trainer.max_steps > 0,
+            "trainer.max_steps",
+            "a whole number of at least 1, or -1 for no end",
+            config.trainer.max_steps,
+        )
+    accelerators = ["auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators())]
+    for key, known in (("accelerator", accelerators), ("strategy", ["auto", *StrategyRegistry.available_strategies()])):
+        value = config.trainer.get(key)
+        if isinstance(value, str) and value not in known:
+            place = "cluster" if value == config.cluster[key] else "trainer"
+            main = ", ".join(name for name in known if "_" not in name)
+            raise UserError(f"{place}.{key}={value} must be one of {main}")
     if config.training.get("adapters") is not None and config.model.get("weights") is None:
         raise UserError("training.adapters go on top of weights that stay as they are: give model.weights")
     if config.trainer.get("fast_dev_run"):
@@ -148,7 +164,7 @@ def _run(config: DictConfig) -> dict[str, float]:
 
 
 def _of_batch(config: DictConfig) -> str:
-    """What a learning rate goes with: samples (of packs: packs) in an optimiser step."""
+    """What a learning rate goes with: samples (of packs: packs) in an optimizer step."""
     batch, accumulated = config.data.get("batch_size"), config.trainer.accumulate_grad_batches
     if batch is None:  # of a mixture, parts may differ
         return ""

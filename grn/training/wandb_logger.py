@@ -15,7 +15,7 @@ from grn.runtime.files import write_json
 class RunLogger(WandbLogger):
     """Lightning's W&B logger for a run folder: a run that goes on has the W&B run that it had, under rising steps.
 
-    A row of W&B's history is an optimiser step, counted from 0 as Lightning does. Where a step is trained again that an
+    A row of W&B's history is an optimizer step, counted from 0 as Lightning does. Where a step is trained again that an
     earlier start has logged, its rows come after that one's.
 
     Args:

@@ -204,7 +204,7 @@ class _Curves:
 
 
 class _Inspector:
-    """What became of one position: values of its tokens by channel and step, coloured by state."""
+    """What became of one position: values of its tokens by channel and step, colored by state."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage

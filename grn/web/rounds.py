@@ -23,7 +23,7 @@ MAX_SIDE = 1024  # pixels of a picture that keeps its own size
 class Reconstruction:
     """A picture after so many rounds.
 
-    pixels: uint8 [3, H, W]. error: float32 [H, W], the mean over colours of the absolute difference to the original, in
+    pixels: uint8 [3, H, W]. error: float32 [H, W], the mean over colors of the absolute difference to the original, in
     levels (0 to 255). psnr: in dB, over all values; infinite of an exact copy. bits: of all its tokens.
     """
 

@@ -280,7 +280,7 @@ class Player:
 
 
 def key(*, given: bool = False) -> None:
-    """What the colours of the states mean.
+    """What the colors of the states mean.
 
     Args:
         given: whether some tokens are not drawn.

@@ -104,7 +104,7 @@ class Views:
         both = torch.cat([moment.seen[rows], moment.predicted[rows]])
         pixels = self._frame(both, frame)
         states = moment.states[rows][:, :, latent : latent + 1].clone()
-        if (redraw := self._redraw(rows)) is not None:  # a fifth colour: that of what lies beside a picture
+        if (redraw := self._redraw(rows)) is not None:  # a fifth color: that of what lies beside a picture
             states[~redraw[:, :, latent : latent + 1].expand_as(states)] = len(STATES)
         side = math.ceil(math.sqrt(states.shape[1]))
         squares = state_pixels(states, (layout.height * side, layout.width * side))

@@ -4,11 +4,14 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from grn.cli.entry import entry_point
-from grn.cli.options import outlived
+from grn.cli.help import page
+from grn.cli.options import folders_of, outlived
 from grn.runtime.config_folder import CONF
+from grn.runtime.errors import UserError
 from grn.runtime.failures import explain
 from grn.runtime.near_misses import near_misses
 
@@ -40,11 +43,71 @@ def test_an_experiment_on_top_of_another(tmp_path):
     assert found == [f"~sampler.schedule.{key}" for key in ENTROPY]
 
 
+@pytest.mark.parametrize("base", ["digits_c2i", "/experiment/digits_c2i"])
+def test_an_experiment_that_overrides_an_option_of_another(tmp_path, base):
+    (tmp_path / "experiment").mkdir()
+    text = f"# @package _global_\ndefaults:\n  - {base}\n  - override /sampler: linear\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text + "sampler: {schedule: {steps: 9}}\n")
+    gone = [f"~sampler.schedule.{key}" for key in ENTROPY]
+    assert outlived(["+experiment=mine"], CONF, [tmp_path]) == gone
+    assert outlived(["+experiment=mine", "sampler=entropy"], CONF, [tmp_path]) == ["~sampler.schedule.steps"]
+    (tmp_path / "experiment" / "mine.yaml").write_text(text + "sampler: {schedule: {warmup: 9}}\n")
+    assert outlived(["+experiment=mine"], CONF, [tmp_path]) == gone[1:]  # its own mistake is told
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A folder of configs, which is a package's: an experiment on top of one of ours."""
+    folder = tmp_path / "a_package" / "conf"
+    (folder / "experiment").mkdir(parents=True)
+    for init in (folder.parent / "__init__.py", folder / "__init__.py"):
+        init.touch()
+    defaults = "defaults:\n  - /experiment/digits_c2i\n  - override /sampler: linear\n"
+    (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{defaults}")
+    (folder / "mine.yaml").write_text(f"defaults: [train]\nhydra: {{searchpath: ['file://{folder}']}}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config_dir", "override", "name"),
+    [
+        ("{folder}", None, "train"),
+        (None, "hydra.searchpath=[file://{folder}]", "train"),
+        (None, "hydra.searchpath=[pkg://a_package.conf]", "train"),
+        ("{folder}", None, "mine"),  # whose own searchpath names it again
+    ],
+)
+def test_folders_of_configs(package, config_dir, override, name):
+    given = [override.format(folder=package)] if override else []
+    found = folders_of(config_dir and config_dir.format(folder=package), given, name)
+    assert found == [package] * (2 if name == "mine" else 1)
+
+
+@pytest.mark.parametrize("place", ["pkg://no_package.conf", "file:///no/folder", "no/folder"])
+def test_a_searchpath_that_is_not_there(place):
+    with pytest.raises(UserError, match=r"hydra.searchpath: there is no .*no.(package|folder)"):
+        folders_of(None, [f"hydra.searchpath=[{place}]"], "train")
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "training.warmup_steps=1,2"]])
+def test_an_experiment_of_a_package(run, package, sweep):
+    given = ["+experiment=mine", "hydra.searchpath=[pkg://a_package.conf]"]
+    configs = run(*given, *sweep, experiment=None)
+    assert [config["sampler"]["schedule"].keys() for config in configs] == [{"_target_", "steps"}] * (
+        1 + len(sweep) // 2
+    )
+
+
+def test_help_lists_the_experiments_of_a_package(package):
+    assert ", mine, " in page("train", [], CONF, [package])
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(*arguments) -> the configs that a command of train's config is started with."""
 
-    def run(*arguments):
+    def run(*arguments, experiment="digits_c2i"):
         seen = []
 
         @entry_point("train")
@@ -55,7 +118,8 @@ def run(monkeypatch, tmp_path):
         for split in ("train", "val"):
             (tmp_path / f"{split}-0.tar").touch()
         given = [f"tokenizer.ckpt={tmp_path}/tokenizer.ckpt", f"data.root={tmp_path}", f"paths.runs={tmp_path}"]
-        monkeypatch.setattr(sys, "argv", ["train", "+experiment=digits_c2i", *given, *arguments])
+        chosen = [f"+experiment={experiment}"] if experiment else []
+        monkeypatch.setattr(sys, "argv", ["train", *chosen, *given, *arguments])
         main()
         return seen
 
@@ -100,6 +164,26 @@ def test_near_misses(verb, given, expected):
     assert expected in line
     assert "film_states" not in line.partition("known here")[0]
     assert "hydra" not in line
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("+experiment=digit_c2i", "there is no experiment=digit_c2i; did you mean digits_c2i or "),
+        ("sampler=lineer", "there is no sampler=lineer; did you mean linear? there are calibrated, checkpoint, "),
+        ("scores=zzz", "there is no scores=zzz; there are checkpoint, clip, "),
+        ("+experiment=of/nobody", "there is no experiment=of/nobody; there are c2i_bit_B, "),
+        ("+experiment=mine", "there is no sampler=lineer; did you mean linear? there are "),
+    ],
+)
+def test_options_that_a_group_does_not_have(argument, expected, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /sampler: lineer\n"
+    )
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(MissingConfigException) as error:
+        compose("train", [argument, f"hydra.searchpath=[file://{tmp_path}]"])
+    assert explain(error.value).startswith(expected)
 
 
 def test_near_misses_of_a_tree():

@@ -231,12 +231,12 @@ def test_the_stream_counts_what_it_reads_all_the_same(tmp_path, caplog):
     stream = ShardStream([write_tar(tmp_path / "x.tar", entries)], ImageDecoder(image_size=8))
     caplog.set_level(logging.WARNING)
     assert [sample["key"] for sample in stream] == ["0", "1", "2", "3", "4", "5"]
-    assert stream.noted() == {"JPEG without its end marker": 3, "colour profile that cannot be used": 1}
+    assert stream.noted() == {"JPEG without its end marker": 3, "color profile that cannot be used": 1}
     assert stream.skipped() == {"image cannot be decoded": 1}
     assert "using sample '0' of" in caplog.text
     caplog.clear()
     report_skipped(stream.skipped(), stream.noted())
     assert [record.getMessage() for record in caplog.records] == [
         "skipped samples: 1 x image cannot be decoded",
-        "samples used all the same: 3 x JPEG without its end marker, 1 x colour profile that cannot be used",
+        "samples used all the same: 3 x JPEG without its end marker, 1 x color profile that cannot be used",
     ]

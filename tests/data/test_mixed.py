@@ -117,6 +117,9 @@ def test_the_length_is_the_trainers(root):
         len(data.train_dataloader())
     data.trainer = type("Trainer", (), {"max_steps": 7, "accumulate_grad_batches": 2, "overfit_batches": 0.0})()
     assert len(data.train_dataloader()) == 14
+    data.trainer.max_steps = -1
+    with pytest.raises(UserError, match=r"^trainer\.max_steps must be given: a mixture of data has no epochs"):
+        data.train_dataloader()
     assert torch.utils.data.get_worker_info() is None
 
 

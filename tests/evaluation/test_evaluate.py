@@ -1,10 +1,11 @@
-"""Which data grn.evaluate scores with."""
+"""Which data grn.evaluate scores with, and what it has no use for."""
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from grn.evaluation import evaluate
+from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
 
@@ -97,3 +98,16 @@ def test_data_of_a_checkpoint_are_of_the_listed_classes():
     ):
         with pytest.raises(UserError, match=r"^ckpt: x\.ckpt is not to be trusted: data"):
             data(odd)
+
+
+@pytest.mark.parametrize("given", ["num=0", "seed=2", "batch_size=1", "sampler=linear", "sampler.guidance=3"])
+def test_a_tokenizer_draws_no_samples(monkeypatch, tmp_path, given):
+    tokenizer = HBQTokenizer(
+        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2), blocks_per_stage=1, temporal=(False,)
+    )
+    monkeypatch.setattr(evaluate, "_load", lambda _: (tokenizer, None, {}))
+    monkeypatch.setattr(evaluate, "_keys_given", lambda: ["ckpt", given.partition("=")[0]])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("evaluate", [f"ckpt={tmp_path}", "device=cpu", given])
+    with pytest.raises(UserError, match=rf"^{given.partition('=')[0]} says how a refiner draws samples: leave it out"):
+        evaluate.evaluate(config)

@@ -25,15 +25,38 @@ def test_grid_is_row_by_row_and_scaled():
     assert picture.getpixel((2 * (2 + 6 + 1), 2 * (2 + 6 + 1))) == (255, 0, 0)
 
 
-def test_captions_stand_below_and_are_cut():
+@pytest.mark.parametrize(
+    ("caption", "lines", "line"),
+    [
+        ("7", 1, pictures.CAPTION),
+        ("a blue dotted critter with horns", 2, pictures.CAPTION),
+        ("a long prompt " * 4, 4, pictures.CAPTION),
+        ("a long prompt " * 5, 4, 11),
+        ("a long prompt " * 30, 4, 11),
+        ("x" * 30, 2, pictures.CAPTION),
+    ],
+)
+def test_captions_stand_below_in_lines(caption, lines, line):
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    plain, captioned = (pictures.grid(images, 2, 3, texts) for texts in (["", "", ""], ["7", "a long prompt " * 9, ""]))
+    captioned, short = (pictures.grid(images, 2, 3, texts) for texts in (["7", caption, ""], ["7", "", ""]))
     width, height = 2 + 32 * 3, 2 + 32 * 3
-    assert captioned.size == (2 * width + 2, 2 * (height + pictures.CAPTION) + 2)
-    _, top, right, bottom = ImageChops.difference(plain, captioned).getbbox()
+    assert captioned.size == (2 * width + 2, 2 * (height + lines * line) + 2)
+    corner = (width, 0, 2 * width + 2, height + lines * line)
+    plain = Image.new("RGB", captioned.size, pictures.GROUND)
+    plain.paste(short.crop((width, 0, 2 * width + 2, height)), (width, 0))
+    left, top, right, bottom = ImageChops.difference(plain.crop(corner), captioned.crop(corner)).getbbox()
     assert top >= height
-    assert bottom <= height + pictures.CAPTION + 2
-    assert right <= 2 * width
+    assert height + (lines - 1) * line < bottom <= height + lines * line + 2
+    assert 0 < left < right <= width
+
+
+def test_captions_keep_their_words():
+    texts, *_ = pictures._set(["a blue dotted critter with horns", "", "x" * 60], 62)
+    assert " ".join(texts[0]) == "a blue dotted critter with horns"
+    assert texts[1] == [""]
+    assert texts[2][-1] != ""
+    (text,), *_ = pictures._set(["a long prompt " * 30], 62)
+    assert text[-1].endswith("…")
 
 
 def test_clips_stand_side_by_side_in_an_mp4(tmp_path):

@@ -17,9 +17,9 @@ def at(x, y, *, name="cat", score=0.95, side=10.0):
     return Detection(name, score, (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
 
 
-def judged(asked, detections, colours=()):
+def judged(asked, detections, colors=()):
     """Colours are those of the objects by their left edge."""
-    told = {tuple(d.box): colour for d, colour in zip(detections, colours)}
+    told = {tuple(d.box): colour for d, colour in zip(detections, colors)}
     return is_right(asked, detections, lambda objects: [told[tuple(it.box)] for it in objects])
 
 
@@ -125,7 +125,7 @@ def pictures(*shown):
 
 def test_tags_weigh_the_same_and_intervals_are_by_prompt():
     asked = [line("single_object", one("cat")), line("single_object", one("cat")), line("two_object", one("dog"))]
-    score = GenEval(asked=asked, detector=Fixed(), colours=lambda image, objects: [])
+    score = GenEval(asked=asked, detector=Fixed(), colors=lambda image, objects: [])
     score.update(pictures(1, 1, 1), torch.tensor([0, 1, 2]))
     score.update(pictures(1, 0, 0), torch.tensor([0, 1, 2]))
     assert score.compute() == {
@@ -156,7 +156,7 @@ def test_tags_weigh_the_same_and_intervals_are_by_prompt():
 )
 def test_lines_that_are_none(asked, told):
     with pytest.raises(UserError, match=f"^suite\\.prompts: line 1.*{told}"):
-        GenEval(asked=[asked], detector=Fixed(), colours=lambda image, objects: [])
+        GenEval(asked=[asked], detector=Fixed(), colors=lambda image, objects: [])
 
 
 def test_objects_are_cut_out_on_grey():

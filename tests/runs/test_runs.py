@@ -43,7 +43,7 @@ def config(tmp_path):
 def test_a_run_whose_steps_are_done_says_so(config, tmp_path, caplog):
     """To scripts that call again, what was measured; to who asks to go on, how."""
     for place in ("last", "best", f"{tmp_path}/digits_tokenizer/checkpoints/last.ckpt"):
-        for steps in (100, 60, 0):
+        for steps in (100, 60, 1):
             with pytest.raises(UserError, match=rf"of step 100 already, and .*={steps} .*raise it to continue"):
                 train(config(f"ckpt_path={place}", f"trainer.max_steps={steps}"))
         for steps in (101, -1):
@@ -113,7 +113,7 @@ def test_a_milestone_without_optimiser_state_is_not_gone_on_from(config, tmp_pat
     contents = torch.load(folder / "last.ckpt", weights_only=True)
     del contents["lr_schedulers"]
     torch.save(contents, folder / "step_00000100.ckpt")
-    with pytest.raises(UserError, match=r"step_00000100\.ckpt has no optimiser state .*give another one"):
+    with pytest.raises(UserError, match=r"step_00000100\.ckpt has no optimizer state .*give another one"):
         checkpoint_to_resume(config(f"ckpt_path={folder}/step_00000100.ckpt", "trainer.max_steps=200"))
     with pytest.raises(UserError, match=r"overwrite=true leaves milestones where they are: remove .*step_00000100"):
         checkpoint_to_resume(config("overwrite=true", "trainer.max_steps=200"))

@@ -66,7 +66,7 @@ def test_a_state_that_does_not_fit_is_one_line(path, value, words):
         place = place[key]
     place[last] = value
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(UserError, match=rf"^ckpt_path: the optimiser's state.*{words}") as error:
+    with pytest.raises(UserError, match=rf"^ckpt_path: the optimizer's state.*{words}") as error:
         optimizer.load_state_dict(state)
     assert "\n" not in str(error.value)
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
@@ -92,8 +92,8 @@ def test_weights_and_averages_that_do_not_fit():
     [
         ({"state_dict": None}, "the weights are not named tensors"),
         ({"state_dict": [1]}, "the weights are not named tensors"),
-        ({"optimizer_states": []}, "the file has 0 states of optimisers, this run has 1"),
-        ({"optimizer_states": None}, "the file has no states of optimisers, this run has 1"),
+        ({"optimizer_states": []}, "the file has 0 states of optimizers, this run has 1"),
+        ({"optimizer_states": None}, "the file has no states of optimizers, this run has 1"),
         ({"lr_schedulers": [{}, {}]}, "the file has 2 states of schedules, this run has 1"),
     ],
 )

@@ -26,6 +26,7 @@ from grn.data.prepare.folders import (
     CaptionedClips,
     CaptionedImages,
     Clips,
+    Format,
     deal,
     encode_caption,
     read_file,
@@ -224,7 +225,7 @@ class ImageList(ClipList):
     most: ClassVar = CaptionedImages.most
 
     image_size: int | None = None
-    format: str = "jpg"
+    format: Format = "jpg"
     quality: int = 95
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 from urllib.parse import quote
 
 from joblib import cpu_count
@@ -24,7 +24,7 @@ from grn.media.skips import Reason, Skip, noting
 from grn.media.video import probe_video
 from grn.runtime.errors import UserError, check_count
 
-FORMATS = ("png", "jpg", "webp")
+Format = Literal["png", "jpg", "webp"]
 STREAMS = 8  # shards that the data configs of folders read side by side
 MIN_SIDE = 8  # pixels; below it there is nothing to see, and enlarging a pixel makes a flat square
 MAX_NAMES_BYTES = 64 * 2**20
@@ -39,7 +39,7 @@ class ClassFolders(Source):
     """`<root>/<class>/**/*.jpg` (`IMAGE_SUFFIXES`), as torchvision's ImageFolder has it, or, as in ImageNet,
     `<root>/{train,val}/<class>/**/*.jpg`.
 
-    Labels are the places of the sorted class names. Images are centre-cropped and re-encoded. What else
+    Labels are the places of the sorted class names. Images are center-cropped and re-encoded. What else
     there is is counted.
 
     Args:
@@ -65,7 +65,7 @@ class ClassFolders(Source):
     num_labels: int | None = None
     names: str | None = None
     caption: str | None = None
-    format: str = "png"
+    format: Format = "png"
     quality: int = 95
     shard_size: int | None = None
     seed: int = 0
@@ -263,7 +263,7 @@ class CaptionedImages(CaptionedFiles):
     """A folder of `x.jpg` (`IMAGE_SUFFIXES`) with `x.txt` or `x.json`, see `CaptionedFiles`; without: rejected.
 
     Args:
-        image_size: centre-crop the images to this height and width and encode them again; None: their bytes stay.
+        image_size: center-crop the images to this height and width and encode them again; None: their bytes stay.
         format: where re-encoded: png (lossless), jpg or webp.
         quality: of jpg and webp, 1 to 100.
     """
@@ -273,7 +273,7 @@ class CaptionedImages(CaptionedFiles):
 
     name: str = "captioned_image"
     image_size: int | None = None
-    format: str = "jpg"
+    format: Format = "jpg"
     quality: int = 95
 
     def facts(self) -> dict[str, object]:
@@ -437,8 +437,8 @@ def decode(data: bytes) -> Image.Image:
     return image
 
 
-def encode(image: Image.Image, format: str, quality: int) -> bytes:
-    """Pixels alone: colour profiles and the like, which readers pass over, are left out."""
+def encode(image: Image.Image, format: Format, quality: int) -> bytes:
+    """Pixels alone: color profiles and the like, which readers pass over, are left out."""
     image.info.clear()
     options = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "quality": quality}}
     options["jpg"] = {"format": "JPEG", "quality": quality, "subsampling": 0}
@@ -447,12 +447,12 @@ def encode(image: Image.Image, format: str, quality: int) -> bytes:
     return data.getvalue()
 
 
-def check_encoding(image_size: int, format: str, quality: int) -> None:
+def check_encoding(image_size: int, format: Format, quality: int) -> None:
     """Raises a UserError where `encode` could not make such images."""
     check_count("source.image_size", image_size, least=MIN_SIDE, most=4096)
     check_count("source.quality", quality, most=100)
-    if format not in FORMATS:
-        raise UserError(f"source.format={format} must be one of {', '.join(FORMATS)}")
+    if format not in get_args(Format):
+        raise UserError(f"source.format={format} must be one of {', '.join(get_args(Format))}")
 
 
 def _source_folder(root: str | None) -> Path:
