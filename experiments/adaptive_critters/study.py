@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -92,31 +93,33 @@ def measure(ckpt: str, guidances: list[float], means: list[int], seeds: list[int
     asked = torch.tensor([read_caption(prompt) for prompt in prompts])
     splits = {name: lambda name=name: datamodule.split_dataloader(name) for name in ("train", "val")}
     judge = CrittersJudge(prompts=prompts, **splits, cache_dir=OUT)
-    for guidance, name, steps in product(guidances, SCHEDULES, means):
-        if steps < 3 and name != "linear":  # in fewer steps there is nothing to adapt
-            continue
-        chosen = None
-        for seed, path in missing(seeds, lambda seed: OUT / f"{guidance:g}-{steps}-{name}-{seed}.json"):  # noqa: B023
-            chosen = chosen or schedule(name, steps, bundle, guidance, prompts)
-            sampler = replace(bundle.sampler, schedule=chosen, guidance=guidance)
-            request = Request(prompts=prompts, num=len(prompts), seed=seed, sampler=sampler)
-            row, started = {"guidance": guidance, "schedule": name, "steps": steps, "seed": seed}, time.process_time()
-            batches = list(generate(bundle, request, batch_size=BATCH))
-            order = torch.cat([it.ids for it in batches]).argsort()
-            images = torch.cat([it.images for it in batches])[order]
-            row["cpu_seconds"] = time.process_time() - started
-            taken = torch.cat([it.refined.steps for it in batches])[order].double()
-            entropy = torch.cat([it.refined.decision_entropy for it in batches])[order]
-            # How often a short caption's sample has the higher entropy than a whole one's.
-            apart = (entropy[EACH:, None] > entropy[None, :EACH]).double().mean().item()
-            row |= {"steps_mean": taken.mean().item(), "told_apart": apart}
-            for place, kind in enumerate(KINDS):
-                part = slice(place * EACH, (place + 1) * EACH)
-                found = judged(judge, images[part], asked[part])
-                found |= {"steps": taken[part].mean().item(), "steps_std": taken[part].std().item()}
-                row |= {f"{key}_{kind}": value for key, value in found.items()}
-            write_json(path, row)
-            print(json.dumps(row), flush=True)
+    schedule_of = cache(lambda guidance, name, steps: schedule(name, steps, bundle, guidance, prompts))
+    points = product(guidances, SCHEDULES, means, seeds)
+    points = [point for point in points if point[1] == "linear" or point[2] >= 3]  # else there is nothing to adapt
+
+    def path_of(guidance: float, name: str, steps: int, seed: int) -> Path:
+        return OUT / f"{guidance:g}-{steps}-{name}-{seed}.json"
+
+    for (guidance, name, steps, seed), path in missing(points, path_of):
+        sampler = replace(bundle.sampler, schedule=schedule_of(guidance, name, steps), guidance=guidance)
+        request = Request(prompts=prompts, num=len(prompts), seed=seed, sampler=sampler)
+        row, started = {"guidance": guidance, "schedule": name, "steps": steps, "seed": seed}, time.process_time()
+        batches = list(generate(bundle, request, batch_size=BATCH))
+        order = torch.cat([it.ids for it in batches]).argsort()
+        images = torch.cat([it.images for it in batches])[order]
+        row["cpu_seconds"] = time.process_time() - started
+        taken = torch.cat([it.refined.steps for it in batches])[order].double()
+        entropy = torch.cat([it.refined.decision_entropy for it in batches])[order]
+        # How often a short caption's sample has the higher entropy than a whole one's.
+        apart = (entropy[EACH:, None] > entropy[None, :EACH]).double().mean().item()
+        row |= {"steps_mean": taken.mean().item(), "told_apart": apart}
+        for place, kind in enumerate(KINDS):
+            part = slice(place * EACH, (place + 1) * EACH)
+            found = judged(judge, images[part], asked[part])
+            found |= {"steps": taken[part].mean().item(), "steps_std": taken[part].std().item()}
+            row |= {f"{key}_{kind}": value for key, value in found.items()}
+        write_json(path, row)
+        print(json.dumps(row), flush=True)
     if not (OUT / "real.json").is_file():  # for scale: held-out pictures, three times as many as samples of a kind
         batches = list(datamodule.split_dataloader("val"))
         real = torch.stack([it for batch in batches for it in batch["pixels"]])[: 3 * EACH]

@@ -69,8 +69,7 @@ def schedule(name: str, steps: int, bundle: RefinerBundle, guidance: float, num:
     return Unscaled(**vars(guided)) if name == "unscaled" else guided
 
 
-def file_of(point: tuple[float, str, int]) -> Path:
-    guidance, name, steps = point
+def file_of(guidance: float, name: str, steps: int) -> Path:
     return OUT / f"{name}-{steps}-{guidance}.json"
 
 
@@ -153,7 +152,7 @@ def look(ckpt: str) -> None:
     judge = DigitsJudge(**splits)
     print("guidance, schedule: rank correlation of entropy and the judge's margin, over all and within classes")
     for guidance, name, steps in sorted(LOOKED_AT):
-        kept = torch.load(file_of((guidance, name, steps)).with_suffix(".pt"), weights_only=True)
+        kept = torch.load(file_of(guidance, name, steps).with_suffix(".pt"), weights_only=True)
         images, labels = kept["images"], kept["labels"]
         entropy = kept["trace"][:, warmup_of(steps)]
         cells = F.adaptive_avg_pool2d(images.float().mean(dim=1, keepdim=True) / 255, 8).flatten(1)

@@ -77,8 +77,8 @@ def measure(setting: str, labelings: list[str], seeds: list[int]) -> None:
     labelings = ["ind"] if rounds == 1 else labelings  # of one round, both are the same
     points = [(one, seed) for seed in seeds for one in labelings]
 
-    def path_of(point: tuple[str, int]) -> Path:
-        return OUT / f"{setting}-{point[0]}-{point[1]}.json"
+    def path_of(labeling: str, seed: int) -> Path:
+        return OUT / f"{setting}-{labeling}-{seed}.json"
 
     if not any(missing(points, path_of)):
         return

@@ -59,19 +59,22 @@ def mask_loss(network: ClassRefiner, tokens: Tensor, labels: Tensor, seed: int, 
 OBJECTIVES = {"refine": refinement_loss, "mask": mask_loss}
 
 
-def trained(objective: str, digits: Run, seed: int) -> ClassRefiner:
-    """The average of the weights after STEPS steps; of both objectives the same digits come in the same order."""
+def trained(objective: str, model: dict, tokens: Tensor, labels: Tensor, seed: int) -> ClassRefiner:
+    """The average of the weights after STEPS steps; of both objectives the same digits come in the same order.
+
+    Args:
+        model: the network's settings, but for its classes.
+        tokens, labels: int64 [N, D, 1, h, w] and [N].
+    """
     path = OUT / f"{objective}-{seed}.safetensors"
     torch.manual_seed(seed)
-    network = ClassRefiner(**digits.model | {"classes": CLASSES + (objective == "mask")})
+    network = ClassRefiner(**model | {"classes": CLASSES + (objective == "mask")})
     if path.exists():
         network.load_state_dict(load_file(path), strict=False)  # all but tables that are made
         return network.eval()
     log.info("%s, seed %d is trained", objective, seed)
     started = time.process_time()
-    tokens = torch.cat([digits.bundle.tokenize(batch["pixels"]) for batch in digits.batches["train"]])
-    objective_loss = OBJECTIVES[objective]
-    average = train(network, tokens, digits.all("label"), steps=STEPS, seed=seed, objective=objective_loss)
+    average = train(network, tokens, labels, steps=STEPS, seed=seed, objective=OBJECTIVES[objective])
     write_atomically(path, lambda file: save_file({k: v.contiguous() for k, v in average.state_dict().items()}, file))
     log.info("%s, seed %d: %.0f CPU seconds", objective, seed, time.process_time() - started)
     return average
@@ -138,20 +141,20 @@ SAMPLERS = {  # name: (objective, sampler)
 def measure(digits: Run, seeds: list[int], steps: list[int], guidance: float) -> None:
     """Leaves `<sampler>-<guidance>-<steps>-<seed>.json` in OUT; a seed is of training and of sampling."""
     labels = torch.arange(NUM) % digits.model["num_labels"]
+    tokens = torch.cat([digits.bundle.tokenize(batch["pixels"]) for batch in digits.batches["train"]])
 
-    def path_of(point: tuple[int, str, int]) -> Path:
-        seed, name, number = point
+    def path_of(seed: int, name: str, number: int) -> Path:
         return OUT / f"{name.replace(': ', '-').replace(' ', '_')}-{guidance:g}-{number}-{seed}.json"
 
     for (seed, name, number), path in missing(product(seeds, SAMPLERS, steps), path_of):
         objective, sample = SAMPLERS[name]
-        network = trained(objective, digits, seed)
+        network = trained(objective, digits.model, tokens, digits.all("label"), seed)
         started = time.process_time()
         parts = enumerate(labels.split(100))
-        tokens = [sample(network, part, number, guidance, seed * 1000 + i) for i, part in parts]
+        drawn = [sample(network, part, number, guidance, seed * 1000 + i) for i, part in parts]
         row = {"sampler": name, "guidance": guidance, "steps": number, "seed": seed}
         row["cpu_seconds"] = time.process_time() - started
-        pixels = torch.cat([digits.bundle.decode(part) for part in tokens])[:, :, 0]
+        pixels = torch.cat([digits.bundle.decode(part) for part in drawn])[:, :, 0]
         for score in digits.scores.values():
             score.reset()
             score.update(pixels, labels, torch.arange(NUM))

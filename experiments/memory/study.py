@@ -63,7 +63,7 @@ MEASURED = {
 
 def measure(points: tuple[Point, ...], ckpts: dict[str, str]) -> None:
     """Leaves `<point>-<seed>.json` of every point and seed in OUT."""
-    for (point, seed), path in missing(product(points, SEEDS), lambda it: OUT / f"{it[0].name}-{it[1]}.json"):
+    for (point, seed), path in missing(product(points, SEEDS), lambda it, seed: OUT / f"{it.name}-{seed}.json"):
         sampler = ["sampler=linear", f"sampler.schedule.steps={point.steps}", f"sampler.guidance={point.guidance}"]
         sampler += [f"sampler.temperature={point.temperature}", f"sampler.update={point.update}"]
         sampler += [f"sampler.kappa={point.kappa}"]

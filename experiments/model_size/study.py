@@ -93,8 +93,7 @@ def measure(digits: Run, seeds: list[int], steps: list[int]) -> None:
         flop = training_flop(ClassRefiner(**digits.model | size), lambda network: network(*one))
         points += [(number * BATCH * flop, number, name, seed) for number in steps for seed in seeds]
 
-    def path_of(point: tuple[int, int, str, int]) -> Path:
-        _, number, name, seed = point
+    def path_of(_: int, number: int, name: str, seed: int) -> Path:
         return OUT / f"{name.replace(' ', '')}-{number}-{seed}.json"
 
     for (flop, number, name, seed), path in missing(sorted(points, key=lambda point: point[:3]), path_of):

@@ -10,7 +10,6 @@ import argparse
 import logging
 import math
 import time
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +143,10 @@ def measure(seeds: list[int]) -> None:
     pixels = {name: torch.cat([batch["pixels"] for batch in read()]) for name, read in splits.items()}
     scores = build_scores(instantiate(config.scores), splits, device=device, cache_dir=OUT / "cache")
 
-    def path_of(point: tuple[int, tuple[str, int]]) -> Path:
-        seed, (kind, bits) = point
+    def path_of(seed: int, kind: str, bits: int) -> Path:
         return OUT / f"{kind}-{bits}-{seed}.json"
 
-    for (seed, (kind, bits)), path in missing(product(seeds, SETTINGS), path_of):
+    for (seed, kind, bits), path in missing([(seed, *setting) for seed in seeds for setting in SETTINGS], path_of):
         started = time.process_time()
         network = train(kind, bits, seed, pixels["train"], config)
         row = {"bottleneck": kind, "bits": bits, "seed": seed, "cpu_seconds": time.process_time() - started}

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from grn.runtime.failures import MISTAKES, explain
 
-T = TypeVar("T")
+T = TypeVar("T", bound=tuple)
 
 
 def folder_of(study: str) -> Path:
@@ -17,14 +17,18 @@ def folder_of(study: str) -> Path:
     return Path(os.environ.get("GRN_RUNS", "runs")) / study
 
 
-def missing(points: Iterable[T], path_of: Callable[[T], Path]) -> Iterator[tuple[T, Path]]:
+def missing(points: Iterable[T], path_of: Callable[..., Path]) -> Iterator[tuple[T, Path]]:
     """Those points whose file is not there when their turn comes, since other processes may measure some meanwhile.
+
+    Args:
+        points: a tuple each.
+        path_of: (what is in a point's tuple) -> its file.
 
     Yields:
         (the point, the file that it is to be written to).
     """
     for point in points:
-        if not (path := path_of(point)).exists():
+        if not (path := path_of(*point)).exists():
             yield point, path
 
 

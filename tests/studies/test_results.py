@@ -87,7 +87,7 @@ def test_a_folder_without_points_ends_a_study_in_one_line(tmp_path):
 
 def test_what_another_process_has_measured_meanwhile_is_skipped(tmp_path):
     write(tmp_path, b={})
-    found = missing("abcd", lambda name: tmp_path / f"{name}.json")
-    assert next(found) == ("a", tmp_path / "a.json")
+    found = missing([*zip("abcd")], lambda name: tmp_path / f"{name}.json")
+    assert next(found) == (("a",), tmp_path / "a.json")
     write(tmp_path, c={})
-    assert [name for name, _ in found] == ["d"]
+    assert [point for point, _ in found] == [("d",)]
