@@ -10,7 +10,6 @@ import argparse
 import logging
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import grn.cli.entry  # noqa: F401  its resolvers
 from grn.checkpoints.native import read_checkpoint
-from grn.evaluation.scoring import build_scores, score_samples
+from grn.evaluation.scoring import build_scores, real_splits, score_samples
 from grn.media import pictures
 from grn.method.schedules import Cosine, Linear, Schedule
 from grn.runtime.files import write_atomically, write_json
@@ -77,10 +76,10 @@ def measure(ckpt: str, num: int) -> None:
     """Leaves `<point>.json` of every point in OUT, and `<point>.pt`, the samples, of those that are looked at."""
     checkpoint = read_checkpoint(ckpt)
     bundle = bundle_from_checkpoint(checkpoint)
-    datamodule = instantiate(checkpoint.config.data)
+    splits = real_splits(instantiate(checkpoint.config.data), clips=False)
     configs = {name: checkpoint.config.scores[name] for name in ("fid", "judge")}
     partials = instantiate(OmegaConf.merge(configs, {"fid": {"isc": False}}))
-    scores = build_scores(partials, datamodule, device=bundle.device, cache_dir=OUT / "cache")
+    scores = build_scores(partials, splits, device=bundle.device, cache_dir=OUT / "cache")
     for point, path in missing(POINTS, file_of):
         guidance, name, steps = point
         batches: list[Batch] = []
@@ -146,10 +145,7 @@ def plot(table: pd.DataFrame) -> None:
 
 def look(ckpt: str) -> None:
     """difficulty.png, the easiest and the hardest of each class; and prints what the judge thinks of them."""
-    checkpoint = read_checkpoint(ckpt)
-    datamodule = instantiate(checkpoint.config.data)
-    splits = {name: partial(datamodule.split_dataloader, name) for name in ("train", "val")}
-    judge = DigitsJudge(**splits)
+    judge = DigitsJudge(**real_splits(instantiate(read_checkpoint(ckpt).config.data)))
     print("guidance, schedule: rank correlation of entropy and the judge's margin, over all and within classes")
     for guidance, name, steps in sorted(LOOKED_AT):
         kept = torch.load(file_of(guidance, name, steps).with_suffix(".pt"), weights_only=True)
