@@ -10,7 +10,7 @@ import grn
 ROOT = Path(grn.__file__).parent
 ROOMS = (  # from below
     "runtime", "method", "media", "weights", "networks", "checkpoints", "data", "metrics", "toys", "runs", "sampling",
-    "training", "evaluation", "callbacks", "benchmarks", "web", "cli",
+    "training", "evaluation", "callbacks", "benchmarks", "studies", "web", "cli",
 )  # fmt: skip
 
 

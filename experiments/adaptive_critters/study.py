@@ -7,65 +7,45 @@ again, so that several of these, each with a part of the seeds, and then one of 
 """
 
 import argparse
-import csv
 import json
-import math
-import os
 import statistics
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import grn.cli.entry  # noqa: F401  its resolvers
 from grn.cli.entry import CONF
 from grn.media.pixels import from_uint8
-from grn.method.schedules import EntropyGuided, Linear, Schedule
+from grn.method.schedules import Linear, Schedule
 from grn.metrics.features import FeatureStatistics
 from grn.metrics.fid import as_numpy, frechet_distance
 from grn.runtime.files import write_json
 from grn.sampling.bundle import RefinerBundle
-from grn.sampling.calibration import decision_entropies, fit, steps_taken
+from grn.sampling.calibration import steps_taken
 from grn.sampling.generation import generate
 from grn.sampling.loading import load_refiner
 from grn.sampling.request import Request
+from grn.studies.plots import error_bars, log_x
+from grn.studies.results import Column, markdown, over_seeds, read_points, write_csv
+from grn.studies.schedules import ShuffledUnscaled, Unscaled, calibrated
+from grn.studies.study import folder_of, missing, run_study
 from grn.toys.critters import SHORT_WORDINGS, WORDINGS, Critter, caption, read_caption
 from grn.toys.critters_judge import UNTOLD, CrittersJudge
 
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
-
 HERE = Path(__file__).parent
-OUT = Path(os.environ.get("GRN_RUNS", "runs")) / "adaptive_critters"
+OUT = folder_of("adaptive_critters")
 KINDS, EACH = ("whole", "short"), 100  # captions that tell six attributes, and two or three; prompts of each kind
 STEPS, BATCH, CALIBRATION_SEED = (1, 2, 3, 4, 8, 16), 50, 1000
 SCHEDULES = ("linear", "entropy", "unscaled", "shuffled")
-
-
-@dataclass(frozen=True)
-class Unscaled(EntropyGuided):
-    """Entropy-guided, at one temperature for all: `EntropyGuided` lowers it where few steps are taken."""
-
-    def temperature_scale(self, step: int | Tensor, total: Tensor) -> Tensor:
-        return torch.ones(total.shape, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Shuffled(Unscaled):
-    """As many samples of every number of steps as `Unscaled`, but by lot: the entropy has no say."""
-
-    plans: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    def plan(self, entropy: Tensor) -> Tensor:
-        return self.plans[torch.randint(len(self.plans), entropy.shape, generator=self.generator)]
 
 
 def prompts_of(root: Path) -> tuple[str, ...]:
@@ -77,17 +57,13 @@ def prompts_of(root: Path) -> tuple[str, ...]:
 
 
 def schedule(name: str, steps: int, bundle: RefinerBundle, guidance: float, prompts: tuple[str, ...]) -> Schedule:
-    """Of so many steps in the mean over both kinds; limits in the proportions of the reference's."""
+    """Of so many steps in the mean over both kinds."""
     if name == "linear":
         return Linear(steps)
-    warmup = max(1, round(steps / 6))
-    guided = EntropyGuided(warmup=warmup, min_steps=round(steps * 2 / 3), max_steps=round(steps * 5 / 3))
-    sampler = replace(bundle.sampler, schedule=guided, guidance=guidance)
-    request = Request(prompts=prompts, seed=CALIBRATION_SEED, sampler=sampler)
-    entropy = decision_entropies(bundle, request, batch_size=BATCH)
-    guided = fit(guided, entropy, target=steps)
+    request = Request(prompts=prompts, seed=CALIBRATION_SEED)
+    guided, entropy = calibrated(steps, bundle, request, guidance, batch_size=BATCH)
     if name == "shuffled":
-        return Shuffled(**vars(guided), plans=steps_taken(guided, entropy))
+        return ShuffledUnscaled(**vars(guided), plans=steps_taken(guided, entropy))
     return Unscaled(**vars(guided)) if name == "unscaled" else guided
 
 
@@ -117,30 +93,33 @@ def measure(ckpt: str, guidances: list[float], means: list[int], seeds: list[int
     asked = torch.tensor([read_caption(prompt) for prompt in prompts])
     splits = {name: lambda name=name: datamodule.split_dataloader(name) for name in ("train", "val")}
     judge = CrittersJudge(prompts=prompts, **splits, cache_dir=OUT)
-    for guidance, name, steps in product(guidances, SCHEDULES, means):
-        adapts = steps >= 3 or name == "linear"  # in fewer steps there is nothing to adapt
-        todo = [seed for seed in seeds if adapts and not point(guidance, steps, name, seed).is_file()]
-        chosen = schedule(name, steps, bundle, guidance, prompts) if todo else None
-        for seed in todo:
-            sampler = replace(bundle.sampler, schedule=chosen, guidance=guidance)
-            request = Request(prompts=prompts, num=len(prompts), seed=seed, sampler=sampler)
-            row, started = {"guidance": guidance, "schedule": name, "steps": steps, "seed": seed}, time.process_time()
-            batches = list(generate(bundle, request, batch_size=BATCH))
-            order = torch.cat([it.ids for it in batches]).argsort()
-            images = torch.cat([it.images for it in batches])[order]
-            row["cpu_seconds"] = time.process_time() - started
-            taken = torch.cat([it.refined.steps for it in batches])[order].double()
-            entropy = torch.cat([it.refined.decision_entropy for it in batches])[order]
-            # How often a short caption's sample has the higher entropy than a whole one's.
-            apart = (entropy[EACH:, None] > entropy[None, :EACH]).double().mean().item()
-            row |= {"steps_mean": taken.mean().item(), "told_apart": apart}
-            for place, kind in enumerate(KINDS):
-                part = slice(place * EACH, (place + 1) * EACH)
-                found = judged(judge, images[part], asked[part])
-                found |= {"steps": taken[part].mean().item(), "steps_std": taken[part].std().item()}
-                row |= {f"{key}_{kind}": value for key, value in found.items()}
-            write_json(point(guidance, steps, name, seed), row)
-            print(json.dumps(row), flush=True)
+    schedule_of = cache(lambda guidance, name, steps: schedule(name, steps, bundle, guidance, prompts))
+    points = product(guidances, SCHEDULES, means, seeds)
+    points = [point for point in points if point[1] == "linear" or point[2] >= 3]  # else there is nothing to adapt
+
+    def path_of(guidance: float, name: str, steps: int, seed: int) -> Path:
+        return OUT / f"{guidance:g}-{steps}-{name}-{seed}.json"
+
+    for (guidance, name, steps, seed), path in missing(points, path_of):
+        sampler = replace(bundle.sampler, schedule=schedule_of(guidance, name, steps), guidance=guidance)
+        request = Request(prompts=prompts, num=len(prompts), seed=seed, sampler=sampler)
+        row, started = {"guidance": guidance, "schedule": name, "steps": steps, "seed": seed}, time.process_time()
+        batches = list(generate(bundle, request, batch_size=BATCH))
+        order = torch.cat([it.ids for it in batches]).argsort()
+        images = torch.cat([it.images for it in batches])[order]
+        row["cpu_seconds"] = time.process_time() - started
+        taken = torch.cat([it.refined.steps for it in batches])[order].double()
+        entropy = torch.cat([it.refined.decision_entropy for it in batches])[order]
+        # How often a short caption's sample has the higher entropy than a whole one's.
+        apart = (entropy[EACH:, None] > entropy[None, :EACH]).double().mean().item()
+        row |= {"steps_mean": taken.mean().item(), "told_apart": apart}
+        for place, kind in enumerate(KINDS):
+            part = slice(place * EACH, (place + 1) * EACH)
+            found = judged(judge, images[part], asked[part])
+            found |= {"steps": taken[part].mean().item(), "steps_std": taken[part].std().item()}
+            row |= {f"{key}_{kind}": value for key, value in found.items()}
+        write_json(path, row)
+        print(json.dumps(row), flush=True)
     if not (OUT / "real.json").is_file():  # for scale: held-out pictures, three times as many as samples of a kind
         batches = list(datamodule.split_dataloader("val"))
         real = torch.stack([it for batch in batches for it in batch["pixels"]])[: 3 * EACH]
@@ -152,55 +131,35 @@ def measure(ckpt: str, guidances: list[float], means: list[int], seeds: list[int
         write_json(OUT / "real.json", found)
 
 
-def point(guidance: float, steps: int, name: str, seed: int) -> Path:
-    return OUT / f"{guidance:g}-{steps}-{name}-{seed}.json"
-
-
-def tabulate() -> list[dict[str, Any]]:
+def tabulate() -> pd.DataFrame:
     """Writes results.csv, prints it as a table; a row a guidance, number of steps and schedule, over seeds."""
-    found: dict[tuple, list[dict[str, Any]]] = {}
-    for path in OUT.glob("*-*-*-*.json"):
-        run = json.loads(path.read_text())
-        found.setdefault((run["guidance"], run["steps"], SCHEDULES.index(run["schedule"])), []).append(run)
-    rows = []
-    for (guidance, steps, place), runs in sorted(found.items()):
-        row = {"guidance": guidance, "steps": steps, "schedule": SCHEDULES[place], "seeds": len(runs)}
-        for name in [name for name in runs[0] if name not in ("seed", *row)]:
-            values = [run[name] for run in runs]
-            row[name] = statistics.mean(values)
-            row[f"{name}_error"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-        rows.append(row)
-    with open(HERE / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    by = ("guidance", "steps", "schedule")
+    points = read_points(OUT, by, ("seed",), order={"schedule": SCHEDULES}, pattern="*-*-*-*.json")
+    table = over_seeds(points, by, [name for name in points if name not in ("seed", *by)])
+    write_csv(table, HERE / "results.csv")
+    columns = [Column("guidance", spec="g"), Column("steps_mean", "mean", spec=".2f"), Column("schedule")]
     shown = {"steps": (1, 1), "accuracy": (100, 1), "certainty": (100, 1), "fd": (1, 0)}  # factor, decimals
-    shown = {f"{name}_{kind}": it for kind in KINDS for name, it in shown.items()}
-    print("| guidance | mean | schedule | " + " | ".join(shown) + " |\n|" + "---|" * (3 + len(shown)))
-    for row in rows:
-        told = [f"{k * row[name]:.{d}f} ± {k * row[f'{name}_error']:.{d}f}" for name, (k, d) in shown.items()]
-        print(f"| {row['guidance']:g} | {row['steps_mean']:.2f} | {row['schedule']} | " + " | ".join(told) + " |")
+    for kind, (name, (scale, decimals)) in product(KINDS, shown.items()):
+        columns.append(Column(f"{name}_{kind}", scale=scale, spec=f".{decimals}f"))
+    print(markdown(table.drop(columns="steps_mean_error"), columns))
     for name, runs in json.loads((OUT / "real.json").read_text()).items():
         print(name, {key: statistics.mean(run[key] for run in runs) for key in runs[0]})
-    return rows
+    return table
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(table: pd.DataFrame) -> None:
     """steps.png: by mean steps and kind of prompt, without guidance; bars are standard errors over seeds."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure = Figure((11, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    own, styles = table[table.guidance == 1], dict(zip(SCHEDULES, ("o-C0", "D-C3", "D:C1", "x:C4")))
     labels = {"accuracy": "told attributes right", "certainty": "judge's certainty", "fd": "Fréchet distance"}
     for line, kind in zip(axes, KINDS):
-        for axis, name in zip(line, labels):
-            for way, style in zip(SCHEDULES, ("o-C0", "D-C3", "D:C1", "x:C4")):
-                points = [row for row in rows if (row["guidance"], row["schedule"]) == (1, way)]
-                wanted = ("steps_mean", f"{name}_{kind}", f"{name}_{kind}_error")
-                axis.errorbar(*([row[it] for row in points] for it in wanted), fmt=style, capsize=2, label=way)
-            axis.set(xscale="log", xlabel="mean steps over both kinds", ylabel=labels[name], title=f"{kind} captions")
-            axis.set_xticks(STEPS, STEPS)
-            axis.minorticks_off()
+        for axis, (name, label) in zip(line, labels.items()):
+            error_bars(axis, own, "steps_mean", f"{name}_{kind}", "schedule", styles)
+            log_x(axis, STEPS)
+            axis.set(xlabel="mean steps over both kinds", ylabel=label, title=f"{kind} captions")
     axes[0, 0].legend(fontsize="small")
     figure.savefig(HERE / "steps.png", dpi=100)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -210,11 +169,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=STEPS, help="in the mean over both kinds")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="none: only table and plot")
     arguments = parser.parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
     if arguments.seeds:
         measure(arguments.ckpt, arguments.guidances, arguments.steps, arguments.seeds)
     plot(tabulate())
 
 
 if __name__ == "__main__":
-    main()
+    run_study(main)

@@ -7,44 +7,41 @@ again.
 """
 
 import argparse
-import csv
-import json
 import logging
-import os
 import time
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 from torch import Tensor
 
 import grn.cli.entry  # noqa: F401  its resolvers
 from grn.checkpoints.native import read_checkpoint
-from grn.evaluation.scoring import build_scores, score_samples
+from grn.evaluation.scoring import build_scores, real_splits, score_samples
 from grn.media import pictures
-from grn.method.schedules import Cosine, EntropyGuided, Linear, Schedule
+from grn.method.schedules import Cosine, Linear, Schedule
 from grn.runtime.files import write_atomically, write_json
 from grn.sampling.bundle import RefinerBundle
-from grn.sampling.calibration import decision_entropies, fit, steps_taken
+from grn.sampling.calibration import steps_taken
 from grn.sampling.generation import Batch
 from grn.sampling.loading import bundle_from_checkpoint
 from grn.sampling.request import Request
+from grn.studies.plots import log_x
+from grn.studies.results import Column, markdown, read_points, write_csv
+from grn.studies.schedules import Shuffled, Unscaled, calibrated, warmup_of
+from grn.studies.study import folder_of, missing, run_study
 from grn.toys.judge import DigitsJudge
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-OUT = Path(os.environ.get("GRN_RUNS", "runs")) / "entropy_sampling"
+OUT = folder_of("entropy_sampling")
 BATCH = 64
 SEED, CALIBRATION_SEED = 1, 2
 PLAIN, GUIDED = 1.0, 1.5  # without guidance a sampler's own faults show; 1.5 is what the checkpoint samples with
@@ -60,60 +57,31 @@ POINTS = (  # (guidance, schedule, steps)
 LOOKED_AT = {(GUIDED, "linear", 20), (GUIDED, "entropy", 20)}  # whose samples are kept
 
 
-@dataclass(frozen=True)
-class Unscaled(EntropyGuided):
-    """Entropy-guided, at one temperature for all."""
-
-    def temperature_scale(self, step: int | Tensor, total: Tensor) -> Tensor:
-        return torch.ones(total.shape, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Shuffled(EntropyGuided):
-    """As many samples of every number of steps as entropy-guided, but drawn by lot: the entropy has no say."""
-
-    plans: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    def plan(self, entropy: Tensor) -> Tensor:
-        return self.plans[torch.randint(len(self.plans), entropy.shape, generator=self.generator)]
-
-
-def warmup_of(steps: int) -> int:
-    return max(1, round(steps / 6))
-
-
 def schedule(name: str, steps: int, bundle: RefinerBundle, guidance: float, num: int) -> Schedule:
-    """The schedule of a point, calibrated where it looks at entropies; limits in the proportions of the reference's."""
-    if name == "linear":
-        return Linear(steps)
-    if name == "cosine":
-        return Cosine(steps)
-    guided = EntropyGuided(warmup=warmup_of(steps), min_steps=round(steps * 2 / 3), max_steps=round(steps * 5 / 3))
-    sampler = replace(bundle.sampler, schedule=guided, guidance=guidance)
-    request = Request(num=num, seed=CALIBRATION_SEED, sampler=sampler)
-    entropy = decision_entropies(bundle, request, batch_size=BATCH)
-    guided = fit(guided, entropy, target=steps)
-    if name == "unscaled":
-        return Unscaled(**vars(guided))
+    """The schedule of a point, calibrated where it looks at entropies."""
+    if name in ("linear", "cosine"):
+        return Linear(steps) if name == "linear" else Cosine(steps)
+    request = Request(num=num, seed=CALIBRATION_SEED)
+    guided, entropy = calibrated(steps, bundle, request, guidance, batch_size=BATCH)
     if name == "shuffled":
         return Shuffled(**vars(guided), plans=steps_taken(guided, entropy))
-    return guided
+    return Unscaled(**vars(guided)) if name == "unscaled" else guided
+
+
+def file_of(guidance: float, name: str, steps: int) -> Path:
+    return OUT / f"{name}-{steps}-{guidance}.json"
 
 
 def measure(ckpt: str, num: int) -> None:
     """Leaves `<point>.json` of every point in OUT, and `<point>.pt`, the samples, of those that are looked at."""
     checkpoint = read_checkpoint(ckpt)
     bundle = bundle_from_checkpoint(checkpoint)
-    datamodule = instantiate(checkpoint.config.data)
+    splits = real_splits(instantiate(checkpoint.config.data), clips=False)
     configs = {name: checkpoint.config.scores[name] for name in ("fid", "judge")}
     partials = instantiate(OmegaConf.merge(configs, {"fid": {"isc": False}}))
-    scores = build_scores(partials, datamodule, device=bundle.device, cache_dir=OUT / "cache")
-    for point in POINTS:
+    scores = build_scores(partials, splits, device=bundle.device, cache_dir=OUT / "cache")
+    for point, path in missing(POINTS, file_of):
         guidance, name, steps = point
-        path = OUT / f"{name}-{steps}-{guidance}.json"
-        if path.exists():
-            continue
         batches: list[Batch] = []
         started = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
@@ -148,48 +116,39 @@ def _kept(batches: list[Batch]) -> dict[str, Tensor]:
     return {name: torch.cat(part)[order] for name, part in parts.items()}
 
 
-def tabulate() -> list[dict[str, Any]]:
-    """Writes results.csv, prints it as a table, and returns its rows."""
-    columns = ("guidance", "schedule", "target", "steps_mean", "steps_min", "steps_max", "judge_accuracy", "fid", "num")
-    rows = [json.loads((OUT / f"{name}-{steps}-{guidance}.json").read_text()) for guidance, name, steps in POINTS]
-    rows.sort(key=lambda row: (row["guidance"], row["target"], (*MAIN, *CONTROLS).index(row["schedule"])))
-    with open(HERE / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns) + " |")
-    print("CPU seconds:", round(sum(row["cpu_seconds"] for row in rows)))
-    return rows
+def tabulate() -> pd.DataFrame:
+    """Writes results.csv, prints it as a table, and returns it."""
+    measured = ("steps_mean", "steps_min", "steps_max", "judge_accuracy", "fid", "num")
+    by, order = ("guidance", "target", "schedule"), {"schedule": (*MAIN, *CONTROLS)}
+    points = read_points(OUT, by, (*measured, "cpu_seconds"), order=order)
+    table = points[["guidance", "schedule", "target", *measured]]
+    write_csv(table, HERE / "results.csv", float_format=None)
+    print(markdown(table, [Column(name, spec=".4g" if table[name].dtype == float else "") for name in table]))
+    print("CPU seconds:", round(points.cpu_seconds.sum()))
+    return table
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(table: pd.DataFrame) -> None:
     """steps.png: FID and the judge by mean steps."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure = Figure((12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     styles = dict(zip((*MAIN, *CONTROLS), ("o-C0", "s-C2", "D-C3", "D:C1", "x:C4")))
     panels = [(PLAIN, "fid", "FID"), (PLAIN, "judge_accuracy", "judge's accuracy"), (GUIDED, "fid", "FID")]
     for axis, (guidance, key, label) in zip(axes, panels):
-        for name, style in styles.items():
-            points = [row for row in rows if (row["guidance"], row["schedule"]) == (guidance, name)]
-            if points:
-                axis.plot([row["steps_mean"] for row in points], [row[key] for row in points], style, label=name)
-        axis.set(xlabel="mean steps", ylabel=label, title=f"guidance {guidance}", xscale="log")
-        axis.set_xticks(STEPS, STEPS)
-        axis.minorticks_off()
+        for name, rows in table[table.guidance == guidance].groupby("schedule", sort=False):
+            axis.plot("steps_mean", key, styles[name], data=rows, label=name)
+        axis.set(xlabel="mean steps", ylabel=label, title=f"guidance {guidance}")
+        log_x(axis, STEPS)
     axes[0].legend()
     figure.savefig(HERE / "steps.png", dpi=100)
 
 
 def look(ckpt: str) -> None:
     """difficulty.png, the easiest and the hardest of each class; and prints what the judge thinks of them."""
-    checkpoint = read_checkpoint(ckpt)
-    datamodule = instantiate(checkpoint.config.data)
-    splits = {name: partial(datamodule.split_dataloader, name) for name in ("train", "val")}
-    judge = DigitsJudge(**splits)
+    judge = DigitsJudge(**real_splits(instantiate(read_checkpoint(ckpt).config.data)))
     print("guidance, schedule: rank correlation of entropy and the judge's margin, over all and within classes")
     for guidance, name, steps in sorted(LOOKED_AT):
-        kept = torch.load(OUT / f"{name}-{steps}-{guidance}.pt", weights_only=True)
+        kept = torch.load(file_of(guidance, name, steps).with_suffix(".pt"), weights_only=True)
         images, labels = kept["images"], kept["labels"]
         entropy = kept["trace"][:, warmup_of(steps)]
         cells = F.adaptive_avg_pool2d(images.float().mean(dim=1, keepdim=True) / 255, 8).flatten(1)
@@ -213,7 +172,6 @@ def look(ckpt: str) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser()
     parser.add_argument("ckpt", nargs="?", default="runs/digits_c2i")
     parser.add_argument("num", nargs="?", type=int, default=1000)
@@ -224,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_study(main)

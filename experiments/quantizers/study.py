@@ -7,21 +7,18 @@ of these, each with a part of the seeds, and then one of all write the table and
 """
 
 import argparse
-import csv
-import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
+import pandas as pd
 import torch
 from einops import rearrange
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,15 +31,15 @@ from grn.media.pixels import from_uint8
 from grn.method import hbq
 from grn.networks.tokenizer import PATCH, HBQTokenizer
 from grn.runtime.files import write_json
+from grn.studies.plots import error_bars
+from grn.studies.results import Column, markdown, over_seeds, read_points, write_csv
+from grn.studies.study import folder_of, missing, run_study
 from grn.training.optimization import adamw, learning_rate_schedule
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-OUT = Path(os.environ.get("GRN_RUNS", "runs")) / "quantizers"
+OUT = folder_of("quantizers")
 CHANNELS = 4  # of all but BSQ, which has a channel for each bit
 NAMES = {"continuous": "continuous", "hbq": "HBQ", "fsq": "FSQ", "bsq": "BSQ"}
 SETTINGS = [("continuous", 0), *((kind, CHANNELS * rounds) for rounds in (1, 2, 4) for kind in ("hbq", "fsq", "bsq"))]
@@ -139,65 +136,54 @@ def entropies(network: Autoencoder, pixels: Tensor) -> dict[str, float]:
 
 def measure(seeds: list[int]) -> None:
     """Leaves `<bottleneck>-<bits>-<seed>.json` in OUT."""
-    OUT.mkdir(parents=True, exist_ok=True)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", ["+experiment=digits_tokenizer"])
     datamodule = instantiate(config.data)
     splits, device = real_splits(datamodule), torch.device("cpu")
     pixels = {name: torch.cat([batch["pixels"] for batch in read()]) for name, read in splits.items()}
     scores = build_scores(instantiate(config.scores), splits, device=device, cache_dir=OUT / "cache")
-    for seed in seeds:
-        for kind, bits in SETTINGS:
-            path = OUT / f"{kind}-{bits}-{seed}.json"
-            if path.exists():
-                continue
-            started = time.process_time()
-            network = train(kind, bits, seed, pixels["train"], config)
-            row = {"bottleneck": kind, "bits": bits, "seed": seed, "cpu_seconds": time.process_time() - started}
-            row["parameters"] = sum(p.numel() for p in network.parameters())
-            for score in scores.values():
-                score.reset()
-            found = score_reconstructions(network, scores, datamodule)
-            found = {key: found[key] for key in ("psnr", "ssim", "rfid")} | entropies(network, pixels["val"])
-            write_json(path, row | found)
-            log.info("%s: %s", path.stem, {key: round(value, 3) for key, value in found.items()})
+
+    def path_of(seed: int, kind: str, bits: int) -> Path:
+        return OUT / f"{kind}-{bits}-{seed}.json"
+
+    for (seed, kind, bits), path in missing([(seed, *setting) for seed in seeds for setting in SETTINGS], path_of):
+        started = time.process_time()
+        network = train(kind, bits, seed, pixels["train"], config)
+        row = {"bottleneck": kind, "bits": bits, "seed": seed, "cpu_seconds": time.process_time() - started}
+        row["parameters"] = sum(p.numel() for p in network.parameters())
+        for score in scores.values():
+            score.reset()
+        found = score_reconstructions(network, scores, datamodule)
+        found = {key: found[key] for key in ("psnr", "ssim", "rfid")} | entropies(network, pixels["val"])
+        write_json(path, row | found)
+        log.info("%s: %s", path.stem, {key: round(value, 3) for key, value in found.items()})
 
 
-def tabulate() -> list[dict[str, Any]]:
+def tabulate() -> pd.DataFrame:
     """Writes results.csv and prints it as a table; a row a bottleneck and number of bits, over the seeds."""
-    rows = []
-    for kind, bits in SETTINGS:
-        runs = [json.loads(path.read_text()) for path in sorted(OUT.glob(f"{kind}-{bits}-*.json"))]
-        if not runs:
-            continue
-        row = {"bottleneck": kind, "bits": bits, "seeds": len(runs), "parameters": runs[0]["parameters"]}
-        for metric in METRICS:
-            values = np.array([run.get(metric, math.nan) for run in runs])
-            row[metric] = values.mean()
-            row[f"{metric}_error"] = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
-        rows.append(row | {"cpu_seconds": sum(run["cpu_seconds"] for run in runs) / len(runs)})
-    with open(HERE / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    print("| bits | bottleneck | seeds | PSNR, dB | SSIM | rFID | entropy of a bit | of a code, a bit |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [f"{row[m]:.{d}f} ± {row[f'{m}_error']:.{d}f}" for m, d in zip(METRICS, (2, 4, 2, 3, 3))]
-        cells = ["-" if "nan" in cell[:3] else cell for cell in cells]
-        print(f"| {row['bits'] or '-'} | {NAMES[row['bottleneck']]} | {row['seeds']} | {' | '.join(cells)} |")
-    return rows
+    by, measures = ["bottleneck", "bits", "parameters"], [*METRICS, "cpu_seconds"]
+    needed = (*measures[:3], "cpu_seconds", "parameters")  # no quantizer, no bits, no entropy of these
+    points = read_points(OUT, ("bits", "bottleneck"), needed, order={"bottleneck": NAMES})
+    points = points.reindex(columns=[*by, *measures])
+    table = over_seeds(points, by, measures).drop(columns="cpu_seconds_error")
+    table.insert(2, "seeds", table.pop("seeds"))
+    write_csv(table, HERE / "results.csv")
+    shown = table.assign(bits=[bits or "-" for bits in table.bits], bottleneck=table.bottleneck.map(NAMES))
+    columns = [Column("bits"), Column("bottleneck"), Column("seeds"), Column("psnr", "PSNR, dB", spec=".2f")]
+    columns += [Column("ssim", "SSIM", spec=".4f"), Column("rfid", "rFID", spec=".2f")]
+    columns += [Column("bit_entropy", "entropy of a bit", spec=".3f")]
+    print(markdown(shown, [*columns, Column("code_entropy", "of a code, a bit", spec=".3f")]))
+    return table
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(table: pd.DataFrame) -> None:
     """bits.png: PSNR, SSIM and rFID by bits a position; bars and the band are standard errors over seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    named = table.assign(bottleneck=table.bottleneck.map(NAMES))
+    figure = Figure((11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, (metric, label) in zip(axes, (("psnr", "PSNR, dB"), ("ssim", "SSIM"), ("rfid", "rFID"))):
-        for kind, style in (("hbq", "o-C0"), ("fsq", "s--C1"), ("bsq", "^-.C2")):
-            points = [row for row in rows if row["bottleneck"] == kind]
-            bits, values, errors = ([row[key] for row in points] for key in ("bits", metric, f"{metric}_error"))
-            axis.errorbar(bits, values, errors, fmt=style, capsize=2, label=NAMES[kind])
-        bound, error = rows[0][metric], rows[0][f"{metric}_error"]
+        error_bars(axis, named, "bits", metric, "bottleneck", {"HBQ": "o-C0", "FSQ": "s--C1", "BSQ": "^-.C2"})
+        bound, error = table[metric][0], table[f"{metric}_error"][0]
         axis.axhline(bound, color="grey", linestyle=":", label="continuous")
         axis.axhspan(bound - error, bound + error, color="grey", alpha=0.2)
         axis.set(xticks=(4, 8, 16), xlabel="bits a position", ylabel=label)
@@ -206,7 +192,6 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="none: only the table and the plot")
     if seeds := parser.parse_args().seeds:
@@ -215,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_study(main)

@@ -75,7 +75,7 @@ def log_results(ckpt: str | Path, results: Mapping[str, Any], *, step: int | Non
                 return kinds[value.suffix](str(value))
             if isinstance(value, list):
                 columns = list(dict.fromkeys(name for found in value for name in found))
-                rows = [[found.get(name) for name in columns] for found in value]
+                rows: list[Any] = [[found.get(name) for name in columns] for found in value]
                 return wandb.Table(columns, rows, allow_mixed_types=True)
             return value
 

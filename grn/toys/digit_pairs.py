@@ -54,7 +54,7 @@ class DigitPairsSource(Source):
         for name in ("copies", "val_copies", "train_shards", "val_shards"):
             check_count(f"source.{name}", getattr(self, name))
         check_count("source.size", self.size, least=8, most=1024)
-        digits, labels = load_digits(return_X_y=True)
+        digits, labels = map(np.asarray, load_digits(return_X_y=True))
         train, val = split_digits(labels, self.val, self.seed)
         shown = [pair for pair in PAIRS if pair not in HELDOUT_PAIRS]
         shards = {

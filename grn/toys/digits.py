@@ -37,7 +37,7 @@ class DigitsSource(Source):
     val_shards: int = 4
 
     def content(self) -> dict[str, Any]:
-        digits, labels = load_digits(return_X_y=True)
+        digits, labels = map(np.asarray, load_digits(return_X_y=True))
         train, val = split_digits(labels, self.val, self.seed)
         check_count("source.image_size", self.image_size, least=8, most=1024)
         shards = {}

@@ -82,7 +82,7 @@ class MovingDigitsSource(Source):
         for name in ("copies", "val_copies"):
             check_count(f"source.{name}", getattr(self, name), least=0)
         check_count("source.digits", self.digits, least=100, most=1797)
-        digits, labels = (part[: self.digits] for part in load_digits(return_X_y=True))
+        digits, labels = (np.asarray(part)[: self.digits] for part in load_digits(return_X_y=True))
         train, val = split_digits(labels, self.val, self.seed)
         shown = [pair for pair in PAIRS if pair not in HELDOUT_PAIRS]
         shards = {

@@ -1,0 +1,1 @@
+"""What the studies of experiments/ share: their points and tables, plots, trainings in memory (grn[studies])."""
