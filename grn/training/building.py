@@ -20,6 +20,7 @@ from grn.data.tokens import TokenShardsDataModule
 from grn.networks.adapters import add_adapters, check_adapters
 from grn.networks.captioned_refiner import CaptionedRefiner
 from grn.networks.class_refiner import ClassRefiner
+from grn.networks.text_encoder import ByteT5
 from grn.networks.text_refiner import TextRefiner
 from grn.networks.tokenizer import HBQTokenizer
 from grn.runtime.configs import plain
@@ -56,13 +57,14 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule
             for_strategy = {("" if loaded is network else "refiner.") + name: state[name] for name in state}
         else:
             load_strict(loaded, state, source=str(weights))
-    if encoder := _encoder_weights(config, network):
-        state, source = encoder
+    encoder = network.encoder if isinstance(network, CaptionedRefiner) else None
+    if encoder is not None and (start := _encoder_weights(config, encoder)) is not None:
+        state, source = start
         if hollow:
-            check_state(network.encoder, state, source=source)
+            check_state(encoder, state, source=source)
             for_strategy = (for_strategy or {}) | {f"encoder.{name}": state[name] for name in state}
         else:
-            load_strict(network.encoder, state, source=source)
+            load_strict(encoder, state, source=source)
     if (adapters := config.training.get("adapters")) is not None:
         if not isinstance(network, CaptionedRefiner):
             raise UserError("training.adapters are of text refiners: leave them out")
@@ -179,11 +181,9 @@ def _kind_of_module(config: DictConfig, network: Any) -> type[Any]:
     return kind
 
 
-def _encoder_weights(config: DictConfig, network: Any) -> tuple[dict[str, Tensor], str] | None:
+def _encoder_weights(config: DictConfig, encoder: ByteT5) -> tuple[dict[str, Tensor], str] | None:
     """What a text encoder that is trained along starts from, and where it was found: `text_encoder.weights`, or what
     stands beside the refiner in an export that `model.weights` names; None: from nothing."""
-    if not isinstance(network, CaptionedRefiner) or network.encoder is None:
-        return None
     key, path = "text_encoder.weights", config.text_encoder.get("weights")
     if path is None:
         key, path = "model.weights", config.model.get("weights")
@@ -192,7 +192,7 @@ def _encoder_weights(config: DictConfig, network: Any) -> tuple[dict[str, Tensor
     subfolder = "text_encoder" if is_exported_refiner(path) else None
     if subfolder is None and not is_pretrained(path):
         raise UserError(f"{key}={path}: no export of a text encoder (python -m grn.export writes one)")
-    return type(network.encoder).from_pretrained(path, subfolder=subfolder).state_dict(), f"{key}={path}"
+    return type(encoder).from_pretrained(path, subfolder=subfolder).state_dict(), f"{key}={path}"
 
 
 def _initial_weights(network: Any, path: str | Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
