@@ -89,7 +89,8 @@ def tabulate() -> pd.DataFrame:
     for column, names in MEASURED.items():
         points[column] = [row[names[row["model"]]] for row in points.to_dict("records")]
     table = over_seeds(points, by, ("cpu_seconds", *MEASURED)).drop(columns="cpu_seconds_error")
-    write_csv(table.fillna(0.0), HERE / "results.csv")  # the error of one seed
+    errors = [column for column in table if column.endswith("_error")]
+    write_csv(table.fillna(dict.fromkeys(errors, 0.0)), HERE / "results.csv")  # the error of one seed
     table["way"] = [f"psi, κ = {row.kappa:g}" if row.update == "psi" else "redraw" for row in table.itertuples()]
     columns = [Column(name) for name in ("model", "guidance", "steps")]
     columns += [Column("way", "update"), Column("seeds"), Column("accuracy", None, 100, ".1f", " %")]

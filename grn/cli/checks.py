@@ -79,7 +79,8 @@ def _check_values(cluster: DictConfig) -> None:
 def _are_devices(value: Any) -> bool:
     """What Lightning takes: of texts, "2" and "0,1", too; -1 is all."""
     if isinstance(value, str):
-        return value in ("auto", "-1") or (all(part.strip().isdigit() for part in value.split(",")) and value != "0")
+        numbers = [part.strip() for part in value.split(",") if part.strip()]  # "1,": the second one alone
+        return value in ("auto", "-1") or (bool(numbers) and all(map(str.isdigit, numbers)) and value != "0")
     if isinstance(value, ListConfig):
         return bool(value) and all(type(number) is int and number >= 0 for number in value)
     return type(value) is int and (value == -1 or value > 0)

@@ -51,6 +51,10 @@ def folder_at(place: str) -> Path | None:
             raise UserError(
                 f"hydra.searchpath: there is no package {path}; is it installed, or in PYTHONPATH?"
             ) from None
+        if not folder.joinpath("__init__.py").is_file():  # Hydra finds nothing there, either
+            raise UserError(
+                f"hydra.searchpath: {path} is no package without an __init__.py: add one, or give file://..."
+            )
         return folder if isinstance(folder, Path) else None  # a package in an archive
     if scheme not in ("file", ""):
         return None
@@ -110,6 +114,7 @@ def _layers(name: str, folders: Sequence[Path]) -> list[_Layer]:
         return []
     body: Any = OmegaConf.to_container(OmegaConf.load(path))
     layers: list[_Layer] = []
+    above: dict[str, str] = {}
     options: dict[str, str] = {}
     for default in (body or {}).pop("defaults", []):
         if isinstance(default, dict):  # override /group: option
@@ -118,8 +123,8 @@ def _layers(name: str, folders: Sequence[Path]) -> list[_Layer]:
             continue
         base = default[1:] if default.startswith("/") else f"{name.rpartition('/')[0]}/{default}"
         if base.startswith(tuple(f"{group}/" for group in EXPERIMENTS)):
-            layers += _layers(base, folders)
-    above = layers[-1].options if layers else {}
+            layers += (bases := _layers(base, folders))
+            above |= bases[-1].options if bases else {}
     return [*layers, _Layer(body or {}, above | options)]
 
 

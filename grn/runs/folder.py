@@ -79,7 +79,8 @@ def checkpoint_to_resume(config: DictConfig) -> Checkpoint | None:
             f"ckpt_path={wanted}: {path} has no optimizer state (callbacks.milestones.save_weights_only=true): no run "
             "can resume from it; give another one"
         )
-    for key in ("model.weights", "text_encoder.weights"):
+    frozen = "path" in config.get("text_encoder", {})  # whose weights stand in no checkpoint
+    for key in ("model.weights", *(() if frozen else ("text_encoder.weights",))):
         weights = OmegaConf.select(config, key)
         if weights and weights != OmegaConf.select(trained, key):
             raise UserError(

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from grn.checkpoints.native import read_checkpoint
+from grn.checkpoints.trust import check_group
 from grn.evaluation.scoring import build_scores, real_splits
 from grn.method import corruption
 from grn.method.sampler import Sampler
 from grn.networks.class_refiner import ClassRefiner
 from grn.networks.conditions import Labels
+from grn.runtime.errors import UserError
 from grn.sampling.bundle import RefinerBundle
 from grn.sampling.loading import bundle_from_checkpoint
 from grn.sampling.refinement import Refinement, finished
@@ -56,6 +59,10 @@ def read_run(ckpt: str, cache_dir: Path | None = None) -> Run:
     """
     checkpoint = read_checkpoint(ckpt)
     bundle, config = bundle_from_checkpoint(checkpoint), checkpoint.config
+    if not isinstance(bundle.network, ClassRefiner) or not {"fid", "judge"} <= (config.scores or {}).keys():
+        raise UserError(f"{ckpt} is no run of a class refiner with the scores fid and judge, as digits_c2i is")
+    for group in ("data", "scores"):
+        check_group(group, OmegaConf.to_container(config[group]), f"{ckpt} is not to be trusted")
     splits = real_splits(instantiate(config.data), clips=False)
     batches = {name: list(read()) for name, read in splits.items()}
     model = {key: value for key, value in config.model.items() if key not in ("_target_", "weights")}
@@ -129,7 +136,9 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
 
     def factor(step: int) -> float:
-        return min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * max(0, step - WARMUP) / (steps - WARMUP))) / 2
+        return (
+            min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * max(0, step - WARMUP) / max(1, steps - WARMUP))) / 2
+        )
 
     schedule = LambdaLR(optimizer, factor)
 

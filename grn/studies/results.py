@@ -60,8 +60,11 @@ def over_seeds(points: pd.DataFrame, by: Sequence[str], measures: Sequence[str])
         the columns `by`; `seeds`, the number of points; of each measure its mean and, as `<measure>_error`, its
         standard error (of the sample's standard deviation; NaN of one point).
     """
-    groups = points.groupby(list(by), sort=False)[list(measures)]
-    table = groups.agg(["mean", "sem"])
+    groups = points.groupby(list(by), sort=False, dropna=False)[list(measures)]
+    # A seed that diverged makes the row NaN, where pandas would pass over it.
+    table = groups.agg(
+        [("mean", lambda seeds: seeds.mean(skipna=False)), ("sem", lambda seeds: seeds.sem(skipna=False))]
+    )
     table.columns = [column for name in measures for column in (name, f"{name}_error")]
     table.insert(0, "seeds", groups.size())
     return table.reset_index()

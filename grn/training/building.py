@@ -1,5 +1,6 @@
 """From a config to a LightningModule that is ready to train."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from grn.weights.kinds import is_pretrained
 from grn.weights.mapping import check_state, load_strict
 from grn.weights.pretrained import local_file
 
+log = logging.getLogger(__name__)
+
 
 def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule:
     """The module that a training config describes; its tokenizer is loaded, `model.weights` too where given.
@@ -40,7 +43,7 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule
 
     Args:
         hollow: leaves the network on the meta device, for a strategy to shard and to fill with the module's
-            `initial_weights`, those of `model.weights`.
+            `initial_weights`, those of `model.weights` and `text_encoder.weights`.
     """
     network: Any = network_from_config(config, hollow=hollow)
     kind = _kind_of_module(config, network)
@@ -183,11 +186,19 @@ def _kind_of_module(config: DictConfig, network: Any) -> type[Any]:
 
 def _encoder_weights(config: DictConfig, encoder: ByteT5) -> tuple[dict[str, Tensor], str] | None:
     """What a text encoder that is trained along starts from, and where it was found: `text_encoder.weights`, or what
-    stands beside the refiner in an export that `model.weights` names; None: from nothing."""
+    stands beside the refiner in an export that `model.weights` names; None: from nothing, which is told where the
+    refiner has weights."""
     key, path = "text_encoder.weights", config.text_encoder.get("weights")
     if path is None:
         key, path = "model.weights", config.model.get("weights")
-        if path is None or not is_exported_refiner(local_file(path)):
+        if path is None:
+            return None
+        if not is_exported_refiner(local_file(path)):
+            log.warning(
+                "model.weights=%s is a refiner alone: its text encoder, which is trained along, starts from nothing; "
+                "text_encoder.weights=... takes an exported one",
+                path,
+            )
             return None
     subfolder = "text_encoder" if is_exported_refiner(path) else None
     if subfolder is None and not is_pretrained(path):
@@ -198,10 +209,14 @@ def _encoder_weights(config: DictConfig, encoder: ByteT5) -> tuple[dict[str, Ten
 def _initial_weights(network: Any, path: str | Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """(Weights to start from, their averages by decay where the file has any)."""
     path = local_file(path)
-    if isinstance(network, (ClassRefiner, TextRefiner)) and is_exported_refiner(path):
-        return type(network).from_pretrained(path, subfolder="refiner").state_dict(), {}
-    if isinstance(network, (HBQTokenizer, ClassRefiner, TextRefiner)) and is_pretrained(path):
-        return type(network).from_pretrained(path).state_dict(), {}
+    if isinstance(network, (HBQTokenizer, ClassRefiner, TextRefiner)):
+        whole = not isinstance(network, HBQTokenizer) and is_exported_refiner(path)
+        if whole or is_pretrained(path):
+            exported: Any = type(network).from_pretrained(path, subfolder="refiner" if whole else None)
+            trained = getattr(exported, "attention", None)  # which no shape of the weights tells
+            if isinstance(network, TextRefiner) and trained != network.attention:
+                raise UserError(f"model.weights={path} was trained with model.attention={trained}: give that")
+            return exported.state_dict(), {}
     if isinstance(network, HBQTokenizer):
         return load_official_tokenizer(path), {}
     if isinstance(network, TextRefiner):

@@ -78,10 +78,10 @@ def _train(config: DictConfig) -> dict[str, float]:
     accelerators = ["auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators())]
     for key, known in (("accelerator", accelerators), ("strategy", ["auto", *StrategyRegistry.available_strategies()])):
         value = config.trainer.get(key)
-        if isinstance(value, str) and value not in known:
+        if isinstance(value, str) and value.lower() not in known:
             place = "cluster" if value == config.cluster[key] else "trainer"
             main = ", ".join(name for name in known if "_" not in name)
-            raise UserError(f"{place}.{key}={value} must be one of {main}")
+            raise UserError(f"{place}.{key}={value} must be one that Lightning has, such as {main}")
     if config.training.get("adapters") is not None and config.model.get("weights") is None:
         raise UserError("training.adapters go on top of weights that stay as they are: give model.weights")
     if config.trainer.get("fast_dev_run"):

@@ -93,10 +93,10 @@ class Pretrained(nn.Module):
             local_files_only=local_files_only,
         )
         folder = folder / (subfolder or "")
-        config, state = read_config(folder), _read_weights(folder / WEIGHTS)
-        source = folder / CONFIG
+        config, source = read_config(folder), folder / CONFIG
         if config["_class_name"] != cls.__name__:
             raise UserError(f"{source} is of a {brief(config['_class_name'])}, not of a {cls.__name__}")
+        state = _read_weights(folder / WEIGHTS)
         arguments = {name: value for name, value in config.items() if not name.startswith("_")}
         known = dict([*inspect.signature(cls.__init__).parameters.items()][1:])
         more = {name for name, parameter in known.items() if parameter.kind is parameter.VAR_KEYWORD}

@@ -66,6 +66,8 @@ def package(tmp_path, monkeypatch):
     (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{defaults}")
     (folder / "mine.yaml").write_text(f"defaults: [train]\nhydra: {{searchpath: ['file://{folder}']}}\n")
     monkeypatch.syspath_prepend(tmp_path)
+    for module in ("a_package", "a_package.conf"):  # another test's
+        monkeypatch.delitem(sys.modules, module, raising=False)
     return folder
 
 
@@ -88,6 +90,23 @@ def test_folders_of_configs(package, config_dir, override, name):
 def test_a_searchpath_that_is_not_there(place):
     with pytest.raises(UserError, match=r"hydra.searchpath: there is no .*no.(package|folder)"):
         folders_of(None, [f"hydra.searchpath=[{place}]"], "train")
+
+
+def test_a_searchpath_of_a_package_without_its_mark(package):
+    (package / "__init__.py").unlink()
+    with pytest.raises(UserError, match=r"a_package.conf is no package without an __init__.py"):
+        folders_of(None, ["hydra.searchpath=[pkg://a_package.conf]"], "train")
+
+
+def test_an_experiment_of_two_others(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    for name, text in {
+        "first": "defaults:\n  - override /sampler: entropy\nsampler: {schedule: {warmup: 3}}\n",
+        "second": "defaults:\n  - override /cluster: cpu\n",
+        "both": "defaults: [first, second]\n",
+    }.items():
+        (tmp_path / f"experiment/{name}.yaml").write_text(f"# @package _global_\n{text}")
+    assert outlived(["+experiment=both", "sampler=linear"], CONF, [tmp_path]) == ["~sampler.schedule.warmup"]
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "training.warmup_steps=1,2"]])

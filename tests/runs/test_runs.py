@@ -88,6 +88,7 @@ def test_a_last_that_leads_nowhere_is_told(config, tmp_path):
             r"callbacks\.ema\.decays=\[0\.99, 0\.9\]: .* holds no average of 0\.9, only of 0\.99",
         ),
         ("model.weights=x.ckpt", r"model\.weights=x\.ckpt has no effect with ckpt_path=last"),
+        ("+text_encoder.weights=x", r"text_encoder\.weights=x has no effect with ckpt_path=last"),
         ("data.seed=5", r"was trained with data\.seed=0, this run has data\.seed=5"),
         ("+data.parts={images:{}}", r"was trained on data\.parts=\[\], this run has data\.parts=\['images'\]"),
     ],
@@ -96,6 +97,14 @@ def test_what_could_not_take_effect_is_refused_by_name(config, overrides, compla
     with pytest.raises(UserError, match=complaint) as error:
         checkpoint_to_resume(config("ckpt_path=last", "trainer.max_steps=200", *overrides.split()))
     assert "\n" not in str(error.value)
+
+
+def test_a_frozen_text_encoder_is_read_from_anywhere_again(config):
+    """Its weights stand in no checkpoint."""
+    given = config(
+        "ckpt_path=last", "trainer.max_steps=200", "+text_encoder={path: google/umt5-xxl, weights: moved.pth}"
+    )
+    assert checkpoint_to_resume(given).step == 100
 
 
 def test_a_run_from_before_a_key_of_the_model_goes_on_with_its_default(config, tmp_path):

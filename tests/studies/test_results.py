@@ -40,6 +40,14 @@ def test_means_and_standard_errors_over_seeds(points):
     assert table.fid_error.isna().tolist() == [True, False, True]
 
 
+def test_a_seed_that_diverged_is_not_passed_over():
+    points = pd.DataFrame({"kind": ["a", "a", "a", None], "fid": [1.0, math.nan, 3.0, 2.0]})
+    table = over_seeds(points, ("kind",), ("fid",))
+    assert table.seeds.tolist() == [3, 1]
+    assert table.fid.isna().tolist() == [True, False]
+    assert table.fid_error.isna().all()
+
+
 def test_a_table_as_csv_and_as_markdown(points, tmp_path):
     table = over_seeds(points, ("steps", "sampler"), ("fid",))
     write_csv(table, tmp_path / "results.csv")

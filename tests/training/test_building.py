@@ -191,7 +191,7 @@ def test_a_text_refiner_and_its_encoder_come_back_from_a_checkpoint(official_tok
 
 
 @pytest.mark.parametrize("key", ["model.weights", "text_encoder.weights"])
-def test_a_text_encoder_that_is_trained_along_starts_from_an_export(official_tokenizer, tmp_path, key):
+def test_a_text_encoder_that_is_trained_along_starts_from_an_export(official_tokenizer, tmp_path, caplog, key):
     sizes = "model.channels=16 model.depth=1 model.width=48 model.heads=4 model.mlp_ratio=6 model.text_width=16"
     sizes += " tokenizer.model.latent_channels=4 tokenizer.model.dim=8 tokenizer.model.decoder_dim=8"
     sizes += f" text_encoder=byt5_tiny text_encoder.width=16 tokenizer.ckpt={official_tokenizer}"
@@ -221,6 +221,12 @@ def test_a_text_encoder_that_is_trained_along_starts_from_an_export(official_tok
         assert all(torch.equal(other[name], tensor) for name, tensor in states[0].items())
         with pytest.raises(UserError, match=r"text_encoder\.weights=.*: no export of a text encoder"):
             module(f"text_encoder.weights={official_tokenizer}")
+        return
+    with pytest.raises(UserError, match=r"was trained with model\.attention=full"):
+        module(given, "model.attention=one_way")
+    with caplog.at_level("WARNING", "grn.training.building"):
+        module(f"{given}/refiner")
+    assert "its text encoder, which is trained along, starts from nothing" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [RefinerBundle, TextRefinerBundle])
