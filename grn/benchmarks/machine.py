@@ -66,7 +66,8 @@ def matmul(device: torch.device, dtype: torch.dtype, *, size: int | None = None)
     float32 on an accelerator takes the precision that convolutions have there by default (TF32 where there is one), for
     the two are to be compared.
     """
-    size = size or (2048 if device.type == "cpu" else 8192)
+    if size is None:  # 2048 takes CPUs without instructions for 16 bits ten seconds
+        size = 8192 if device.type != "cpu" else 2048 if dtype == torch.float32 else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
     def product() -> Tensor:
