@@ -9,6 +9,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from grn.checkpoints.native import build_network
 from grn.networks.text_encoder import ByteT5, PretrainedT5, clean
 from grn.runtime.config_folder import CONF
 from grn.runtime.errors import UserError
@@ -217,7 +218,7 @@ def test_configs():
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("train", ["tokenizer.ckpt=x", f"text_encoder={name}", *overrides]).text_encoder
 
-    encoder = instantiate(config("byt5_tiny"))
+    encoder = build_network(config("byt5_tiny"))
     assert encoder.width == 128
     assert sum(parameter.numel() for parameter in encoder.parameters()) < 500_000
     assert config("umt5_xxl").path == "google/umt5-xxl"
