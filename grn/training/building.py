@@ -47,7 +47,8 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule
     """
     network: Any = network_from_config(config, hollow=hollow)
     kind = _kind_of_module(config, network)
-    averages, for_strategy = {}, None
+    averages = {}
+    starts: list[tuple[Any, str, dict[str, Tensor], str]] = []  # (a part, its prefix, its weights, where they are from)
     if hasattr(network, "initializers") and not hollow:
         network.init_weights(torch.Generator().manual_seed(config.seed))  # as a strategy that shards it does
     if weights := config.model.get("weights"):
@@ -55,19 +56,12 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule
         state, averages = _initial_weights(loaded, weights)
         for average in averages.values():
             check_state(loaded, average, source=str(weights))
-        if hollow:
-            check_state(loaded, state, source=str(weights))
-            for_strategy = {("" if loaded is network else "refiner.") + name: state[name] for name in state}
-        else:
-            load_strict(loaded, state, source=str(weights))
+        starts.append((loaded, "" if loaded is network else "refiner.", state, str(weights)))
     encoder = network.encoder if isinstance(network, CaptionedRefiner) else None
     if encoder is not None and (start := _encoder_weights(config, encoder)) is not None:
-        state, source = start
-        if hollow:
-            check_state(encoder, state, source=source)
-            for_strategy = (for_strategy or {}) | {f"encoder.{name}": state[name] for name in state}
-        else:
-            load_strict(encoder, state, source=source)
+        starts.append((encoder, "encoder.", *start))
+    for part, _, state, source in starts:
+        (check_state if hollow else load_strict)(part, state, source=source)
     if (adapters := config.training.get("adapters")) is not None:
         if not isinstance(network, CaptionedRefiner):
             raise UserError("training.adapters are of text refiners: leave them out")
@@ -93,7 +87,8 @@ def module_from_config(config: DictConfig, *, hollow: bool = False) -> AnyModule
     module = kind(bundle, **{key: settings[key] for key in settings.keys() - {"_target_", *bundle.settings}})
     module.checkpoint_extras = {**extras, "tokenizer": record}
     module.initial_averages = averages
-    module.initial_weights = for_strategy
+    if hollow and starts:
+        module.initial_weights = {prefix + name: state[name] for _, prefix, state, _ in starts for name in state}
     return module
 
 
@@ -191,19 +186,20 @@ def _encoder_weights(config: DictConfig, encoder: ByteT5) -> tuple[dict[str, Ten
     key, path = "text_encoder.weights", config.text_encoder.get("weights")
     if path is None:
         key, path = "model.weights", config.model.get("weights")
-        if path is None:
-            return None
-        if not is_exported_refiner(local_file(path)):
-            log.warning(
-                "model.weights=%s is a refiner alone: its text encoder, which is trained along, starts from nothing; "
-                "text_encoder.weights=... takes an exported one",
-                path,
-            )
-            return None
-    subfolder = "text_encoder" if is_exported_refiner(path) else None
-    if subfolder is None and not is_pretrained(path):
+    if path is None:
+        return None
+    whole = is_exported_refiner(local_file(path))
+    if not whole and key == "model.weights":
+        log.warning(
+            "model.weights=%s is a refiner alone: its text encoder, which is trained along, starts from nothing; "
+            "text_encoder.weights=... takes an exported one",
+            path,
+        )
+        return None
+    if not whole and not is_pretrained(path):
         raise UserError(f"{key}={path}: no export of a text encoder (python -m grn.export writes one)")
-    return type(encoder).from_pretrained(path, subfolder=subfolder).state_dict(), f"{key}={path}"
+    exported = type(encoder).from_pretrained(path, subfolder="text_encoder" if whole else None)
+    return exported.state_dict(), f"{key}={path}"
 
 
 def _initial_weights(network: Any, path: str | Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
