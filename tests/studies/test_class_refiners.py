@@ -5,13 +5,11 @@ import math
 
 import pytest
 import torch
+from test_generation import tiny_bundle
 
 from grn.method.corruption import token_loss
 from grn.method.sampler import Sampler
 from grn.method.schedules import EntropyGuided, Linear
-from grn.networks.class_refiner import ClassRefiner
-from grn.networks.tokenizer import HBQTokenizer
-from grn.sampling.bundle import RefinerBundle
 from grn.sampling.request import Request
 from grn.studies import class_refiners
 from grn.studies.class_refiners import draw, refinement_loss, train
@@ -22,18 +20,10 @@ GUIDED = EntropyGuided(warmup=1, scale=150.0, offset=-137.0, min_steps=2, max_st
 
 @pytest.fixture
 def bundle():
-    torch.manual_seed(0)
-    tokenizer = HBQTokenizer(
-        latent_channels=3, rounds=2, dim=8, decoder_dim=8, multipliers=(1, 2), blocks_per_stage=1, temporal=(False,)
-    )
-    network = ClassRefiner(
-        channels=3, classes=4, num_labels=5, size=4, depth=1, width=16, heads=2, bottleneck=8, context_start=0
-    )
-    generator = torch.Generator().manual_seed(0)  # entropies, and so plans, hang on these numbers
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return RefinerBundle(network, tokenizer, Sampler(Linear(4)))
+    """In float32, as networks train."""
+    tiny = tiny_bundle(Sampler(Linear(4)))
+    tiny.network.float()
+    return tiny
 
 
 @pytest.fixture
